@@ -1,0 +1,261 @@
+"""Token files, and which tokens each training step takes.
+
+A data set is a folder DATASETS_DIR/OWNER/NAME with train.safetensors and validation.safetensors, each one 1-D
+uint16 tensor named `tokens`: documents one after another, each followed by the end-of-text token. It comes
+from the Hub or from prepare_datasets.py.
+"""
+
+import functools
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from config import InputError, TrainConfig, read_json_object, require, require_dataset_id
+from gpt import GPTConfig
+
+
+class TokenFile:
+    """The tensor `tokens` of a safetensors file, mapped into memory: processes that read it share one copy of
+    it.
+
+    Raises InputError if the file is missing, damaged, or holds anything but one 1-D uint16 tensor named
+    `tokens`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            file = safe_open(path, framework="np")
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file") from None
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{path}: no whole safetensors file ({error}); fetch or prepare it again"
+            ) from None
+        names = list(file.keys())
+        require(names == ["tokens"], f"{path}: must hold one tensor named 'tokens', not {names}")
+        self._tokens = file.get_slice("tokens")
+        shape, dtype = self._tokens.get_shape(), self._tokens.get_dtype()
+        require(len(shape) == 1, f"{path}: 'tokens' must have one dimension, not shape {shape}")
+        require(dtype == "U16", f"{path}: 'tokens' must be uint16 (U16), not {dtype}")
+        self.count: int = shape[0]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop - 1, as a uint16 array of its own."""
+        return self._tokens[start:stop]
+
+    def check_vocabulary(self, start: int, stop: int, vocab_size: int) -> None:
+        """Raise InputError, with index and value, if a token in [start, stop) is not below `vocab_size`."""
+        chunk = 1 << 24
+        for first in range(start, stop if vocab_size < 65_536 else start, chunk):
+            tokens = self.read(first, min(first + chunk, stop))
+            if tokens.max() >= vocab_size:
+                index = int((tokens >= vocab_size).argmax())
+                raise InputError(
+                    f"{self.path}: token {tokens[index]} at index {first + index} is outside the model's "
+                    "vocabulary "
+                    f"of {vocab_size}; was the data set made with another tokenizer?"
+                )
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A token file cut into sequences of `length` inputs, each with the token that follows: `length` + 1
+    tokens.
+
+    Sequence i starts at token start + i * length; `count` of them fit. Numbers from `count` on are later
+    epochs, each in an order of its own that the seed and the epoch's number fix.
+    """
+
+    tokens: TokenFile
+    start: int
+    length: int
+    seed: int
+
+    @property
+    def count(self) -> int:
+        """Whole sequences in one epoch; the last one's targets end at the file's last token at most."""
+        return max(0, (self.tokens.count - self.start - 1) // self.length)
+
+    def read(self, first: int, count: int) -> Tensor:
+        """Sequences first to first + count - 1: uint16, (count, length + 1)."""
+        starts = (self.start + self._place(number) * self.length for number in range(first, first + count))
+        return torch.from_numpy(
+            np.stack([self.tokens.read(start, start + self.length + 1) for start in starts])
+        )
+
+    def _place(self, number: int) -> int:
+        epoch, place = divmod(number, self.count)
+        return place if epoch == 0 else int(_epoch_order(self.seed, epoch, self.count)[place])
+
+
+@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(np.arange(count, dtype=np.uint32))
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which sequences each process takes in each step. Pure arithmetic: the g-th global batch is the same
+    sequences in the same order whatever the number of processes, the microbatch or the accumulation."""
+
+    microbatch_size: int
+    accumulation: int
+    processes: int
+    length: int
+    steps: int
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences per optimiser step."""
+        return self.microbatch_size * self.accumulation * self.processes
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Training tokens per optimiser step."""
+        return self.global_batch * self.length
+
+    def microbatches(self, step: int, rank: int) -> Iterator[int]:
+        """The first sequence of each microbatch that process `rank` takes in step `step`, counted from 0."""
+        for turn in range(self.accumulation):
+            yield step * self.global_batch + (turn * self.processes + rank) * self.microbatch_size
+
+
+def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: int | None) -> BatchPlan:
+    """Work out the steps of a run on `per_epoch` sequences of `length` tokens (None: not known yet).
+
+    Raises InputError when the global batch does not divide, or the data are too few for what the config asks.
+    """
+    accumulation = config.accumulation_for(processes)
+    global_batch = config.microbatch_size * accumulation * processes
+    available = None if per_epoch is None else per_epoch * config.epochs
+    if config.min_train_tokens == -1:
+        steps = (available or 0) // global_batch
+    else:
+        steps = math.ceil(config.min_train_tokens / (global_batch * length))
+    needed = max(1, steps) * global_batch
+    if available is not None and needed > available:
+        raise InputError(
+            f"{config.dataset} has {available:,} sequences of {length} tokens in {config.epochs} epochs after "
+            f"start_train_token {config.start_train_token}, the run needs {needed:,}; epochs "
+            f"{math.ceil(needed / per_epoch)} would do, or min_train_tokens -1 for all there are"
+        )
+    return BatchPlan(config.microbatch_size, accumulation, processes, length, steps)
+
+
+def dataset_folder(datasets_dir: Path, dataset: str) -> Path:
+    """Where the data set OWNER/NAME is kept. Raises InputError for any other form of name."""
+    require_dataset_id(dataset)
+    return datasets_dir.joinpath(*dataset.split("/"))
+
+
+def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits: Iterable[str]) -> Path:
+    """Make sure that the token files of `splits` are in the data set's folder, and return it.
+
+    The Hub is asked only for what is missing. Raises InputError, naming the data set, where that fails.
+    """
+    folder = dataset_folder(datasets_dir, dataset)
+    missing = [name for name in (f"{split}.safetensors" for split in splits) if not (folder / name).exists()]
+    if not missing:
+        return folder
+    from huggingface_hub import (
+        hf_hub_download,
+    )  # here, because most runs find their files and start sooner without
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    for name in [*missing, "meta.json"]:
+        try:
+            hf_hub_download(dataset, name, repo_type="dataset", revision=revision, local_dir=folder)
+        except Exception as error:  # whatever a network, a proxy or the Hub can think of
+            absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+            if name == "meta.json" and absent:
+                continue  # older data sets have none
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"{folder / name} is not there, and the Hub did not give it ({reason}); check the data "
+                "set's name "
+                f"'{dataset}' and the network, or prepare it with prepare_datasets.py"
+            ) from None
+    return folder
+
+
+def check_tokenizer(folder: Path, model: GPTConfig) -> None:
+    """Raise InputError if the data set says that its tokens are not the model's. One that says nothing
+    passes."""
+    if not (folder / "meta.json").exists():
+        return
+    meta = read_json_object(folder / "meta.json")
+    theirs, vocab_size = meta.get("tokenizer", model.tokenizer), meta.get("vocab_size", 0)
+    require(
+        theirs == model.tokenizer,
+        f"{folder}: its tokenizer is '{theirs}', the model's '{model.tokenizer}'; set tokenizer in "
+        "model.json or "
+        f"prepare the text again with --tokenizer {model.tokenizer}",
+    )
+    require(
+        not isinstance(vocab_size, int) or vocab_size <= model.vocab_size,
+        f"{folder}: has a vocabulary of {vocab_size} tokens, the model only {model.vocab_size}; set "
+        "vocab_size to that",
+    )
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is validated on."""
+
+    train: Sequences
+    validation: Sequences | None
+
+
+def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunData:
+    """Open a run's token files, which must be there. Raises InputError for a file that does not serve."""
+    folder = dataset_folder(datasets_dir, config.dataset)
+    check_tokenizer(folder, model)
+
+    def sequences(split: str, start: int) -> Sequences:
+        return Sequences(
+            TokenFile(folder / f"{split}.safetensors"), start, model.context_length, config.random_seed
+        )
+
+    train = sequences("train", config.start_train_token)
+    require(
+        train.count > 0,
+        f"{train.tokens.path}: too short: {train.tokens.count} tokens do not make one sequence of "
+        f"{model.context_length} "
+        f"after start_train_token {config.start_train_token}",
+    )
+    if config.validation_interval is None:
+        return RunData(train, None)
+    validation = sequences("validation", config.start_val_token)
+    most = validation.count // config.microbatch_size
+    require(
+        config.validation_batches <= most,
+        f"{validation.tokens.path}: too short: its {validation.tokens.count} tokens make {most} validation "
+        "batches of "
+        f"{config.microbatch_size} x {model.context_length} after start_val_token "
+        f"{config.start_val_token}, not "
+        f"{config.validation_batches}",
+    )
+    return RunData(train, validation)
+
+
+def check_tokens(
+    data: RunData, train: int, validation: int, vocab_size: int, *, share: tuple[int, int]
+) -> None:
+    """Look at every token of the first `train` and `validation` sequences, which a run will use.
+
+    `share` (which, of how many): the processes of a node each look at a part. Raises InputError at an id
+    outside.
+    """
+    which, parts = share
+    for sequences, count in ((data.train, min(train, data.train.count)), (data.validation, validation)):
+        if sequences is not None:
+            tokens = count * sequences.length + 1
+            first, stop = (sequences.start + tokens * part // parts for part in (which, which + 1))
+            sequences.tokens.check_vocabulary(first, stop, vocab_size)

@@ -1,0 +1,265 @@
+"""The GPT-2 model of the published runs, and the files that hold its weights.
+
+Shapes in comments: B sequences, T tokens each, C = emb_dim, H heads of D = C / H, V = vocab_size. Parameter
+names are those of the published models, so that their files load; OpenAI's and Hugging Face's GPT-2 files
+load too.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from config import InputError, read_config, require
+from huggingface import from_huggingface
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model, as `model.json` gives it. GPT-2 small: 50257, 1024, 768, 12, 12."""
+
+    vocab_size: int
+    context_length: int  # tokens
+    emb_dim: int
+    n_heads: int
+    n_layers: int
+    drop_rate: float
+    qkv_bias: bool
+    tie_weights: bool = False
+    init: Literal["pytorch", "gpt2"] = "pytorch"
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        require(
+            self.vocab_size <= 65_536,
+            f"vocab_size must be at most 65536 (tokens are uint16), not {self.vocab_size}",
+        )
+        require(
+            self.emb_dim % self.n_heads == 0,
+            f"emb_dim {self.emb_dim} must be a multiple of n_heads {self.n_heads}",
+        )
+        require(
+            0.0 <= self.drop_rate < 1.0, f"drop_rate must be at least 0 and below 1, not {self.drop_rate}"
+        )
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation, with the parameter names of the published models."""
+
+    def __init__(self, emb_dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(emb_dim))
+        self.shift = nn.Parameter(torch.zeros(emb_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, eps=1e-5)
+
+
+class Attention(nn.Module):
+    """Causal self-attention over H heads."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_heads, self.drop_rate = config.n_heads, config.drop_rate
+        self.W_query = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
+        self.W_key = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
+        self.W_value = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        B, T, C = x.shape
+        # Three matrices in the file, one matrix product on the machine: fewer, larger products are faster.
+        projections = (self.W_query, self.W_key, self.W_value)
+        weight = torch.cat([p.weight for p in projections])  # (3C, C)
+        bias = torch.cat([p.bias for p in projections]) if self.W_query.bias is not None else None
+        qkv = F.linear(x, weight, bias).view(B, T, 3, self.n_heads, C // self.n_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        y = self._attend(q, k, v)  # (B, H, T, D)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dropout = self.drop_rate if self.training else 0.0
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
+            # On CPUs the backward pass of short bf16 attention takes three times as long as in float32.
+            with torch.autocast("cpu", enabled=False):
+                return F.scaled_dot_product_attention(
+                    q.float(), k.float(), v.float(), dropout_p=dropout, is_causal=True
+                )
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+
+class FeedForward(nn.Module):
+    """Two layers, the hidden one four times as wide, with the tanh form of GELU."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(config.emb_dim, 4 * config.emb_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * config.emb_dim, config.emb_dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.layers(x)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention, then pre-norm feed-forward, each with dropout before it is added back."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.att = Attention(config)
+        self.ff = FeedForward(config)
+        self.norm1 = LayerNorm(config.emb_dim)
+        self.norm2 = LayerNorm(config.emb_dim)
+        self.drop_shortcut = nn.Dropout(config.drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = x + self.drop_shortcut(self.att(self.norm1(x)))
+        return x + self.drop_shortcut(self.ff(self.norm2(x)))
+
+
+class GPTModel(nn.Module):
+    """GPT-2, for at most context_length tokens at a time."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.drop_emb = nn.Dropout(config.drop_rate)
+        self.trf_blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layers)])
+        self.final_norm = LayerNorm(config.emb_dim)
+        self.out_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.out_head.weight = self.tok_emb.weight
+        if config.init == "gpt2":
+            self._init_gpt2()
+
+    def _init_gpt2(self) -> None:
+        """Weights normal(0, 0.02), biases zero, and the 2L projections that add to the residual stream scaled
+        by 1/sqrt(2L), so that its variance does not grow with depth (Radford et al. 2019, section 2.3)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                residual = name.endswith(("att.out_proj.weight", "ff.layers.2.weight"))
+                nn.init.normal_(
+                    parameter, std=0.02 / (math.sqrt(2 * self.config.n_layers) if residual else 1.0)
+                )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B, T) to logits (B, T, V)."""
+        return self.out_head(self.features(tokens))
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B, T) to what the head reads, (B, T, C)."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.drop_emb(self.tok_emb(tokens) + self.pos_emb(positions))
+        return self.final_norm(self.trf_blocks(x))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters by name, each once: of two tied tensors the embedding."""
+        return {name: p.detach() for name, p in self.named_parameters()}
+
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token, forward and backward: 6 per parameter of a matrix product, plus
+        attention's 12 * L * C * T (PaLM, Chowdhery et al. 2022, appendix B)."""
+        matrices = self.out_head.weight.numel()
+        matrices += sum(p.numel() for p in self.trf_blocks.parameters() if p.dim() == 2)
+        return 6 * matrices + 12 * self.config.n_layers * self.config.emb_dim * self.config.context_length
+
+
+def load_model(model_json: Path, weights: Path) -> GPTModel:
+    """The model that `model_json` describes with the weights of a safetensors file, for evaluation, on the
+    accelerator if there is one. Raises InputError."""
+    model = GPTModel(read_config(GPTConfig, model_json))
+    load_weights(model, weights)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def load_weights(model: GPTModel, path: Path) -> None:
+    """Fill `model` from a safetensors file of this project, of the published runs, or of a Hugging Face
+    GPT-2.
+
+    Raises InputError, naming the file and the tensor, for a damaged file or one of a model of another shape.
+    """
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: no readable safetensors file: {error}") from None
+    load_tensors(model, tensors, str(path))
+
+
+def load_tensors(model: GPTModel, tensors: dict[str, Tensor], source: str) -> None:
+    """Fill `model` from tensors by name; `source` says in errors where they came from. Raises InputError."""
+    if any(name.endswith("attn.c_attn.weight") for name in tensors):
+        tensors = from_huggingface(tensors, qkv_bias=model.config.qkv_bias)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("att.mask")}
+    # A tied model's file may hold either of the two names, and either serves both.
+    head, embedding = tensors.get("out_head.weight"), tensors.get("tok_emb.weight")
+    tensors |= {"out_head.weight": embedding if head is None else head} if embedding is not None else {}
+    tensors |= {"tok_emb.weight": head} if embedding is None and head is not None else {}
+    if (
+        model.config.tie_weights
+        and head is not None
+        and embedding is not None
+        and not torch.equal(head, embedding)
+    ):
+        raise InputError(f"{source}: out_head.weight differs from tok_emb.weight; set tie_weights to false")
+
+    wanted = model.state_dict()
+    for name, parameter in wanted.items():
+        require(name in tensors, f"{source}: has no tensor '{name}'; the model is configured otherwise")
+        found, right = tuple(tensors[name].shape), tuple(parameter.shape)
+        require(
+            found == right, f"{source}: {name} has shape {found} where the model's config makes it {right}"
+        )
+    for name in tensors:
+        require(
+            name in wanted, f"{source}: tensor '{name}' has no place in the model; it is configured otherwise"
+        )
+    model.load_state_dict(tensors)
+
+
+@torch.no_grad()
+def generate(
+    model: GPTModel,
+    tokens: Tensor,
+    count: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue tokens (B, T), T at least 1, by `count` tokens; return (B, T + count).
+
+    At temperature 0 the likeliest token is taken; otherwise one is drawn from the `top_k` likeliest (all when
+    None). Past the context length the model sees the last context_length tokens.
+    """
+    for _ in range(count):
+        logits = model(tokens[:, -model.config.context_length :])[:, -1].float()  # (B, V)
+        if temperature == 0:
+            chosen = logits.argmax(-1, keepdim=True)
+        else:
+            if top_k is not None and top_k < logits.shape[-1]:
+                kth = logits.topk(top_k).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            chosen = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+        tokens = torch.cat([tokens, chosen], dim=1)
+    return tokens

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# A fresh rented GPU machine (Ubuntu with an NVIDIA driver) -> ready to train. Run it as often as you like:
+#
+#     git clone THIS_REPOSITORY && cd ddp-base-model && ./setup_lambda.sh
+#
+# It installs a font for the charts, makes .venv with Python 3.11 or later, and says what to type next.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then "$@"; elif command -v sudo >/dev/null; then sudo "$@"; else return 1; fi
+}
+
+install_packages() {
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"
+}
+
+echo "== xkcd font"
+if fc-list 2>/dev/null | grep -qiE 'xkcd|humor sans|comic neue'; then
+    echo "already there"
+else
+    as_root apt-get update -qq && install_packages fontconfig fonts-humor-sans ||
+        echo "no font could be installed: charts will be drawn in DejaVu Sans"
+fi
+
+echo "== .venv"
+is_new_enough='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
+if [ ! -x .venv/bin/python ]; then
+    for python in python3.13 python3.12 python3.11 python3; do
+        if command -v "$python" >/dev/null && "$python" -c "$is_new_enough" 2>/dev/null; then
+            "$python" -m venv .venv
+            break
+        fi
+    done
+fi
+if [ -x .venv/bin/python ]; then
+    .venv/bin/python -m pip install --quiet -c requirements.lock -e .
+else # the system's Python is too old or has no venv: uv brings one of its own
+    if ! command -v uv >/dev/null; then
+        command -v pip3 >/dev/null || { as_root apt-get update -qq && install_packages python3-pip; }
+        pip3 install --quiet --user uv
+        export PATH="$HOME/.local/bin:$PATH"
+    fi
+    uv venv --python 3.12 --seed .venv
+    uv pip install --quiet --python .venv/bin/python -c requirements.lock -e .
+fi
+
+echo "== GPUs"
+gpus=0
+if command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total --format=csv,noheader; then
+    gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader | wc -l)
+else
+    echo "no NVIDIA GPU answers; training would run on the CPU"
+fi
+
+processes=$((gpus > 0 ? gpus : 1))
+cat <<EOF
+
+Ready. The largest microbatch that fits (put it into runs/8xa100m40/train.json), then the plan, then the run:
+
+    source .venv/bin/activate
+    torchrun --nproc_per_node=$processes ddp_train.py 8xa100m40 -f
+    torchrun --nproc_per_node=$processes ddp_train.py 8xa100m40 datasets --plan
+    torchrun --nproc_per_node=$processes ddp_train.py 8xa100m40 datasets --resume
+EOF

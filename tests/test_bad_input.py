@@ -1,0 +1,345 @@
+"""What a tired person types at 2 a.m.: each mistake gets one line that names the thing and the mend, and no
+harm."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL, ROOT, Sandbox, random_tokens, run_script, write_dataset
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
+
+from config import InputError, TrainConfig, read_config
+from ddp_train import World
+from gpt import GPTConfig, GPTModel
+
+VALIDATE = {"validation_interval": 4, "validation_batches": 2}
+
+
+def refused(*command: str | Path, status: int = 2, **options: object) -> str:
+    """Run a script that must refuse; return its one line of error, without `Error: `."""
+    done = run_script(*command, **options)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("Error: ")
+    return lines[0].removeprefix("Error: ")
+
+
+def refused_run(sandbox: Sandbox, *options: str | Path, run: str = "tiny") -> str:
+    before = sorted(sandbox.path.rglob("*"))
+    error = refused(*sandbox.command(run, *options), env=sandbox.env)
+    assert sorted(sandbox.path.rglob("*")) == before, "nothing is written"
+    return error
+
+
+CONFIGS = {
+    "unknown key": (
+        {},
+        {"learningrate": 1},
+        "train.json: unknown key 'learningrate'; did you mean 'learning_rate'?",
+    ),
+    "old key": ({}, {"minibatch_size": 6}, "did you mean 'microbatch_size'?"),
+    "unknown model key": ({"n_head": 2}, {}, "model.json: unknown key 'n_head'; did you mean 'n_heads'?"),
+    "missing key": ({}, {"dataset": ...}, "train.json: the key 'dataset' is missing"),
+    "missing model key": ({"emb_dim": ...}, {}, "model.json: the key 'emb_dim' is missing"),
+    "text for a number": ({}, {"microbatch_size": "6"}, 'microbatch_size must be an integer, not "6"'),
+    "true for a number": ({}, {"microbatch_size": True}, "microbatch_size must be an integer, not true"),
+    "fraction for an integer": ({"n_layers": 1.5}, {}, "n_layers must be an integer, not 1.5"),
+    "number for true": ({"qkv_bias": 0}, {}, "qkv_bias must be true or false, not 0"),
+    "unknown choice": ({}, {"precision": "fp8"}, 'precision must be "auto" or "fp32"'),
+    "one beta": ({}, {"betas": [0.9]}, "betas must be a list of 2 numbers, not [0.9]"),
+    "no sequences": ({}, {"microbatch_size": 0}, "microbatch_size must be at least 1, not 0"),
+    "no tokens": ({}, {"min_train_tokens": 0}, "min_train_tokens must be more than 0, or -1 for all"),
+    "no layers": ({"n_layers": 0}, {}, "n_layers must be at least 1"),
+    "heads": ({"n_heads": 5}, {}, "emb_dim 32 must be a multiple of n_heads 5"),
+    "dropout": ({"drop_rate": 1.0}, {}, "drop_rate must be at least 0 and below 1"),
+    "negative rate": ({}, {"learning_rate": -0.1}, "learning_rate must be more than 0, not -0.1"),
+    "dataset's name": ({}, {"dataset": "tokens"}, "dataset must be OWNER/NAME, not 'tokens'"),
+    "dataset above": ({}, {"dataset": "../tokens"}, "the dataset's owner '..' must be a plain name"),
+    "absolute dataset": ({}, {"dataset": "/etc/x"}, "the dataset's owner '' must be a plain name"),
+    "amp and precision": ({}, {"use_amp": False, "precision": "bf16"}, "at odds with"),
+    "no batches": ({}, {"validation_interval": 5}, "validation_batches must be at least 1"),
+    "indivisible": (
+        {},
+        {"global_batch_size": 9},
+        "global_batch_size 9 is no multiple of microbatch_size 2 x 1 processes; microbatch_size 1 or 3 or "
+        "9, or "
+        "global_batch_size 8 or 10 would work",
+    ),
+    "at odds": (
+        {},
+        {"gradient_accumulation_steps": 3},
+        "gradient_accumulation_steps 4 or global_batch_size 6 would work",
+    ),
+    "too few tokens": (
+        {},
+        {"min_train_tokens": 10_000},
+        "has 249 sequences of 16 tokens in 1 epochs after start_train_token 0, the run needs 632",
+    ),
+    "epochs it would take": (
+        {},
+        {"min_train_tokens": 10_000},
+        "epochs 3 would do, or min_train_tokens -1 for all",
+    ),
+    "start too late": (
+        {},
+        {"start_train_token": 3990},
+        "too short: 4000 tokens do not make one sequence of 16",
+    ),
+    "validation too short": (
+        {},
+        {**VALIDATE, "validation_batches": 99},
+        "make 62 validation batches of 2 x 16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_config(sandbox: Sandbox, case: str) -> None:
+    model, train, message = CONFIGS[case]
+    sandbox.write_run(model=model, train=train)
+    assert message in refused_run(sandbox)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "must hold a JSON object"),
+        ('{"epochs": 1, "epochs": 2}', "the key 'epochs' is there twice"),
+        ('{"learning_rate": NaN}', "NaN is no JSON number"),
+    ],
+)
+def test_malformed_json(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "train.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_config(TrainConfig, tmp_path / "train.json")
+
+
+def test_missing_run_and_missing_file(sandbox: Sandbox) -> None:
+    sandbox.write_run("other")
+    assert refused_run(sandbox).endswith("no such run; there are: other")
+    (sandbox.run_dir("other") / "train.json").unlink()
+    assert refused_run(sandbox, run="other").endswith("train.json: no such file")
+
+
+@pytest.mark.parametrize("run", ["../tiny", "/tmp", "..", "a b"])
+def test_run_names_lead_nowhere_else(sandbox: Sandbox, run: str) -> None:
+    assert f"run '{run}' must be a plain name" in refused_run(sandbox, run=run)
+
+
+@pytest.mark.parametrize("checkpoint", ["../../other", "/etc", ".."])
+def test_checkpoint_names_lead_nowhere_else(sandbox: Sandbox, checkpoint: str) -> None:
+    sandbox.write_run()
+    assert f"checkpoint '{checkpoint}' must be a plain name" in refused_run(sandbox, checkpoint)
+
+
+def test_usage(sandbox: Sandbox) -> None:
+    sandbox.write_run()
+    assert "No such option" in refused_run(sandbox, "--resum")
+    assert "DATASETS_DIR is missing" in refused("ddp_train.py", "tiny", "--runs-dir", sandbox.path / "runs")
+    assert "Missing argument 'RUN'" in refused("ddp_train.py")
+    assert "either a checkpoint's name or --resume" in refused_run(sandbox, "latest", "--resume")
+
+
+TOKENS = random_tokens(4000)
+WRONG_TOKEN = TOKENS.copy()
+WRONG_TOKEN[700] = 64
+TOKEN_FILES = {
+    "wrong type": ({"tokens": TOKENS.astype(np.int32)}, "'tokens' must be uint16 (U16), not I32"),
+    "wrong shape": (
+        {"tokens": TOKENS.reshape(2, -1)},
+        "'tokens' must have one dimension, not shape [2, 2000]",
+    ),
+    "wrong name": ({"input_ids": TOKENS}, "must hold one tensor named 'tokens', not ['input_ids']"),
+    "too short": ({"tokens": TOKENS[:16]}, "too short: 16 tokens do not make one sequence of 16"),
+    "outside the vocabulary": (
+        {"tokens": WRONG_TOKEN},
+        "token 64 at index 700 is outside the model's vocabulary of 64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOKEN_FILES)
+def test_token_file(sandbox: Sandbox, case: str) -> None:
+    tensors, message = TOKEN_FILES[case]
+    sandbox.write_run()
+    save_file(tensors, sandbox.datasets / "test/tokens/train.safetensors")
+    error = refused_run(sandbox)
+    assert "train.safetensors: " in error
+    assert message in error
+
+
+def test_damaged_token_file(sandbox: Sandbox) -> None:
+    sandbox.write_run()
+    file = sandbox.datasets / "test/tokens/train.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "train.safetensors: no whole safetensors file" in refused_run(sandbox)
+
+
+def test_validation_file_is_looked_at_too(sandbox: Sandbox) -> None:
+    sandbox.write_run(train=VALIDATE)
+    save_file({"tokens": TOKENS + 60}, sandbox.datasets / "test/tokens/validation.safetensors")
+    assert "validation.safetensors: token 6" in refused_run(sandbox)
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({"tokenizer": "bytes"}, "its tokenizer is 'bytes', the model's 'gpt2'"),
+        ({"vocab_size": 65}, "has a vocabulary of 65 tokens, the model only 64"),
+    ],
+)
+def test_data_set_of_another_tokenizer(sandbox: Sandbox, meta: dict, message: str) -> None:
+    write_dataset(sandbox.datasets / "test/tokens", meta=meta)
+    sandbox.write_run()
+    assert message in refused_run(sandbox)
+
+
+def test_data_set_that_is_nowhere(sandbox: Sandbox, serve_hub) -> None:
+    sandbox.env |= {"HF_ENDPOINT": serve_hub(sandbox.path).url, "HF_HOME": str(sandbox.path)}
+    sandbox.write_run(train={"dataset": "no/where"})
+    error = refused(*sandbox.command("tiny"), env=sandbox.env)
+    assert "no/where/train.safetensors is not there, and the Hub did not give it" in error
+    assert not (sandbox.run_dir("tiny") / "status.json").exists()
+
+
+def test_checkpoint_of_another_model_batch_or_config(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"checkpoint_interval": 4})
+    sandbox.train()
+    shutil.rmtree(sandbox.checkpoints()[-1])
+    for model, train, message in (
+        ({"n_layers": 3}, {}, "is of another run than model.json: n_layers was 2, is 3"),
+        ({}, {"learning_rate": 0.5}, "is of another run than train.json: learning_rate was 0.01, is 0.5"),
+        (
+            {},
+            {"global_batch_size": 16, "min_train_tokens": 1024},
+            "trained with global batches of 8 sequences, not 16",
+        ),
+    ):
+        sandbox.write_run(model=model, train={"checkpoint_interval": 4, **train})
+        assert message in refused_run(sandbox, "--resume")
+        assert message in refused_run(sandbox, sandbox.checkpoints()[0].name)
+
+
+def test_checkpoint_that_is_not_there(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"checkpoint_interval": 4})
+    assert "latest: no such link; --resume looks for the newest good checkpoint" in refused_run(
+        sandbox, "latest"
+    )
+    sandbox.train()
+    names = ", ".join(path.name for path in sandbox.checkpoints())
+    assert f"nonsense: no such checkpoint; there are: {names}" in refused_run(sandbox, "nonsense")
+
+
+@pytest.mark.parametrize("stage", ["config", "data"])
+def test_the_line_comes_once_under_torchrun(sandbox: Sandbox, stage: str) -> None:
+    sandbox.write_run(train={"learning_rate": 0} if stage == "config" else {"min_train_tokens": 10_000})
+    done = run_script(*sandbox.command("tiny", processes=2))
+    assert done.returncode == 1, "torchrun's own"
+    assert sum(line.startswith("Error: ") for line in done.stderr.splitlines()) == 1, done.stderr
+    assert not (sandbox.run_dir("tiny") / "status.json").exists()
+
+
+def test_more_processes_than_divide_the_batch(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"global_batch_size": 6})
+    done = run_script(*sandbox.command("tiny", processes=2))
+    assert (
+        "Error: global_batch_size 6 is no multiple of microbatch_size 2 x 2 processes; microbatch_size 1 or 3"
+        in done.stderr
+    )
+
+
+def test_an_error_of_one_process_is_an_error_of_all() -> None:
+    def fail() -> None:
+        raise InputError("wrong")
+
+    world = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), control=None)
+    with pytest.raises(InputError, match="wrong"):
+        world.agree(fail)
+    assert world.agree(fail, on=False) is None
+
+
+# --- the other scripts
+
+
+@pytest.fixture
+def model_files(tmp_path: Path) -> tuple[Path, Path]:
+    config = {**MODEL, "vocab_size": 257, "tokenizer": "bytes"}
+    (tmp_path / "model.json").write_text(json.dumps(config))
+    save_torch(GPTModel(GPTConfig(**config)).state_dict(), tmp_path / "model.safetensors")
+    return tmp_path / "model.json", tmp_path / "model.safetensors"
+
+
+def test_evaluation_of_what_is_not_there(model_files: tuple[Path, Path], sandbox: Sandbox) -> None:
+    config, weights = model_files
+    assert "nothing.safetensors: no such file" in refused(
+        "test_smoke.py", config, weights.with_name("nothing.safetensors")
+    )
+    assert "nothing.json: no such file" in refused("test_smoke.py", config.with_name("nothing.json"), weights)
+    assert "no readable safetensors file" in refused("test_smoke.py", config, config)
+    loss = ("test_loss.py", sandbox.datasets, *model_files, "--dataset")
+    error = refused(*loss, "test/tokens")
+    assert "has 2,000 tokens, which make 0 sequences of 16 after --start-token 50000000" in error
+    assert "--start-token 0 begins at the start" in error
+    assert "must be OWNER/NAME" in refused(*loss, "tokens")
+    assert "must be a plain name" in refused(*loss, "../tokens")
+
+
+def test_preparation_of_what_is_no_text(tmp_path: Path) -> None:
+    prepare = ("prepare_datasets.py",)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"body": "not"}\n')
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 nonsense")
+    (tmp_path / "text.doc").write_text("words")
+    (tmp_path / "broken.jsonl.gz").write_bytes(b"\x1f\x8b nonsense")
+    out = tmp_path / "out"
+    for source, message in (
+        ("nothing", "nothing: no such file or folder"),
+        ("empty", "empty: holds no .parquet, .jsonl"),
+        ("text.doc", "text.doc: is of no known type"),
+        ("broken.jsonl", 'broken.jsonl: line 2 is no JSON object with a text "text"'),
+        ("broken.jsonl.gz", "broken.jsonl.gz: cannot be read"),
+        ("broken.parquet", "broken.parquet: no whole parquet file"),
+    ):
+        done = run_script(*prepare, tmp_path / source, out, "--tokenizer", "bytes")
+        assert done.returncode == 2, done.stderr
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("Error: ") and message in last, done.stderr
+        assert "Traceback" not in done.stderr
+        assert not list(out.glob("*")), "nothing half done is left"
+
+
+def test_preparation_replaces_nothing(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "out")
+    before = (tmp_path / "out/train.safetensors").read_bytes()
+    (tmp_path / "in.txt").write_text("text")
+    error = refused("prepare_datasets.py", tmp_path / "in.txt", tmp_path / "out", "--tokenizer", "bytes")
+    assert (
+        "already holds train.safetensors and validation.safetensors; remove it or choose another folder"
+        in error
+    )
+    assert (tmp_path / "out/train.safetensors").read_bytes() == before
+
+
+def test_the_gpt2_vocabulary_that_cannot_be_had(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("text")
+    nowhere = {
+        "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"),
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "NO_PROXY": "",
+    }
+    error = refused("prepare_datasets.py", tmp_path / "in.txt", tmp_path / "out", env=nowhere)
+    assert "the GPT-2 vocabulary is not here" in error and "TIKTOKEN_CACHE_DIR" in error
+
+
+def test_nothing_here_can_read_or_write_pickle() -> None:
+    import re
+
+    for path in ROOT.glob("*.py"):
+        assert not re.search(r"torch\.(load|save)\(|\b(pickle|dill|shelve|marshal)\b", path.read_text()), path

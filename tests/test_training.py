@@ -1,0 +1,303 @@
+"""The training script from outside: what it computes must not depend on how it is split, stopped or
+launched."""
+
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, Sandbox, run_script, write_dataset
+
+DROPOUT = {"drop_rate": 0.1}
+SCHEDULE = {"schedule_learning_rate": True, "warmup_period_percent": 25, "clipping_max_norm": 0.5}
+
+
+def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_a_run_writes_what_the_contract_says(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"validation_interval": 4, "validation_batches": 3, "usd_per_hour": 36.0})
+    lines = sandbox.train().splitlines()[-5:]
+    assert re.fullmatch(r"Training complete in [\d,]+\.\d{3} seconds", lines[0])
+    assert lines[1] == "Tokens seen: 1,024"
+    assert re.fullmatch(r"Throughput: [\d,]+ tokens/second", lines[2])
+    assert re.fullmatch(r"Final train loss: \d+\.\d{3}", lines[3])
+    assert re.fullmatch(r"Final val loss: \d+\.\d{3}", lines[4])
+
+    folder = sandbox.run_dir("tiny")
+    assert [path.name.split("-iteration-")[1] for path in sandbox.checkpoints()] == ["4", "8"]
+    assert all(re.fullmatch(r"\d{8}Z\d{6}-iteration-\d+", path.name) for path in sandbox.checkpoints())
+    assert (folder / "checkpoints/latest").readlink().name == sandbox.checkpoints()[-1].name
+    losses = sandbox.metrics(key="val_loss")
+    assert len(losses) == 3, "before the first step, at the interval, and at the end, which coincide here"
+    assert losses[-1] < losses[0]
+    best = sandbox.checkpoints()[losses[1:].index(min(losses[1:]))]
+    assert (folder / "checkpoints/best").readlink().name == best.name
+    assert (folder / "training-run-chart.png").read_bytes().startswith(b"\x89PNG")
+
+    assert sandbox.metrics(key="step") == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert sandbox.metrics(key="learning_rate") == [0.01] * 8
+    assert all(norm > 0 for norm in sandbox.metrics(key="grad_norm"))
+    status = sandbox.status()
+    assert (status["status"], status["step"], status["total_steps"]) == ("finished", 8, 8)
+    assert 0 < status["cost_usd"] < 1
+    meta = json.loads((best / "meta.json").read_text())
+    assert {
+        "global_step",
+        "train_loss",
+        "val_loss",
+        "learning_rate",
+        "scaler",
+        "rng",
+        "versions",
+        "files",
+    } <= set(meta)
+
+
+def test_splitting_a_batch_otherwise_changes_rounding_only(sandbox: Sandbox) -> None:
+    sandbox.write_run("one", train={**SCHEDULE, "validation_interval": 4, "validation_batches": 3})
+    sandbox.write_run("two", train={**SCHEDULE, "validation_interval": 4, "validation_batches": 3})
+    sandbox.train("one")
+    sandbox.train("two", processes=2)
+    assert sandbox.metrics("one") == pytest.approx(sandbox.metrics("two"), rel=1e-4)
+    assert sandbox.metrics("one", "grad_norm") == pytest.approx(sandbox.metrics("two", "grad_norm"), rel=1e-3)
+    assert sandbox.metrics("one", "val_loss") == pytest.approx(sandbox.metrics("two", "val_loss"), rel=1e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_resumed_run_ends_with_the_same_bits(sandbox: Sandbox, processes: int) -> None:
+    sandbox.write_run("whole", DROPOUT, {**SCHEDULE, "checkpoint_interval": 3})
+    sandbox.train("whole", processes=processes)
+    # What is on the disk of a run that was stopped after its first checkpoint: metrics have gone further.
+    sandbox.write_run("resumed", DROPOUT, {**SCHEDULE, "checkpoint_interval": 3})
+    shutil.copytree(sandbox.run_dir("whole"), sandbox.run_dir("resumed"), dirs_exist_ok=True, symlinks=True)
+    for path in sandbox.checkpoints("resumed")[1:]:
+        shutil.rmtree(path)
+    out = sandbox.train("resumed", "--resume", processes=processes)
+    assert "Going on after step 3" in out
+    assert_same_tensors(sandbox.final_tensors("whole"), sandbox.final_tensors("resumed"))
+    assert sandbox.metrics("whole") == sandbox.metrics("resumed")
+    assert sandbox.metrics("resumed", "step") == list(range(1, 9))
+
+
+def test_a_checkpoint_can_be_named(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"checkpoint_interval": 3})
+    sandbox.train()
+    before = sandbox.final_tensors()
+    first = sandbox.checkpoints()[0].name
+    for path in sandbox.checkpoints()[1:]:
+        shutil.rmtree(path)
+    assert "Going on after step 3" in sandbox.train("tiny", first)
+    assert_same_tensors(before, sandbox.final_tensors())
+    assert "is finished" in sandbox.train("tiny", "latest")
+    assert "is finished" in sandbox.train("tiny", "--resume")
+
+
+def test_sigterm_to_one_process_checkpoints_all_and_the_run_goes_on_to_the_same_bits(
+    sandbox: Sandbox,
+) -> None:
+    long = {"min_train_tokens": 300 * 8 * 16, "epochs": 300, **SCHEDULE}
+    for run in ("whole", "stopped"):
+        sandbox.write_run(run, DROPOUT, long)
+    sandbox.train("whole", processes=2)
+    process = subprocess.Popen([sys.executable, *sandbox.command("stopped", processes=2)], cwd=ROOT)
+    metrics = sandbox.run_dir("stopped") / "status.json"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and sandbox.status("stopped")["step"] >= 1) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert sandbox.status("stopped")["status"] == "preempted"
+    assert 0 < sandbox.status("stopped")["step"] < 300
+    sandbox.train("stopped", "--resume", processes=2)
+    assert_same_tensors(sandbox.final_tensors("whole"), sandbox.final_tensors("stopped"))
+    assert sandbox.metrics("whole") == sandbox.metrics("stopped")
+
+
+def test_resume_starts_afresh_where_there_is_nothing_and_a_plain_start_keeps_what_there_was(
+    sandbox: Sandbox,
+) -> None:
+    sandbox.write_run(train={"checkpoint_interval": 4})
+    sandbox.train("tiny", "--resume")
+    first = [path.name for path in sandbox.checkpoints()]
+    out = sandbox.train()
+    assert "Starting afresh" in out
+    (aside,) = sandbox.run_dir("tiny").glob("earlier-*")
+    assert sorted(path.name for path in (aside / "checkpoints").glob("2*")) == sorted(first)
+    assert (aside / "metrics.jsonl").exists()
+    assert sandbox.metrics(key="step") == list(range(1, 9))
+
+
+def test_a_damaged_checkpoint_is_passed_over(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"checkpoint_interval": 3})
+    sandbox.train()
+    newest = sandbox.checkpoints()[-1] / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    out = sandbox.train("tiny", "--resume")
+    assert "Passing over" in out
+    assert "model.safetensors: damaged" in out
+    assert "Going on after step 6" in out
+
+
+def test_keep_checkpoints_keeps_the_newest_and_the_best(sandbox: Sandbox) -> None:
+    validate = {
+        "validation_interval": 1,
+        "validation_batches": 3,
+        "learning_rate": 0.5,
+        "keep_checkpoints": 2,
+    }
+    sandbox.write_run(train=validate)
+    sandbox.train()
+    losses = sandbox.metrics(key="val_loss")[1:]
+    expected = {losses.index(min(losses)) + 1, 7, 8}
+    assert {int(path.name.split("-")[-1]) for path in sandbox.checkpoints()} == expected
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])
+def test_half_precision_learns_like_full(sandbox: Sandbox, precision: str) -> None:
+    sandbox.write_run("full", train={"microbatch_size": 8})
+    sandbox.write_run("half", train={"microbatch_size": 8, "precision": precision})
+    sandbox.train("full")
+    sandbox.train("half")
+    assert sandbox.metrics("half") == pytest.approx(sandbox.metrics("full"), rel=0.02)
+    meta = json.loads((sandbox.checkpoints("half")[-1] / "meta.json").read_text())
+    assert meta["precision"] == precision
+    assert ("scale" in meta["scaler"]) == (precision == "fp16")
+
+
+def test_one_gradient_exchange_per_step_whatever_the_accumulation(sandbox: Sandbox) -> None:
+    command = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "tests/count_exchanges.py",
+    )
+    done = run_script(*command, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("accumulation 1: 3 exchanges in 3 steps") == 2
+    assert done.stdout.count("accumulation 4: 3 exchanges in 3 steps") == 2
+
+
+def test_two_nodes_fetch_the_data_once_each_and_train_like_one(sandbox: Sandbox, serve_hub, tmp_path) -> None:
+    write_dataset(tmp_path / "hub/test/tokens", meta={"tokenizer": "gpt2", "token_dtype": "uint16"})
+    hub = serve_hub(tmp_path / "hub")
+    validate = {"validation_interval": 4, "validation_batches": 2}
+    for run in ("one", "two"):
+        sandbox.write_run(run, train=validate)
+    sandbox.train("one", processes=2)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agents = []
+    for node in range(2):
+        here = Sandbox(tmp_path)
+        command = here.command(
+            "two",
+            torchrun=(
+                "--nnodes=2",
+                "--rdzv_backend=c10d",
+                f"--rdzv_endpoint=127.0.0.1:{port}",
+                "--rdzv_id=test",
+            ),
+        )
+        command[command.index(str(here.datasets))] = str(tmp_path / f"node{node}")
+        env = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "OMP_NUM_THREADS": "1",
+            "HF_HOME": str(tmp_path / f"home{node}"),
+        }
+        agents.append(
+            subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+        )
+    for agent in agents:
+        _, errors = agent.communicate(timeout=120)
+        assert agent.returncode == 0, errors
+    for name in ("train.safetensors", "validation.safetensors", "meta.json"):
+        assert hub.downloads(name) == 2, name
+        assert (tmp_path / "node0/test/tokens" / name).exists() and (
+            tmp_path / "node1/test/tokens" / name
+        ).exists()
+    assert sandbox.metrics("two") == pytest.approx(sandbox.metrics("one"), rel=1e-6)
+    assert sandbox.metrics("two", "val_loss") == pytest.approx(sandbox.metrics("one", "val_loss"), rel=1e-6)
+
+
+def test_the_hub_is_not_asked_when_the_files_are_there(sandbox: Sandbox, serve_hub, tmp_path) -> None:
+    hub = serve_hub(tmp_path / "hub")
+    sandbox.env["HF_ENDPOINT"] = hub.url
+    sandbox.write_run(train={"validation_interval": 8, "validation_batches": 1})
+    sandbox.train()
+    assert hub.requests == []
+
+
+def test_a_data_set_without_meta_json_comes_from_the_hub(sandbox: Sandbox, serve_hub, tmp_path) -> None:
+    write_dataset(tmp_path / "hub/far/away")
+    hub = serve_hub(tmp_path / "hub")
+    sandbox.env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    sandbox.write_run(train={"dataset": "far/away"})
+    sandbox.train()
+    assert hub.downloads("train.safetensors") == 1
+    assert hub.downloads("validation.safetensors") == 0, "no validation, no need for the file"
+
+
+def test_plan_says_what_would_happen_and_does_nothing(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"usd_per_hour": 2.5, "checkpoint_interval": 3})
+    out = sandbox.train("tiny", "--plan", processes=2)
+    for expected in (
+        "29,888 parameters",
+        "8 sequences, 128 tokens",
+        "accumulation 2",
+        "Steps:        8, 1,024 tokens",
+    ):
+        assert expected in out
+    assert "3 checkpoints" in out and "$2.50 an hour" in out
+    assert sorted(path.name for path in sandbox.run_dir("tiny").iterdir()) == ["model.json", "train.json"]
+    # A run that was trained before tells how long it takes.
+    sandbox.train()
+    assert re.search(r"ETA: +\d+:\d\d:\d\d at [\d,]+ tokens/s", sandbox.train("tiny", "--plan"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_largest_microbatch_is_found_without_data(sandbox: Sandbox, processes: int) -> None:
+    sandbox.write_run(model={"context_length": 512, "emb_dim": 64}, train={"dataset": "not/here"})
+    limit = 900 << 20
+    done = run_script(
+        *sandbox.command("tiny", "-f", processes=processes),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    size = int(re.fullmatch(r"Max microbatch size was (\d+)", last)[1])
+    assert f"microbatch {size}: fits" in done.stdout
+    assert f"microbatch {size + 1}: too large" in done.stdout
+    assert not (sandbox.run_dir("tiny") / "checkpoints").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_says_what_is_left(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"learning_rate": 1e30, "checkpoint_interval": 1})
+    done = run_script(*sandbox.command("tiny"))
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("Error: the training loss is nan at step ") or "is inf at step" in error
+    assert sandbox.checkpoints()[-1].name in error
+    assert sandbox.status()["status"] == "failed"
+    assert all(math.isfinite(loss) for loss in sandbox.metrics())
+    last = json.loads((sandbox.checkpoints()[-1] / "meta.json").read_text())
+    assert math.isfinite(last["train_loss"])
