@@ -1,0 +1,68 @@
+"""How much memory of its own each of 8 processes takes that read the same token file to its end.
+
+    python benchmarks/readers.py [GIGABYTES]
+
+Prints, for each reader, how resident memory and its unshared part (USS) grew while it read. Linux only.
+"""
+
+import multiprocessing
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import Sequences, TokenFile
+
+READERS, LENGTH, BATCH = 8, 1024, 64
+
+
+def memory() -> tuple[float, float]:
+    """Resident memory of this process and the part that no other one shares, in MB."""
+    values: dict[str, int] = {}
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
+        key, amount = line.split()[:2]
+        values[key] = int(amount)
+    return values["Rss:"] / 1024, (values["Private_Clean:"] + values["Private_Dirty:"]) / 1024
+
+
+def read(path: Path, barrier: Any, results: Any) -> None:
+    """Read the file as training does, and report by how much memory grew while all readers hold it."""
+    sequences = Sequences(TokenFile(path), 0, LENGTH, seed=42)
+    sequences.read(0, BATCH)
+    barrier.wait()
+    before = memory()
+    for first in range(0, sequences.count - BATCH, BATCH):
+        sequences.read(first, BATCH)
+    barrier.wait()
+    after = memory()
+    barrier.wait()
+    results.put([late - early for late, early in zip(after, before, strict=True)])
+
+
+def main() -> None:
+    """Make a file, have it read, print the growth."""
+    gigabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 2.0
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "train.safetensors"
+        tokens = np.arange(int(gigabytes * 5e8), dtype=np.uint32).astype(np.uint16)
+        save_file({"tokens": tokens}, path)
+        del tokens
+        barrier, results = context.Barrier(READERS), context.Queue()
+        readers = [context.Process(target=read, args=(path, barrier, results)) for _ in range(READERS)]
+        for reader in readers:
+            reader.start()
+        growth = [results.get() for _ in readers]
+        for reader in readers:
+            reader.join()
+    print(f"{READERS} readers of one file of {gigabytes} GB")
+    print(f"{'resident, grew by MB':28}" + " ".join(f"{resident:8.1f}" for resident, _ in growth))
+    print(f"{'of it unshared, MB':28}" + " ".join(f"{unshared:8.1f}" for _, unshared in growth))
+
+
+if __name__ == "__main__":
+    main()
