@@ -20,7 +20,9 @@ import os
 import platform
 import random
 import shutil
+import sys
 import sysconfig
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -260,19 +262,25 @@ def encode_all(sources: list[Path | None], parts_dir: Path, settings: Settings, 
     progress = context.Array("q", 3)
     # Large files first, so that no worker is left with a long one at the end.
     order = sorted(range(len(sources)), key=lambda i: -sources[i].stat().st_size if sources[i] else 0)
+    shown = sys.stderr.isatty()
     with (
         context.Pool(min(workers, len(sources)), _share_progress, (progress,)) as pool,
-        tqdm(unit="B", unit_scale=True, desc="encoding", mininterval=0.5) as bar,
+        tqdm(unit="B", unit_scale=True, desc="encoding", disable=not shown) as bar,
     ):
         jobs = {
             index: pool.apply_async(encode_input, (sources[index], parts_dir / f"{index:06d}", settings))
             for index in order
         }
+        last_line = time.monotonic()
         while not all(job.ready() for job in jobs.values()):
             next(job for job in jobs.values() if not job.ready()).wait(0.2)
             documents, size, tokens = progress[:]
-            bar.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens", refresh=False)
+            done = f"{documents:,} documents, {tokens:,} tokens"
+            bar.set_postfix_str(done, refresh=False)
             bar.update(size - bar.n)
+            if not shown and time.monotonic() - last_line > 15:
+                last_line = time.monotonic()
+                print(f"encoding: {size / 1e6:,.0f} MB, {done}", file=sys.stderr, flush=True)
             failed = [job for job in jobs.values() if job.ready() and not job.successful()]
             if failed:
                 failed[0].get()
