@@ -1,0 +1,142 @@
+"""The training loss: the model's head and its cross-entropy, chunk by chunk, so that logits are never held whole.
+
+Of GPT-2 small the logits of one sequence take 200 MB in float32, and as much again for their gradient: more than
+all activations of the twelve blocks. They are needed for an instant only, because the gradient of the mean
+cross-entropy with respect to the logits, (softmax - one-hot) / N, follows from the logits alone. So the forward pass
+makes a chunk of logits, takes from it the loss and the gradients of features and head weights, and forgets it; the
+backward pass only scales what is there. (The idea is that of Cut Cross-Entropy, Wijmans et al. 2024, and of Liger
+Kernel, Hsu et al. 2024, in plain PyTorch.)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt import GPTModel
+
+IGNORED = -100  # targets of this value count for nothing, as in F.cross_entropy
+CHUNK_TOKENS = {"cpu": 512}  # tokens whose logits are held at once
+DEFAULT_CHUNK_TOKENS = (
+    8192  # on accelerators: adding up the weight's gradient must stay small beside the products
+)
+
+
+class NextTokenLoss(nn.Module):
+    """The model with its loss, the unit that exchanges gradients."""
+
+    def __init__(self, model: GPTModel) -> None:
+        super().__init__()
+        self.model = model
+        self._features: Callable[[Tensor], Tensor] = model.features
+        self._chunk: ChunkFunction = chunk_loss_and_gradients
+
+    def compile(self) -> None:
+        """Compile the two halves at their next call: the blocks as one graph, the loss of a chunk as another."""
+        self._features = torch.compile(self.model.features)
+        self._chunk = torch.compile(chunk_loss_and_gradients, dynamic=False)
+
+    def uncompile(self) -> None:
+        """Undo `compile`."""
+        self._features, self._chunk = self.model.features, chunk_loss_and_gradients
+
+    def forward(self, sequences: Tensor) -> Tensor:
+        """Map sequences (B, T + 1) to the mean cross-entropy in nats per token, a scalar."""
+        features = self._features(sequences[:, :-1]).flatten(0, 1)  # (B * T, C)
+        return chunked_cross_entropy(
+            features, self.model.out_head.weight, sequences[:, 1:].flatten(), chunk_function=self._chunk
+        )
+
+
+def chunked_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk_tokens: int | None = None,
+    chunk_function: "ChunkFunction | None" = None,
+) -> Tensor:
+    """`F.cross_entropy(features @ weight.T, targets)` for features (N, C), weight (V, C), targets (N,), a scalar.
+
+    Equal to it up to rounding, in value and in both gradients, and with matrix products in autocast's precision.
+    """
+    if torch.is_autocast_enabled(features.device.type):
+        features = features.to(torch.get_autocast_dtype(features.device.type))
+    chunk_tokens = chunk_tokens or CHUNK_TOKENS.get(features.device.type, DEFAULT_CHUNK_TOKENS)
+    wants_gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
+    arguments = features, weight, targets, chunk_tokens, chunk_function or chunk_loss_and_gradients
+    return _ChunkedCrossEntropy.apply(*arguments, wants_gradients)
+
+
+def chunk_loss_and_gradients(
+    features: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of a chunk of features (n, C), and its gradient with respect to the logits, (n, V).
+
+    `weight` may have rows beyond vocab_size, padding that no token stands for. Gradients are not yet divided by the
+    number of tokens: so they lie between -1 and 1 and lose nothing in float16.
+    """
+    logits = features @ weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if weight.shape[0] > vocab_size:
+        logits = logits.masked_fill(
+            torch.arange(weight.shape[0], device=logits.device) >= vocab_size, -torch.inf
+        )
+    counts = targets != IGNORED
+    rows = targets.where(counts, 0)[:, None]
+    log_sum = logits.logsumexp(dim=-1, keepdim=True)
+    loss = ((log_sum - logits.gather(1, rows)).squeeze(1) * counts).sum()
+    one_hot = torch.arange(weight.shape[0], device=logits.device) == rows
+    gradient = ((logits - log_sum).exp() - one_hot.to(logits.dtype)) * counts[:, None]
+    return loss, gradient.to(features.dtype)
+
+
+ChunkFunction = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk_tokens: int,
+        chunk_function: ChunkFunction,
+        wants_gradients: bool,
+    ) -> Tensor:
+        vocab_size = weight.shape[0]
+        # The copy in the precision of the products is padded to whole tiles of the matrix units, at no extra cost.
+        padded = F.pad(weight.to(features.dtype), (0, 0, 0, -vocab_size % 64))
+        loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
+        if wants_gradients:
+            features_gradient = torch.empty_like(features)
+            weight_gradient = torch.zeros_like(weight)
+        with torch.autocast(features.device.type, enabled=False):
+            for first in range(0, len(features), chunk_tokens):
+                chunk = features[first : first + chunk_tokens]
+                chunk_loss, gradient = chunk_function(
+                    chunk, padded, targets[first : first + chunk_tokens], vocab_size
+                )
+                loss += chunk_loss
+                if wants_gradients:
+                    torch.mm(gradient, padded, out=features_gradient[first : first + chunk_tokens])
+                    weight_gradient += (gradient.T @ chunk)[:vocab_size]
+        count = (targets != IGNORED).sum()
+        if wants_gradients:
+            ctx.save_for_backward(features_gradient, weight_gradient, count)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        features_gradient, weight_gradient, count = ctx.saved_tensors
+        scale = (
+            gradient / count
+        )  # in float32: the scale of float16 training comes in before the division rounds
+        return (
+            (features_gradient * scale).to(features_gradient.dtype),
+            weight_gradient.mul_(scale),
+            *[None] * 4,
+        )

@@ -1,0 +1,122 @@
+"""The optimised step computes what a plain one does."""
+
+import dataclasses
+import shutil
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import MODEL, ROOT
+
+import ddp_train
+from config import TrainConfig
+from ddp_train import make_state, train_step
+from distributed import World
+from gpt import GPTConfig, GPTModel
+from loss import IGNORED, NextTokenLoss, chunked_cross_entropy
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from reference import PlainTrainer
+
+ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), control=None)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "vocab", "chunk"), [(37, 16, 53, 8), (64, 16, 64, 64), (5, 7, 131, 100)]
+)
+def test_chunked_loss_and_gradients_equal_the_whole_ones(
+    tokens: int, width: int, vocab: int, chunk: int
+) -> None:
+    torch.manual_seed(0)
+    features = torch.randn(tokens, width, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(vocab, width, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(vocab, (tokens,))
+    targets[::4] = IGNORED
+    whole = F.cross_entropy(features @ weight.T, targets)
+    chunked = chunked_cross_entropy(features, weight, targets, chunk_tokens=chunk)
+    torch.testing.assert_close(chunked, whole, rtol=1e-14, atol=0)
+    expected = torch.autograd.grad(3 * whole, (features, weight))
+    for one, other in zip(torch.autograd.grad(3 * chunked, (features, weight)), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            chunked_cross_entropy(features, weight, targets, chunk_tokens=chunk), whole
+        )
+
+
+def test_float16_gradients_keep_what_a_loss_scale_saves() -> None:
+    """With 8,192 tokens, most gradients are below float16's smallest number before the scale comes in."""
+    torch.manual_seed(0)
+    features = torch.randn(8192, 8, requires_grad=True)
+    weight = (0.1 * torch.randn(2000, 8)).requires_grad_()
+    targets = torch.randint(2000, (8192,))
+    expected = torch.autograd.grad(F.cross_entropy(features @ weight.T, targets), (features, weight))
+    with torch.autocast("cpu", torch.float16):
+        loss = chunked_cross_entropy(features, weight, targets)
+    found = torch.autograd.grad(65_536 * loss, (features, weight))
+    for one, other in zip(found, expected, strict=True):
+        assert (one / 65_536 - other).norm() < 0.01 * other.norm()
+
+
+def losses_of_both(model: dict, precision: str, *, steps: int = 50) -> tuple[list[float], list[float]]:
+    """The losses of the plain step and of ours over the same steps from the same weights."""
+    model_config = GPTConfig(
+        **{**MODEL, "vocab_size": 301, "context_length": 64, "emb_dim": 64, "n_heads": 4, **model}
+    )
+    config = TrainConfig(
+        dataset="a/b", microbatch_size=4, min_train_tokens=1, precision=precision, learning_rate=1e-3
+    )
+    plain, state = PlainTrainer(model_config, config, ALONE.device), make_state(config, model_config, ALONE)
+    plain.model.load_state_dict(state.model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for _ in range(steps):
+        increments = torch.randint(7, (2, 4, 65), generator=generator)
+        microbatches = list(increments.cumsum(-1) % 301)
+        ours, _ = train_step(
+            state, microbatches, learning_rate=config.learning_rate, max_norm=config.clipping_max_norm
+        )
+        pairs.append((plain.step(microbatches), ours.item()))
+    return tuple(zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize("model", [{}, {"tie_weights": True, "init": "gpt2"}, {"qkv_bias": True}])
+def test_50_steps_have_the_plain_losses_in_float32(model: dict) -> None:
+    plain, ours = losses_of_both(model, "fp32")
+    assert plain[-1] < plain[0] - 0.5, "something is learnt"
+    assert ours == pytest.approx(plain, rel=1e-5)
+
+
+def test_50_steps_have_the_plain_losses_in_bf16() -> None:
+    plain, ours = losses_of_both({"init": "gpt2"}, "bf16")
+    assert ours == pytest.approx(plain, abs=2e-3)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_the_compiled_step_has_the_same_losses() -> None:
+    model_config = GPTConfig(**MODEL)
+    config = TrainConfig(dataset="a/b", microbatch_size=2, min_train_tokens=1, precision="fp32", compile=True)
+    eager = make_state(dataclasses.replace(config, compile=False), model_config, ALONE)
+    compiled = make_state(config, model_config, ALONE)
+    sequences = torch.randint(64, (2, 17))
+    for _ in range(5):
+        one, _ = train_step(eager, [sequences], learning_rate=0.01, max_norm=1.0)
+        other, _ = train_step(compiled, [sequences], learning_rate=0.01, max_norm=1.0)
+        assert other.item() == pytest.approx(one.item(), rel=1e-5)
+
+
+def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no C++ compiler\nfound")
+
+    loss = NextTokenLoss(GPTModel(GPTConfig(**MODEL)))
+    cuda = dataclasses.replace(ALONE, device=torch.device("cuda"))
+    config = TrainConfig(dataset="a/b", microbatch_size=2, min_train_tokens=1)
+    ddp_train.compile_if_wanted(loss, config, cuda, broken)
+    assert (
+        "without torch.compile, which failed: RuntimeError: no C++ compiler found" in capsys.readouterr().out
+    )
+    assert torch.isfinite(loss(torch.randint(64, (2, 17))))
+    with pytest.raises(ddp_train.RunError, match='"compile": "auto" or false trains without'):
+        ddp_train.compile_if_wanted(loss, dataclasses.replace(config, compile=True), ALONE, broken)
