@@ -119,6 +119,24 @@ def make_optimizer(model: GPTModel, config: TrainConfig, device: torch.device) -
     )
 
 
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Have an optimiser make its state now, by a step that changes nothing, and not in the midst of training.
+
+    So memory that stays does not lie scattered among what each step takes and frees, and too little shows at once.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        state["step"].zero_()
+
+
 def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
     """The learning rate of step `step` (from 0) of `steps`: constant, or a linear warm-up that reaches its
     peak with the last of the first warmup_period_percent of the steps, then half a cosine down to a tenth at
@@ -198,21 +216,17 @@ def make_state(config: TrainConfig, model_config: GPTConfig, world: World) -> Tr
         model.zero_grad()
 
     compile_if_wanted(loss, config, world, try_out)
-    if world.device.type == "cpu":
-        keep_freed_memory()
+    optimizer = make_optimizer(model, config, world.device)
+    allocate_state(optimizer)
     torch.manual_seed(config.random_seed + 1 + world.rank)
     parallel = loss
     if world.size > 1:
         device_ids = None if world.device.type == "cpu" else [world.local_rank]
         parallel = DistributedDataParallel(loss, device_ids=device_ids, gradient_as_bucket_view=True)
-    return TrainState(
-        model=model,
-        loss=loss,
-        parallel=parallel,
-        optimizer=make_optimizer(model, config, world.device),
-        scaler=torch.amp.GradScaler(world.device.type, enabled=precision == "fp16"),
-        precision=precision,
-    )
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+    return TrainState(model, loss, parallel, optimizer, scaler, precision)
 
 
 def to_device(sequences: Tensor, device: torch.device) -> Tensor:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from gpt import GPTModel
 
 IGNORED = -100  # targets of this value count for nothing, as in F.cross_entropy
-CHUNK_TOKENS = {"cpu": 512}  # tokens whose logits are held at once
-DEFAULT_CHUNK_TOKENS = (
-    8192  # on accelerators: adding up the weight's gradient must stay small beside the products
-)
+# Logits held at once, in elements. On accelerators more: adding up the weight's gradient, once per chunk, must
+# stay small beside the matrix products.
+CHUNK_LOGITS = {"cpu": 1 << 24}
+DEFAULT_CHUNK_LOGITS = 1 << 28
 
 
 class NextTokenLoss(nn.Module):
@@ -63,8 +63,12 @@ def chunked_cross_entropy(
     Equal to it up to rounding, in value and in both gradients, and with matrix products in autocast's precision.
     """
     if torch.is_autocast_enabled(features.device.type):
-        features = features.to(torch.get_autocast_dtype(features.device.type))
-    chunk_tokens = chunk_tokens or CHUNK_TOKENS.get(features.device.type, DEFAULT_CHUNK_TOKENS)
+        dtype = torch.get_autocast_dtype(features.device.type)
+        if dtype == torch.float16:  # its loss scale would come too late for gradients made in the forward pass
+            return F.cross_entropy(F.linear(features, weight).float(), targets, ignore_index=IGNORED)
+        features = features.to(dtype)
+    logits = CHUNK_LOGITS.get(features.device.type, DEFAULT_CHUNK_LOGITS)
+    chunk_tokens = chunk_tokens or max(1, logits // len(weight))
     wants_gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
     arguments = features, weight, targets, chunk_tokens, chunk_function or chunk_loss_and_gradients
     return _ChunkedCrossEntropy.apply(*arguments, wants_gradients)
@@ -75,21 +79,19 @@ def chunk_loss_and_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of a chunk of features (n, C), and its gradient with respect to the logits, (n, V).
 
-    `weight` may have rows beyond vocab_size, padding that no token stands for. Gradients are not yet divided by the
-    number of tokens: so they lie between -1 and 1 and lose nothing in float16.
+    `weight` may have rows beyond vocab_size, padding that no token stands for.
     """
     logits = features @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if weight.shape[0] > vocab_size:
-        logits = logits.masked_fill(
-            torch.arange(weight.shape[0], device=logits.device) >= vocab_size, -torch.inf
-        )
+        logits[:, vocab_size:] = -torch.inf
     counts = targets != IGNORED
     rows = targets.where(counts, 0)[:, None]
-    log_sum = logits.logsumexp(dim=-1, keepdim=True)
-    loss = ((log_sum - logits.gather(1, rows)).squeeze(1) * counts).sum()
-    one_hot = torch.arange(weight.shape[0], device=logits.device) == rows
-    gradient = ((logits - log_sum).exp() - one_hot.to(logits.dtype)) * counts[:, None]
+    log_probabilities = F.log_softmax(logits, dim=-1)
+    loss = -(log_probabilities.gather(1, rows).squeeze(1) * counts).sum()
+    gradient = log_probabilities.exp()  # the softmax, from which the one-hot targets are taken off
+    gradient.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=gradient.dtype))
+    gradient *= counts[:, None]
     return loss, gradient.to(features.dtype)
 
 
@@ -108,12 +110,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants_gradients: bool,
     ) -> Tensor:
         vocab_size = weight.shape[0]
-        # The copy in the precision of the products is padded to whole tiles of the matrix units, at no extra cost.
-        padded = F.pad(weight.to(features.dtype), (0, 0, 0, -vocab_size % 64))
+        # GPUs multiply by whole tiles: the copy in the products' precision is padded to a multiple of 64 rows.
+        padding = -vocab_size % 64 if features.is_cuda else 0
+        padded = F.pad(weight.to(features.dtype), (0, 0, 0, padding))
         loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
         if wants_gradients:
             features_gradient = torch.empty_like(features)
             weight_gradient = torch.zeros_like(weight)
+            product = torch.empty_like(padded)
         with torch.autocast(features.device.type, enabled=False):
             for first in range(0, len(features), chunk_tokens):
                 chunk = features[first : first + chunk_tokens]
@@ -123,7 +127,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 loss += chunk_loss
                 if wants_gradients:
                     torch.mm(gradient, padded, out=features_gradient[first : first + chunk_tokens])
-                    weight_gradient += (gradient.T @ chunk)[:vocab_size]
+                    torch.mm(gradient.T, chunk, out=product)
+                    weight_gradient += product[:vocab_size]
         count = (targets != IGNORED).sum()
         if wants_gradients:
             ctx.save_for_backward(features_gradient, weight_gradient, count)
@@ -132,9 +137,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         features_gradient, weight_gradient, count = ctx.saved_tensors
-        scale = (
-            gradient / count
-        )  # in float32: the scale of float16 training comes in before the division rounds
+        scale = gradient / count
         return (
             (features_gradient * scale).to(features_gradient.dtype),
             weight_gradient.mul_(scale),
