@@ -11,6 +11,7 @@ So a reader finds the old one or the new one, never a half.
 """
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import json
@@ -18,6 +19,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,9 +31,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from config import InputError, read_json_object, require, require_plain_name
+from config import InputError, TrainConfig, read_json_object, require, require_plain_name
+from gpt import GPTConfig
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
+REQUIRED_META = {"files", "global_step", "global_batch", "model_config", "train_config", "rng", "scaler"}
 TEMPORARY_PREFIX = ".incomplete-"
 NAME = re.compile(r"\d{8}Z\d{6}-iteration-(\d+)")
 
@@ -64,7 +68,9 @@ def save_checkpoint(
             safetensors.torch.save_file(on_cpu, temporary / name, metadata={"format": "pt"})
             _sync(temporary / name)
         files = {name: _fingerprint(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
-        (temporary / META_FILE).write_text(json.dumps(meta | {"files": files}, indent=1), encoding="utf-8")
+        (temporary / META_FILE).write_text(
+            json.dumps(meta | {"files": files}, indent=1, allow_nan=False), encoding="utf-8"
+        )
         _sync(temporary / META_FILE)
         _sync(temporary)
         temporary.rename(path)
@@ -81,7 +87,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a whole checkpoint. Raises InputError, naming the file, if it is damaged, half there or no
     checkpoint."""
     meta = read_json_object(path / META_FILE)
-    require(isinstance(meta.get("files"), dict), f"{path / META_FILE}: is no checkpoint's meta.json")
+    missing = REQUIRED_META - meta.keys()
+    require(
+        not missing,
+        f"{path / META_FILE}: is no checkpoint's meta.json: it has no {', '.join(sorted(missing))}",
+    )
     for name in (MODEL_FILE, OPTIMIZER_FILE):
         try:
             found = _fingerprint(path / name)
@@ -128,6 +138,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def point_link(folder: Path, name: str, target: Path) -> None:
     """Make `folder/name` a relative link to `target`, in one step: it is never missing and never half
     there."""
+    if (folder / name).is_dir() and not (folder / name).is_symlink():  # copied by a tool that follows links
+        (folder / name).rename(folder / f"{name}-copy-{int(time.time())}")
     temporary = folder / f"{TEMPORARY_PREFIX}{name}"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
@@ -206,7 +218,7 @@ FREE_ON_RESUME = {
 
 
 def check_resumable(
-    checkpoint: Checkpoint, model_config: dict[str, Any], train_config: dict[str, Any], global_batch: int
+    checkpoint: Checkpoint, model_config: GPTConfig, train_config: TrainConfig, global_batch: int
 ) -> None:
     """Raise InputError, naming the keys, if going on from a checkpoint would not continue the run that wrote
     it."""
@@ -215,7 +227,11 @@ def check_resumable(
         (meta["model_config"], model_config, "model.json"),
         (meta["train_config"], train_config, "train.json"),
     ):
-        ours = json.loads(json.dumps(ours))  # tuples become lists, as they did in the checkpoint
+        # A key that the checkpoint's version did not know had the effect of its default.
+        theirs = {field.name: field.default for field in dataclasses.fields(ours)} | theirs
+        theirs, ours = json.loads(
+            json.dumps((theirs, dataclasses.asdict(ours)), default=str)
+        )  # tuples to lists
         changed = [key for key in ours if key not in FREE_ON_RESUME and theirs.get(key) != ours[key]]
         values = "; ".join(
             f"{key} was {json.dumps(theirs.get(key))}, is {json.dumps(ours[key])}" for key in changed

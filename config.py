@@ -95,6 +95,7 @@ class TrainConfig:
         require(
             tokens == -1 or tokens > 0, f"min_train_tokens must be more than 0, or -1 for all, not {tokens}"
         )
+        require(self.random_seed < 2**63, f"random_seed must be below 2^63, not {self.random_seed}")
         require(self.learning_rate > 0, f"learning_rate must be more than 0, not {self.learning_rate}")
         require(
             all(0 <= beta < 1 for beta in self.betas),
@@ -111,6 +112,11 @@ class TrainConfig:
             "validation_batches must be at least 1 where validation_interval is set",
         )
 
+    @property
+    def splits(self) -> list[str]:
+        """The parts of the data set that the run reads."""
+        return ["train"] if self.validation_interval is None else ["train", "validation"]
+
     def accumulation_for(self, processes: int) -> int:
         """Microbatches per process per optimiser step. Raises InputError when the batch does not divide."""
         size, asked = self.global_batch_size, self.gradient_accumulation_steps
@@ -120,7 +126,7 @@ class TrainConfig:
         accumulation, rest = divmod(size, at_once)
         if rest:
             per_process = size // processes if size % processes == 0 else 0
-            fitting = [m for m in range(1, per_process + 1) if per_process % m == 0]
+            fitting = [m for m in range(1, min(per_process, 10_000) + 1) if per_process % m == 0]
             near = sorted(sorted(fitting, key=lambda m: abs(m - self.microbatch_size))[:4])
             sizes = f"global_batch_size {accumulation * at_once or at_once} or {(accumulation + 1) * at_once}"
             mend = f"microbatch_size {' or '.join(map(str, near))}, or {sizes}" if near else sizes
@@ -186,6 +192,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not valid JSON: {error.msg} at line {error.lineno}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold a JSON object, {{...}}")
     return values
@@ -203,9 +213,9 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
         elif typing.get_origin(option) is tuple:
             if isinstance(value, list) and len(value) == len(typing.get_args(option)):
                 return tuple(_checked(key, v, t) for v, t in zip(value, typing.get_args(option), strict=True))
-        elif option is float and isinstance(value, int) and not isinstance(value, bool):
+        elif option is float and type(value) in (int, float) and abs(value) < sys.float_info.max:
             return float(value)
-        elif type(value) is option:
+        elif option is not float and type(value) is option:
             return value
     raise InputError(f"{key} must be {_described(hint)}, not {json.dumps(value)}")
 

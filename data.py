@@ -32,9 +32,8 @@ class TokenFile:
         self.path = path
         try:
             file = safe_open(path, framework="np")
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file") from None
         except (OSError, SafetensorError) as error:
+            require(path.exists(), f"{path}: no such file")
             raise InputError(
                 f"{path}: no whole safetensors file ({error}); fetch or prepare it again"
             ) from None
@@ -138,7 +137,7 @@ def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: in
     if config.min_train_tokens == -1:
         steps = (available or 0) // global_batch
     else:
-        steps = math.ceil(config.min_train_tokens / (global_batch * length))
+        steps = -(-config.min_train_tokens // (global_batch * length))  # rounded up
     needed = max(1, steps) * global_batch
     if available is not None and needed > available:
         raise InputError(
@@ -161,6 +160,9 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     The Hub is asked only for what is missing. Raises InputError, naming the data set, where that fails.
     """
     folder = dataset_folder(datasets_dir, dataset)
+    require(
+        not datasets_dir.is_file(), f"{datasets_dir}: is a file; DATASETS_DIR is the folder of the data sets"
+    )
     missing = [name for name in (f"{split}.safetensors" for split in splits) if not (folder / name).exists()]
     if not missing:
         return folder

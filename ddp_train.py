@@ -13,8 +13,8 @@ microbatch search, and the command that ties them together. What a run is made o
 gpt.py, which tokens a step takes in data.py, what is written in checkpointing.py and reporting.py.
 """
 
-import ctypes
 import dataclasses
+import fcntl
 import functools
 import math
 import os
@@ -51,7 +51,15 @@ from data import (
 from distributed import World, join_world
 from gpt import GPTConfig, GPTModel, load_tensors
 from loss import NextTokenLoss
-from reporting import Reporter, print_plan, set_earlier_results_aside
+from memory import (
+    is_out_of_memory,
+    keep_freed_memory,
+    limit_host_memory,
+    memory_errors_explained,
+    memory_in_use,
+    release_memory,
+)
+from reporting import Reporter, print_plan, read_status, set_earlier_results_aside
 
 # ------------------------------------------------------------------------------------------------------------
 # Model, precision, optimiser
@@ -77,19 +85,6 @@ def choose_precision(config: TrainConfig, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if device.type == "cpu" and cpu_multiplies_bf16() else "fp32"
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large blocks that are freed, for the next step to use, in place of returning them to the system.
-
-    On a CPU, a step that gets its gigabytes anew pays for as many page faults: keeping them nearly doubles its speed.
-    What compilation has left behind is returned first. Elsewhere than under glibc nothing happens.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def hardware(config: TrainConfig, world: World) -> str:
@@ -122,7 +117,8 @@ def make_optimizer(model: GPTModel, config: TrainConfig, device: torch.device) -
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     """Have an optimiser make its state now, by a step that changes nothing, and not in the midst of training.
 
-    So memory that stays does not lie scattered among what each step takes and frees, and too little shows at once.
+    So memory that stays does not lie scattered among what each step takes and frees, and too little shows at
+    once.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -165,6 +161,8 @@ def compile_if_wanted(
     try:
         try_out()
     except Exception as error:  # compilers fail in many ways, all of them before training has begun
+        if is_out_of_memory(error):
+            raise
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     problem = next((found for found in world.gather(problem) if found), None)
     if problem is None:
@@ -211,9 +209,11 @@ def make_state(config: TrainConfig, model_config: GPTConfig, world: World) -> Tr
 
     def try_out() -> None:
         tokens = torch.zeros(config.microbatch_size, model_config.context_length + 1, dtype=torch.int64)
-        with autocast(precision, world.device):
-            loss(tokens.to(world.device)).backward()
-        model.zero_grad()
+        try:
+            with autocast(precision, world.device):
+                loss(tokens.to(world.device)).backward()
+        finally:
+            model.zero_grad()
 
     compile_if_wanted(loss, config, world, try_out)
     optimizer = make_optimizer(model, config, world.device)
@@ -333,10 +333,9 @@ class StopSignal:
 
 
 def train(run: Run, state: TrainState) -> None:
-    """Train to the last step, or until a signal asks to stop: then all processes checkpoint the same step and
-    exit.
+    """Train to the last step, or until a signal asks to stop: then all processes checkpoint the same step.
 
-    Raises RunError when the loss is no number any more, or a microbatch does not fit into memory.
+    Raises RunError when the loss or a gradient is no number any more.
     """
     position = {"step": state.step, "seconds": state.seconds, "speaks": run.world.is_first}
     reporter = Reporter(run.directory, run.config, run.plan, **position)
@@ -345,15 +344,12 @@ def train(run: Run, state: TrainState) -> None:
     try:
         train_steps(run, state, reporter, stop)
     except Exception as error:
-        problem = error
-        if is_out_of_memory(error):
-            size = run.config.microbatch_size
-            problem = RunError(
-                f"microbatch_size {size} does not fit into memory; -f finds the largest that does"
-            )
-        reporter.close("failed", state.step, error=" ".join(str(problem).split()))
-        raise problem from error
+        reporter.close("failed", state.step, error=" ".join(str(error).split()))
+        raise
     if state.step < run.plan.steps:
+        run.world.gather(
+            None
+        )  # torchrun ends the others as soon as one has left: none may before all is saved
         reporter.close("preempted", state.step)
         reporter.say(
             f"Stopped by a signal after step {state.step:,}, with a checkpoint; --resume goes on from there"
@@ -368,25 +364,45 @@ def train(run: Run, state: TrainState) -> None:
     reporter.say("Final val loss: " + ("not measured" if state.val_loss is None else f"{state.val_loss:.3f}"))
 
 
+class StepNumbers:
+    """What a step came to: loss, gradient norm and requests to stop, on their way from the device to the
+    host."""
+
+    def __init__(self, step: int, numbers: Tensor) -> None:
+        self.step, self._ready = step, None
+        self._numbers = numbers.to("cpu", non_blocking=True)
+        if numbers.device.type != "cpu":
+            self._ready = torch.get_device_module(numbers.device).Event()
+            self._ready.record()
+
+    def read(self) -> list[float]:
+        """Wait for this step alone, not for what was queued after it, and return the numbers."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._numbers.tolist()
+
+
 def train_steps(run: Run, state: TrainState, reporter: Reporter, stop: StopSignal) -> None:
     """The training loop: step, log, and at their intervals validation, checkpoint and chart."""
     config, plan, world = run.config, run.plan, run.world
-    # The host reads a step's numbers only when the next step is queued, so that the device never runs dry.
-    unread: list[tuple[int, Tensor]] = []
+    # The host reads a step's numbers when the next step is queued, so that the device never runs dry.
+    unread: list[StepNumbers] = []
     stopping = False
 
-    def read(done: list[tuple[int, Tensor]]) -> bool:
+    def read(done: list[StepNumbers]) -> bool:
         """Log finished steps; return whether a process was asked to stop."""
         nonlocal clock
-        numbers = torch.stack([numbers for _, numbers in done]).tolist()  # waits for the device
+        numbers = [each.read() for each in done]  # waits for the device
         clock, before = time.monotonic(), clock
-        for (step, _), (loss, grad_norm, _) in zip(done, numbers, strict=True):
-            if not math.isfinite(loss):
-                raise RunError(f"the training loss is {loss} at step {step}; {way_back(run)}")
+        for each, (loss, grad_norm, _) in zip(done, numbers, strict=True):
+            # In float16 the scaler passes over steps whose gradient overflows.
+            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or state.scaler.is_enabled()):
+                what = f"the training loss is {loss}, the gradient norm {grad_norm} at step {each.step}"
+                raise RunError(f"{what}; {way_back(run)}")
             state.recent_losses.append(loss)
-            rate = learning_rate_at(step - 1, plan.steps, config)
+            rate = learning_rate_at(each.step - 1, plan.steps, config)
             values = {"train_loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
-            reporter.step(step, values, step_seconds=(clock - before) / len(done))
+            reporter.step(each.step, values, step_seconds=(clock - before) / len(done))
         return any(asked for _, _, asked in numbers)
 
     if state.step == 0 and config.validation_interval:
@@ -401,7 +417,7 @@ def train_steps(run: Run, state: TrainState, reporter: Reporter, stop: StopSigna
         )
         state.step += 1
         asked = torch.full_like(loss, float(stop.received is not None))
-        unread.append((state.step, world.sum(torch.stack([loss, grad_norm, asked])) / world.size))
+        unread.append(StepNumbers(state.step, world.sum(torch.stack([loss, grad_norm, asked])) / world.size))
 
         validates = config.validation_interval is not None and run.is_due(
             config.validation_interval, state.step
@@ -427,6 +443,8 @@ def train_steps(run: Run, state: TrainState, reporter: Reporter, stop: StopSigna
 def validate_and_log(run: Run, state: TrainState, reporter: Reporter) -> None:
     """Validate, and write the loss to state, progress and metrics."""
     state.val_loss = validate(state, run.data.validation, run.config, run.world)
+    if not math.isfinite(state.val_loss):
+        raise RunError(f"the validation loss is {state.val_loss} at step {state.step}; {way_back(run)}")
     reporter.log(state.step, {"val_loss": state.val_loss})
     reporter.say(f"step {state.step:,}: val loss {state.val_loss:.4f}")
 
@@ -446,7 +464,10 @@ def checkpoint(run: Run, state: TrainState, reporter: Reporter, *, scheduled: bo
         candidate = state.train_loss if run.config.validation_interval is None else state.val_loss
         is_best = validated and candidate < state.best_loss
         state.best_loss = candidate if is_best else state.best_loss
+    if not nn.utils.get_total_norm(state.model.tensors().values(), math.inf).isfinite():
+        raise RunError(f"the weights are no numbers after step {state.step}; {way_back(run)}")
     rng = run.world.gather(checkpointing.rng_state(run.world.device))
+    reporter.flush()
     if not run.world.is_first:
         return
     meta = {
@@ -493,7 +514,8 @@ def restore(run: Run, state: TrainState, found: checkpointing.Checkpoint | None)
     load_tensors(state.model, world.tensors_from_first(found.model if found else {}), source)
     optimizer = world.tensors_from_first(found.optimizer if found else {})
     checkpointing.load_optimizer_tensors(state.model, state.optimizer, optimizer)
-    state.scaler.load_state_dict(meta["scaler"] if state.scaler.is_enabled() else {})
+    if state.scaler.is_enabled() and meta["scaler"]:  # empty where it was trained in another precision
+        state.scaler.load_state_dict(meta["scaler"])
     state.step, state.seconds = meta["global_step"], meta["seconds"]
     if world.is_first:
         tqdm.write(f"Going on after step {state.step:,}, from {found.path.name}")
@@ -506,7 +528,8 @@ def restore(run: Run, state: TrainState, found: checkpointing.Checkpoint | None)
     if len(meta["rng"]) == world.size:
         checkpointing.set_rng_state(meta["rng"][world.rank], world.device)
     else:
-        torch.manual_seed(hash((run.config.random_seed, state.step, world.rank)))
+        seed = np.random.SeedSequence((run.config.random_seed, state.step, world.rank))
+        torch.manual_seed(int(seed.generate_state(1)[0]))
         if world.is_first:
             tqdm.write(
                 f"Saved by {len(meta['rng'])} processes, resumed by {world.size}: the data go on exactly "
@@ -527,15 +550,6 @@ def way_back(run: Run) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a device or on the CPU."""
-    on_cpu = isinstance(error, RuntimeError) and any(
-        words in str(error)
-        for words in ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
-    )
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or on_cpu
-
-
 def find_max_microbatch(config: TrainConfig, model_config: GPTConfig, world: World) -> int:
     """The largest microbatch_size whose training step fits into memory on every process, by doubling, then
     bisecting.
@@ -549,32 +563,44 @@ def find_max_microbatch(config: TrainConfig, model_config: GPTConfig, world: Wor
     )  # what communication needs is taken before anything is measured
     if world.device.type == "cpu":
         limit_host_memory(world.local_size)
-    state = make_state(
-        dataclasses.replace(config, microbatch_size=1), model_config, dataclasses.replace(world, size=1)
+    alone = dataclasses.replace(
+        world, size=1, control=None
+    )  # so that no process waits for one whose step failed
+    state = make_state(dataclasses.replace(config, microbatch_size=1), model_config, alone)
+    # DDP, and accumulation from the second microbatch on, hold gradients besides activations.
+    holds = (
+        world.size > 1
+        or config.global_batch_size is not None
+        or config.gradient_accumulation_steps not in (None, 1)
     )
-    accumulates = config.global_batch_size is not None or (config.gradient_accumulation_steps or 1) > 1
 
-    def fits_here(size: int) -> bool:
+    def try_step(size: int) -> str | None:
+        """Take two steps at a size and say what they took; None where memory ran out."""
         try:
+            if state.loss.is_compiled:
+                torch.compiler.reset()  # it would stop compiling after a few sizes
             tokens = torch.randint(model_config.vocab_size, (size, model_config.context_length + 1))
-            microbatches = [tokens.to(world.device)] * (2 if accumulates else 1)
-            _, norm = train_step(state, microbatches, learning_rate=0.0, max_norm=config.clipping_max_norm)
-            norm.item()
-            return True
+            microbatches = [tokens.to(world.device)] * (2 if holds else 1)
+            for _ in range(2):
+                start = time.perf_counter()
+                train_step(state, microbatches, learning_rate=0.0, max_norm=config.clipping_max_norm)[
+                    1
+                ].item()
+            speed = len(microbatches) * size * model_config.context_length / (time.perf_counter() - start)
+            return f"{memory_in_use(world.device):.2f} GiB, {speed:,.0f} tokens/s per process"
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         # Only here, with the exception and its traceback gone, is the memory of the failed step free.
-        return False
+        return None
 
     def fits(size: int) -> bool:
-        here = fits_here(size)
+        taken = try_step(size)
         state.optimizer.zero_grad()
-        if world.device.type != "cpu":
-            torch.get_device_module(world.device).empty_cache()
-        everywhere = all(world.gather(here))
+        release_memory(world.device)
+        everywhere = all(each is not None for each in world.gather(taken))
         if world.is_first:
-            tqdm.write(f"microbatch {size}: {'fits' if everywhere else 'too large'}")
+            tqdm.write(f"microbatch {size}: " + (f"fits, {taken}" if everywhere else "too large"))
         return everywhere
 
     if not fits(1):
@@ -588,25 +614,6 @@ def find_max_microbatch(config: TrainConfig, model_config: GPTConfig, world: Wor
         middle = (fitting + too_large) // 2
         fitting, too_large = (middle, too_large) if fits(middle) else (fitting, middle)
     return fitting
-
-
-def limit_host_memory(processes: int) -> None:
-    """Let this process take its share of the memory that is free now, and no more: without a limit a CPU
-    machine does not refuse memory, it kills the process that asked for too much."""
-    import resource
-
-    def kilobytes(path: str, key: str) -> int | None:
-        lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-        return next((int(line.split()[1]) for line in lines if line.startswith(key + ":")), None)
-
-    free = kilobytes("/proc/meminfo", "MemAvailable")
-    if free is None:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 1024
-    held = kilobytes("/proc/self/status", "VmData") or 0
-    limit = (held + int(0.95 * free / processes)) * 1024
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if soft == resource.RLIM_INFINITY or limit < soft:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -645,6 +652,7 @@ def main(
         raise InputError(f"{run_dir}: no such run; there are: {have}")
     model_config = read_config(GPTConfig, run_dir / "model.json")
     config = read_config(TrainConfig, run_dir / "train.json")
+    require(not (find_max_microbatch_size and only_plan), "give either -f or --plan")
     require(
         not (checkpoint and resume), "give either a checkpoint's name or --resume, which finds the newest"
     )
@@ -658,16 +666,18 @@ def main(
         if world.is_first:
             print(f"Max microbatch size was {size}")
     elif only_plan:
-        here = (dataset_folder(datasets_dir, config.dataset) / "train.safetensors").exists()
+        folder = dataset_folder(datasets_dir, config.dataset)
+        here = all((folder / f"{split}.safetensors").exists() for split in config.splits)
         data = open_data(config, model_config, datasets_dir) if here else None
         plan = plan_batches(config, model_config.context_length, world.size, data and data.train.count)
         if world.is_first:
             print_plan(run_dir, config, model_config, data, plan, hardware(config, world))
     else:
-        run = prepare_run(run_dir, config, model_config, datasets_dir, world)
-        state = begin(run, "newest" if resume else checkpoint)
-        if state is not None:
-            train(run, state)
+        prepared = prepare_run(run_dir, config, model_config, datasets_dir, world)
+        with memory_errors_explained(config.microbatch_size):
+            state = begin(prepared, "newest" if resume else checkpoint)
+            if state is not None:
+                train(prepared, state)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -677,8 +687,10 @@ def prepare_run(
 ) -> Run:
     """Fetch the data where they are missing, once per node, and check all that the run will use of them."""
     config.accumulation_for(world.size)  # before anything slow
-    splits = ["train"] if config.validation_interval is None else ["train", "validation"]
-    fetch = functools.partial(fetch_dataset, datasets_dir, config.dataset, config.dataset_revision, splits)
+    world.agree(lambda: lock(run_dir), on=world.is_first)
+    fetch = functools.partial(
+        fetch_dataset, datasets_dir, config.dataset, config.dataset_revision, config.splits
+    )
     world.agree(fetch, on=world.local_rank == 0)
     data = world.agree(lambda: open_data(config, model_config, datasets_dir))
     plan = plan_batches(config, model_config.context_length, world.size, data.train.count)
@@ -686,6 +698,23 @@ def prepare_run(
     share = world.local_rank, world.local_size
     world.agree(lambda: check_tokens(data, *used, model_config.vocab_size, share=share))
     return Run(run_dir, config, model_config, plan, data, world)
+
+
+def lock(run_dir: Path) -> None:
+    """Keep other training processes out of a run's folder as long as this one lives. Raises InputError if one
+    is in."""
+    require(
+        os.access(run_dir, os.W_OK), f"{run_dir}: cannot be written to; training writes its results there"
+    )
+    try:
+        fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = read_status(run_dir).get("pid", "unknown")
+        raise InputError(
+            f"{run_dir}: is being trained by another process (pid {holder}); wait for it or stop it"
+        ) from None
+    except OSError:  # a file system that knows no locks
+        tqdm.write(f"Warning: {run_dir} cannot be locked; do not start this run twice")
 
 
 def begin(run: Run, checkpoint: str | None) -> TrainState | None:
@@ -724,8 +753,7 @@ def find_checkpoint(run: Run, name: str | None) -> checkpointing.Checkpoint | No
     else:
         found = checkpointing.named_checkpoint(run.checkpoints, name)
     if found is not None:
-        model_config, config = dataclasses.asdict(run.model_config), dataclasses.asdict(run.config)
-        checkpointing.check_resumable(found, model_config, config, run.plan.global_batch)
+        checkpointing.check_resumable(found, run.model_config, run.config, run.plan.global_batch)
     return found
 
 

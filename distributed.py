@@ -84,7 +84,8 @@ class World:
         if self.control is None:
             return tensors
         for name, shape, dtype in self.from_first([(n, t.shape, t.dtype) for n, t in tensors.items()]):
-            tensors.setdefault(name, torch.empty(shape, dtype=dtype))
+            if name not in tensors:
+                tensors[name] = torch.empty(shape, dtype=dtype)
             dist.broadcast(tensors[name], src=0, group=self.control)
         return tensors
 

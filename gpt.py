@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from config import InputError, read_config, require
+from config import InputError, RunError, read_config, require
 from huggingface import from_huggingface
 
 
@@ -249,17 +249,23 @@ def generate(
 ) -> Tensor:
     """Continue tokens (B, T), T at least 1, by `count` tokens; return (B, T + count).
 
-    At temperature 0 the likeliest token is taken; otherwise one is drawn from the `top_k` likeliest (all when
-    None). Past the context length the model sees the last context_length tokens.
+    Raises RunError if the model gives no numbers. At temperature 0 the likeliest token is taken; otherwise
+    one is drawn from the `top_k` likeliest (all when None). Past the context length the model sees the last
+    context_length tokens.
     """
     for _ in range(count):
         logits = model(tokens[:, -model.config.context_length :])[:, -1].float()  # (B, V)
+        if not logits.isfinite().all():
+            raise RunError(
+                "the model's logits are no numbers: its weights are damaged, or training has diverged"
+            )
         if temperature == 0:
             chosen = logits.argmax(-1, keepdim=True)
         else:
             if top_k is not None and top_k < logits.shape[-1]:
                 kth = logits.topk(top_k).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
-            chosen = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+            scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+            chosen = torch.multinomial(F.softmax(scaled, dim=-1), 1, generator=generator)
         tokens = torch.cat([tokens, chosen], dim=1)
     return tokens

@@ -29,7 +29,7 @@ def from_huggingface(tensors: dict[str, Tensor], *, qkv_bias: bool) -> dict[str,
     ours: dict[str, Tensor] = {}
     for full_name, tensor in tensors.items():
         name = full_name.removeprefix("transformer.")
-        if not name.startswith("h."):
+        if not name.startswith("h.") or name.count(".") < 2:
             ours[HUGGINGFACE_NAMES.get(name, full_name)] = tensor
             continue
         _, layer, part = name.split(".", 2)

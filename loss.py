@@ -1,25 +1,28 @@
-"""The training loss: the model's head and its cross-entropy, chunk by chunk, so that logits are never held whole.
+"""The training loss: the model's head and its cross-entropy, chunk by chunk, so that logits are never held
+whole.
 
-Of GPT-2 small the logits of one sequence take 200 MB in float32, and as much again for their gradient: more than
-all activations of the twelve blocks. They are needed for an instant only, because the gradient of the mean
-cross-entropy with respect to the logits, (softmax - one-hot) / N, follows from the logits alone. So the forward pass
-makes a chunk of logits, takes from it the loss and the gradients of features and head weights, and forgets it; the
-backward pass only scales what is there. (The idea is that of Cut Cross-Entropy, Wijmans et al. 2024, and of Liger
-Kernel, Hsu et al. 2024, in plain PyTorch.)
+Of GPT-2 small the logits of one sequence take 200 MB in float32, and as much again for their gradient: more
+than all activations of the twelve blocks. They are needed for an instant only, because the gradient of the
+mean cross-entropy with respect to the logits, (softmax - one-hot) / N, follows from the logits alone. So the
+forward pass makes a chunk of logits, takes from it the loss and the gradients of features and head weights,
+and forgets it; the backward pass only scales what is there. (The idea is that of Cut Cross-Entropy, Wijmans
+et al. 2024, and of Liger Kernel, Hsu et al. 2024, in plain PyTorch.)
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt import GPTModel
 
 IGNORED = -100  # targets of this value count for nothing, as in F.cross_entropy
-# Logits held at once, in elements. On accelerators more: adding up the weight's gradient, once per chunk, must
-# stay small beside the matrix products.
+# Logits held at once, in elements. On accelerators more: adding up the weight's gradient, once per chunk,
+# must stay small beside the matrix products.
 CHUNK_LOGITS = {"cpu": 1 << 24}
 DEFAULT_CHUNK_LOGITS = 1 << 28
 
@@ -34,9 +37,15 @@ class NextTokenLoss(nn.Module):
         self._chunk: ChunkFunction = chunk_loss_and_gradients
 
     def compile(self) -> None:
-        """Compile the two halves at their next call: the blocks as one graph, the loss of a chunk as another."""
-        self._features = torch.compile(self.model.features)
+        """Compile the two halves at their next call: the blocks as one graph, the loss of a chunk as
+        another."""
+        self._features = torch.compile(self.model.features, dynamic=False)
         self._chunk = torch.compile(chunk_loss_and_gradients, dynamic=False)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the compiled halves are in use."""
+        return self._chunk is not chunk_loss_and_gradients
 
     def uncompile(self) -> None:
         """Undo `compile`."""
@@ -58,17 +67,23 @@ def chunked_cross_entropy(
     chunk_tokens: int | None = None,
     chunk_function: "ChunkFunction | None" = None,
 ) -> Tensor:
-    """`F.cross_entropy(features @ weight.T, targets)` for features (N, C), weight (V, C), targets (N,), a scalar.
+    """`F.cross_entropy(features @ weight.T, targets)` for features (N, C), weight (V, C), targets (N,), a
+    scalar.
 
-    Equal to it up to rounding, in value and in both gradients, and with matrix products in autocast's precision.
+    Equal to it up to rounding, in value and in both gradients, and with matrix products in autocast's
+    precision.
     """
     if torch.is_autocast_enabled(features.device.type):
         dtype = torch.get_autocast_dtype(features.device.type)
-        if dtype == torch.float16:  # its loss scale would come too late for gradients made in the forward pass
+        if (
+            dtype == torch.float16
+        ):  # its loss scale would come too late for gradients made in the forward pass
             return F.cross_entropy(F.linear(features, weight).float(), targets, ignore_index=IGNORED)
         features = features.to(dtype)
-    logits = CHUNK_LOGITS.get(features.device.type, DEFAULT_CHUNK_LOGITS)
-    chunk_tokens = chunk_tokens or max(1, logits // len(weight))
+    if chunk_tokens is None:  # chunks of one size, for compiled code is made for one
+        most = CHUNK_LOGITS.get(features.device.type, DEFAULT_CHUNK_LOGITS)
+        chunks = math.ceil(len(features) * len(weight) / most)
+        chunk_tokens = math.ceil(len(features) / chunks)
     wants_gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
     arguments = features, weight, targets, chunk_tokens, chunk_function or chunk_loss_and_gradients
     return _ChunkedCrossEntropy.apply(*arguments, wants_gradients)
@@ -88,11 +103,12 @@ def chunk_loss_and_gradients(
     counts = targets != IGNORED
     rows = targets.where(counts, 0)[:, None]
     log_probabilities = F.log_softmax(logits, dim=-1)
-    loss = -(log_probabilities.gather(1, rows).squeeze(1) * counts).sum()
-    gradient = log_probabilities.exp()  # the softmax, from which the one-hot targets are taken off
-    gradient.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=gradient.dtype))
+    of_targets = log_probabilities.gather(1, rows)
+    # The gradient is the softmax, less one at the target; there it is made in full precision before it is rounded.
+    gradient = log_probabilities.exp_().to(features.dtype)
+    gradient.scatter_(1, rows, of_targets.exp().sub(1).to(features.dtype))
     gradient *= counts[:, None]
-    return loss, gradient.to(features.dtype)
+    return -(of_targets.squeeze(1) * counts).sum(), gradient
 
 
 ChunkFunction = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -110,7 +126,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants_gradients: bool,
     ) -> Tensor:
         vocab_size = weight.shape[0]
-        # GPUs multiply by whole tiles: the copy in the products' precision is padded to a multiple of 64 rows.
+        # GPUs multiply by whole tiles: the copy in the products' precision is padded to a multiple of 64
+        # rows.
         padding = -vocab_size % 64 if features.is_cuda else 0
         padded = F.pad(weight.to(features.dtype), (0, 0, 0, padding))
         loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))

@@ -10,6 +10,7 @@ the same text gives the same bytes whatever the number of workers, and memory do
 """
 
 import ast
+import concurrent.futures
 import contextlib
 import hashlib
 import importlib.metadata
@@ -22,10 +23,13 @@ import random
 import shutil
 import sys
 import sysconfig
+import tempfile
 import time
 import warnings
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +39,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from config import InputError, require, run_command
+from config import InputError, RunError, require, run_command
 
 SPLITS = ("train", "validation")
 FILE_TYPES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
@@ -121,6 +125,11 @@ def _parquet_documents(path: Path, text_column: str) -> Iterator[str]:
         require(
             text_column in names, f"{path}: has no column '{text_column}'; --text-column is one of {names}"
         )
+        kind = file.schema_arrow.field(text_column).type
+        strings = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+        require(
+            any(is_kind(kind) for is_kind in strings), f"{path}: column '{text_column}' is {kind}, not text"
+        )
         for batch in file.iter_batches(batch_size=256, columns=[text_column]):
             yield from (text for text in batch.column(0).to_pylist() if text is not None)
     except pyarrow.ArrowException as error:
@@ -135,7 +144,7 @@ def _jsonl_documents(path: Path, text_column: str) -> Iterator[str]:
             if line.strip():
                 try:
                     text = json.loads(line)[text_column]
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     text = None
                 if not isinstance(text, str):
                     raise InputError(f'{path}: line {number} is no JSON object with a text "{text_column}"')
@@ -209,7 +218,7 @@ class Settings:
 
 def in_validation(text: bytes, fraction: float) -> bool:
     """Whether a document is for validation: a matter of its text alone, so copies never lie on both sides."""
-    return zlib.crc32(text) < fraction * 2**32
+    return zlib.crc32(text, 0x9E3779B9) < fraction * 2**32  # started so that empty documents are for training
 
 
 def encode_input(source: Path | None, part_path: Path, settings: Settings) -> Part:
@@ -264,16 +273,16 @@ def encode_all(sources: list[Path | None], parts_dir: Path, settings: Settings, 
     order = sorted(range(len(sources)), key=lambda i: -sources[i].stat().st_size if sources[i] else 0)
     shown = sys.stderr.isatty()
     with (
-        context.Pool(min(workers, len(sources)), _share_progress, (progress,)) as pool,
+        ProcessPoolExecutor(min(workers, len(sources)), context, _share_progress, (progress,)) as pool,
         tqdm(unit="B", unit_scale=True, desc="encoding", disable=not shown) as bar,
     ):
         jobs = {
-            index: pool.apply_async(encode_input, (sources[index], parts_dir / f"{index:06d}", settings))
+            index: pool.submit(encode_input, sources[index], parts_dir / f"{index:06d}", settings)
             for index in order
         }
-        last_line = time.monotonic()
-        while not all(job.ready() for job in jobs.values()):
-            next(job for job in jobs.values() if not job.ready()).wait(0.2)
+        last_line, waiting = time.monotonic(), set(jobs.values())
+        while waiting:
+            finished, waiting = concurrent.futures.wait(waiting, timeout=0.2)
             documents, size, tokens = progress[:]
             done = f"{documents:,} documents, {tokens:,} tokens"
             bar.set_postfix_str(done, refresh=False)
@@ -281,10 +290,17 @@ def encode_all(sources: list[Path | None], parts_dir: Path, settings: Settings, 
             if not shown and time.monotonic() - last_line > 15:
                 last_line = time.monotonic()
                 print(f"encoding: {size / 1e6:,.0f} MB, {done}", file=sys.stderr, flush=True)
-            failed = [job for job in jobs.values() if job.ready() and not job.successful()]
-            if failed:
-                failed[0].get()
-        return [jobs[index].get() for index in range(len(sources))]
+            try:
+                for job in finished:
+                    job.result()
+            except BrokenProcessPool:
+                raise RunError(
+                    "a worker was killed, perhaps for want of memory; try fewer --workers"
+                ) from None
+            except InputError:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [jobs[index].result() for index in range(len(sources))]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -382,14 +398,18 @@ def main(
         0 < validation_fraction < 1,
         f"--validation-fraction must be between 0 and 1, not {validation_fraction}",
     )
-    have = [name for name in ("train.safetensors", "validation.safetensors") if (output_dir / name).exists()]
+    outputs = ("train.safetensors", "validation.safetensors", "meta.json")
+    have = [name for name in outputs if (output_dir / name).exists()]
     require(not have, f"{output_dir}: already holds {' and '.join(have)}; remove it or choose another folder")
+    require(bool(source) and str(output_dir) != ".", "SOURCE and OUTPUT_DIR must be named")
     sources = [None] if source == PYTHON_DOCS else find_files(Path(source))
     encoding = get_tokenizer(tokenizer)
     settings = Settings(tokenizer, validation_fraction, text_column)
-    unfinished = output_dir / ".incomplete"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=output_dir))
+    except OSError as error:
+        raise InputError(f"{output_dir}: cannot be made or written to: {error.strerror}") from None
     try:
         parts = encode_all(sources, unfinished, settings, workers)
         require(
@@ -408,7 +428,7 @@ def main(
             mean, median = draw_lengths(parts, unfinished / chart, f"{output_dir.name}: document lengths")
             (unfinished / chart).replace(output_dir / chart)
             print(f"Tokens per document: mean {mean:,.1f}, median {median:,.0f}; see {output_dir / chart}")
-        for name in ("train.safetensors", "validation.safetensors", "meta.json"):
+        for name in outputs:
             (unfinished / name).replace(output_dir / name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -35,6 +36,7 @@ class Reporter:
         self.loss: float | None = None
         self.started = time.monotonic() - seconds
         self._last_status = self._last_line = 0.0
+        self._line: dict[str, float] = {}  # of metrics.jsonl, not written yet
         if speaks:
             self._metrics = _cut_back_metrics(run_dir / "metrics.jsonl", step)
             shown = sys.stderr.isatty()
@@ -57,12 +59,21 @@ class Reporter:
             sys.stdout.flush()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl: step, tokens, and `values`."""
-        if self.speaks:
-            line = {"step": step, "tokens": step * self.plan.tokens_per_step, **values}
-            line["seconds"] = round(self.seconds(), 3)
-            finite = {key: value if math.isfinite(value) else None for key, value in line.items()}  # for JSON
+        """Add `values` to the line of metrics.jsonl for `step`; it is written when another step's begins."""
+        if not self.speaks:
+            return
+        if self._line.get("step") != step:
+            self.flush()
+            self._line = {"step": step, "tokens": step * self.plan.tokens_per_step}
+        self._line |= values | {"seconds": round(self.seconds(), 3)}
+
+    def flush(self) -> None:
+        """Write what has been logged to the disk's file."""
+        if self.speaks and self._line:
+            finite = {key: value if math.isfinite(value) else None for key, value in self._line.items()}
             self._metrics.write(json.dumps(finite) + "\n")
+            self._metrics.flush()
+            self._line = {}
 
     def step(self, step: int, values: dict[str, float], *, step_seconds: float) -> None:
         """Log a finished training step (`values` hold at least train_loss) and show where the run stands."""
@@ -99,7 +110,6 @@ class Reporter:
         """Replace status.json."""
         if not self.speaks:
             return
-        self._metrics.flush()
         values = {
             "status": status,
             "step": step,
@@ -110,6 +120,7 @@ class Reporter:
             "eta_seconds": 0.0 if status == "finished" else self._eta(step),
             "seconds": self.seconds(),
             "cost_usd": self.cost(),
+            "pid": os.getpid(),
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
         }
@@ -119,7 +130,7 @@ class Reporter:
         """Redraw the chart; one that cannot be drawn is no reason to stop training."""
         if not self.speaks:
             return
-        self._metrics.flush()
+        self.flush()
         try:
             draw_chart(
                 self.run_dir / "metrics.jsonl", self.run_dir / "training-run-chart.png", self.run_dir.name
@@ -129,6 +140,7 @@ class Reporter:
 
     def close(self, status: str, step: int, **more: Any) -> None:
         """Write the last status and put bar and files away."""
+        self.flush()
         self.status(status, step, **more)
         if self.speaks:
             self._bar.close()
@@ -145,19 +157,21 @@ def _replace_text(path: Path, text: str) -> None:
 def read_status(run_dir: Path) -> dict[str, Any]:
     """What status.json says; nothing where there is none."""
     try:
-        return json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads((run_dir / "status.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that was cut off (by a crash) ends them."""
+    """The lines of a metrics.jsonl, without any that a crash has cut off or someone has spoilt."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            lines.append(values)
     return lines
 
 
@@ -242,6 +256,7 @@ def print_plan(
     checkpoints = math.ceil(plan.steps / interval) if interval else 1
     kept = checkpoints if config.keep_checkpoints is None else min(checkpoints, config.keep_checkpoints + 1)
     speed = read_status(run_dir).get("tokens_per_second")
+    speed = speed if isinstance(speed, float) and speed > 0 else None
     price = config.usd_per_hour
     have = f"{data.train.tokens.count:,} training tokens" if data else "not here yet"
     split = (

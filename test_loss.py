@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import InputError, require, run_command
+from config import InputError, RunError, require, run_command
 from data import Sequences, TokenFile, check_tokenizer, fetch_dataset
 from gpt import GPTModel, load_model
 from prepare_datasets import get_tokenizer
@@ -81,6 +81,8 @@ def main(
 
     losses = sequence_losses(model, sequences, count, batch_size)
     loss = losses.mean().item()
+    if not math.isfinite(loss):
+        raise RunError(f"the loss is {loss}: the weights are damaged, or training has diverged")
     print(f"{count:,} sequences of {length:,} tokens from {sequences.tokens.path}")
     print(f"Loss against our test dataset: {loss:.3f}")
     print(f"Perplexity: {losses.mean().exp().item():.2f}")
@@ -89,7 +91,10 @@ def main(
     )
     try:
         size = count_bytes(sequences, count, model.config.tokenizer)
-        print(f"Bits per byte: {losses.sum().item() * length / math.log(2) / size:.4f}")
+        bits = losses.sum().item() * length / math.log(2)
+        print(
+            "Bits per byte: " + (f"{bits / size:.4f}" if size else "not known: the tokens stand for no text")
+        )
     except InputError as error:
         print(f"Bits per byte: not known: {error}")
 

@@ -23,10 +23,10 @@ from prepare_datasets import get_tokenizer
     "--tokens", type=click.IntRange(1), default=20, show_default=True, help="How many to add at most."
 )
 @click.option(
-    "--temperature", type=click.FloatRange(0), default=1.0, show_default=True, help="0: the likeliest."
+    "--temperature", type=click.FloatRange(0, 1000), default=1.0, show_default=True, help="0: the likeliest."
 )
 @click.option("--top-k", type=click.IntRange(1), default=25, show_default=True, help="Draw from so many.")
-@click.option("--seed", type=int, help="For the same samples every time.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="For the same samples every time.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True)
 def main(
     model_json: Path,
@@ -41,6 +41,7 @@ def main(
     """Continue a prompt with the model in MODEL_SAFETENSORS, ours or a Hugging Face GPT-2's."""
     model = load_model(model_json, model_safetensors)
     tokenizer = get_tokenizer(model.config.tokenizer)
+    require(temperature == temperature, "--temperature must be a number")
     encoded = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
     vocab_size = model.config.vocab_size
     require(

@@ -1,8 +1,8 @@
 """The training step in the manner of the published code, to measure against: plain, and none of it tuned.
 
-Attention materialises its T x T matrix, LayerNorm and GELU are written out, logits are whole and in float32, AdamW
-is not fused, and the loss is read after every microbatch. On CUDA in float16 autocast, elsewhere in float32.
-Parameter names are the model's own, so that both sides can start from the same weights.
+Attention materialises its T x T matrix, LayerNorm and GELU are written out, logits are whole and in float32,
+AdamW is not fused, and the loss is read after every microbatch. On CUDA in float16 autocast, elsewhere in
+float32. Parameter names are the model's own, so that both sides can start from the same weights.
 """
 
 import math

@@ -1,12 +1,13 @@
-"""How fast and how large a run's training step is, beside the plain step of reference.py and the machine's own limit.
+"""How fast and how large a run's training step is, beside the plain step of reference.py and the machine's
+own limit.
 
     python benchmarks/throughput.py original --microbatch 2 --dropout 0
     torchrun --nproc_per_node=8 benchmarks/throughput.py 8xh100m80 --reference-microbatch 27 --json h100.json
 
-Both sides run in one process group and in turns, warm, on the same synthetic tokens; the ratio is that of neighbouring
-turns. Peak memory and the time from launch to the first finished step are taken by a process of its own for each
-side. MFU is model FLOPs (6 per parameter of a matrix product and token, plus attention's) over the best rate that a
-plain matrix product in the same precision reaches on this machine.
+Both sides run in one process group and in turns, warm, on the same synthetic tokens; the ratio is that of
+neighbouring turns. Peak memory and the time from launch to the first finished step are taken by a process of
+its own for each side. MFU is model FLOPs (6 per parameter of a matrix product and token, plus attention's)
+over the best rate that a plain matrix product in the same precision reaches on this machine.
 """
 
 import ctypes
@@ -28,11 +29,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+from reference import PlainTrainer
+
 from config import TrainConfig, read_config, run_command
-from ddp_train import choose_precision, keep_freed_memory, make_state, train_step
+from ddp_train import choose_precision, make_state, train_step
 from distributed import World, join_world
 from gpt import GPTConfig, GPTModel
-from reference import PlainTrainer
+from memory import keep_freed_memory
 
 STARTED = time.time()
 RUNS = Path(__file__).parent.parent / "runs"
@@ -82,7 +85,8 @@ def make_side(side: str, config: TrainConfig, model_config: GPTConfig, world: Wo
 def measure_alone(
     side: str, config: TrainConfig, model_config: GPTConfig, started: float
 ) -> dict[str, float]:
-    """Peak memory in GiB, and seconds from launch to the first finished step, of this process with one side."""
+    """Peak memory in GiB, and seconds from launch to the first finished step, of this process with one
+    side."""
     world = join_world()
     step = make_side(side, config, model_config, world)
     step()
@@ -119,7 +123,8 @@ def alone(side: str, arguments: list[str], config: TrainConfig) -> dict[str, flo
 
 
 def as_if_untuned() -> None:
-    """Undo `keep_freed_memory` for a turn of the plain side: what glibc does by itself after a few large frees."""
+    """Undo `keep_freed_memory` for a turn of the plain side: what glibc does by itself after a few large
+    frees."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 65_536)  # M_MMAP_MAX
@@ -259,7 +264,8 @@ def show(results: dict[str, Any]) -> None:
     print(f"{results['processes']} x {results['device']}, torch {results['torch']}: {results['command']}")
     print()
     print(
-        "| side | precision, microbatch | tokens/s (min to max) | MFU of GEMM ceiling | peak GiB | first step | ratio |"
+        "| side | precision, microbatch | tokens/s (min to max) | MFU of GEMM ceiling | peak GiB | first "
+        "step | ratio |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for side, row in results["sides"].items():

@@ -186,17 +186,6 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
         yield serve
 
 
-def have_gpt2_vocabulary() -> bool:
-    """Whether tiktoken finds its GPT-2 files with no network."""
-    import tiktoken
-
-    try:
-        tiktoken.get_encoding("gpt2")
-    except Exception:
-        return False
-    return True
-
-
 needs_gpt2 = pytest.mark.skipif(
     not os.environ.get("TIKTOKEN_CACHE_DIR"),
     reason="the GPT-2 vocabulary: set TIKTOKEN_CACHE_DIR to a copy of it",
