@@ -1,5 +1,6 @@
 # make demo    prepare a small corpus, train runs/demo on it, show what the model says: under 4 minutes on 2 cores
 # make test    run the tests: under 10 minutes on 2 cores, no network, no GPU
+# make bench   measure the training step of the demo and of GPT-2 small beside a plain one: 10 minutes on 2 cores
 # make lint    check style
 # Each makes .venv first, if need be; PYTHON=python3.12 chooses the Python for it (3.11 or later).
 
@@ -8,7 +9,7 @@ BIN := .venv/bin
 DEMO := runs/demo
 DEMO_DATA := datasets/local/python-docs
 
-.PHONY: demo test lint
+.PHONY: demo test bench lint
 .DELETE_ON_ERROR:
 
 demo: .venv/ready $(DEMO_DATA)/meta.json
@@ -23,6 +24,10 @@ demo: .venv/ready $(DEMO_DATA)/meta.json
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/throughput.py demo
+	$(BIN)/python benchmarks/throughput.py original --microbatch 2 --dropout 0
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .

@@ -84,8 +84,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a whole checkpoint. Raises InputError, naming the file, if it is damaged, half there or no
-    checkpoint."""
+    """Read a whole checkpoint. Raises InputError, naming the file, if it is damaged or half there."""
     meta = read_json_object(path / META_FILE)
     missing = REQUIRED_META - meta.keys()
     require(
@@ -116,8 +115,7 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | 
 
 
 def named_checkpoint(folder: Path, name: str) -> Checkpoint:
-    """The checkpoint that a user named: `latest`, `best` or a folder's name. Raises InputError if it is not
-    good."""
+    """The checkpoint that a user named: `latest`, `best` or a folder's name. Raises InputError."""
     require_plain_name(name, "checkpoint")
     link = folder / name
     if name in ("latest", "best"):
@@ -136,8 +134,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def point_link(folder: Path, name: str, target: Path) -> None:
-    """Make `folder/name` a relative link to `target`, in one step: it is never missing and never half
-    there."""
+    """Make `folder/name` a relative link to `target`, in one step: it is never missing or half there."""
     if (folder / name).is_dir() and not (folder / name).is_symlink():  # copied by a tool that follows links
         (folder / name).rename(folder / f"{name}-copy-{int(time.time())}")
     temporary = folder / f"{TEMPORARY_PREFIX}{name}"
@@ -156,8 +153,7 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as tensors named PARAMETER.STATE, so that no order of parameters has to be
-    kept."""
+    """The optimiser's state as tensors named PARAMETER.STATE, whatever the order of parameters."""
     return {
         f"{name}.{key}": torch.as_tensor(value)
         for name, parameter in model.named_parameters()
@@ -193,8 +189,7 @@ def rng_state(device: torch.device) -> dict[str, str]:
 
 
 def set_rng_state(states: dict[str, str], device: torch.device) -> None:
-    """Undo `rng_state`; a run that moves to another kind of device keeps its data exact, not its dropout
-    masks."""
+    """Undo `rng_state`; on another kind of device the data stay exact, dropout masks do not."""
     for name, text in states.items():
         state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
         if name == "cpu":
@@ -220,18 +215,15 @@ FREE_ON_RESUME = {
 def check_resumable(
     checkpoint: Checkpoint, model_config: GPTConfig, train_config: TrainConfig, global_batch: int
 ) -> None:
-    """Raise InputError, naming the keys, if going on from a checkpoint would not continue the run that wrote
-    it."""
+    """Raise InputError, naming the keys, if going on would not continue the run that was saved."""
     meta = checkpoint.meta
     for theirs, ours, name in (
         (meta["model_config"], model_config, "model.json"),
         (meta["train_config"], train_config, "train.json"),
     ):
-        # A key that the checkpoint's version did not know had the effect of its default.
+        # A key that the checkpoint's version did not know had the effect of its default. Tuples become lists.
         theirs = {field.name: field.default for field in dataclasses.fields(ours)} | theirs
-        theirs, ours = json.loads(
-            json.dumps((theirs, dataclasses.asdict(ours)), default=str)
-        )  # tuples to lists
+        theirs, ours = json.loads(json.dumps((theirs, dataclasses.asdict(ours)), default=str))
         changed = [key for key in ours if key not in FREE_ON_RESUME and theirs.get(key) != ours[key]]
         values = "; ".join(
             f"{key} was {json.dumps(theirs.get(key))}, is {json.dumps(ours[key])}" for key in changed

@@ -30,8 +30,7 @@ SILENCE_SECONDS = 5.0
 
 
 class InputError(ValueError):
-    """Something a user gave (an option, a config, a data set) is wrong. One line: the thing, then the
-    mend."""
+    """Something a user gave (an option, a config, a data set) is wrong. One line: the thing, the mend."""
 
 
 class RunError(RuntimeError):
@@ -138,10 +137,8 @@ class TrainConfig:
         if asked not in (None, accumulation):
             raise InputError(
                 f"global_batch_size {size} and gradient_accumulation_steps {asked} are at odds: with "
-                "microbatch_size "
-                f"{self.microbatch_size} and {processes} processes gradient_accumulation_steps "
-                f"{accumulation} or "
-                f"global_batch_size {at_once * asked} would work"
+                f"microbatch_size {self.microbatch_size} and {processes} processes "
+                f"gradient_accumulation_steps {accumulation} or global_batch_size {at_once * asked} works"
             )
         return accumulation
 
@@ -170,8 +167,7 @@ def read_config(config_class: type[Config], path: Path) -> Config:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read one JSON object, refusing repeated keys and NaN. Raises InputError naming the file and the
-    place."""
+    """Read one JSON object, refusing repeated keys and NaN. Raises InputError, naming the place."""
 
     def object_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -202,8 +198,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint`, or raise InputError. An integer passes for a float, a boolean for
-    neither."""
+    """Return `value` as the type `hint`, or raise InputError. An integer passes for a float."""
     for option in (
         typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     ):

@@ -58,8 +58,7 @@ class TokenFile:
                 index = int((tokens >= vocab_size).argmax())
                 raise InputError(
                     f"{self.path}: token {tokens[index]} at index {first + index} is outside the model's "
-                    "vocabulary "
-                    f"of {vocab_size}; was the data set made with another tokenizer?"
+                    f"vocabulary of {vocab_size}; was the data set made with another tokenizer?"
                 )
 
 
@@ -166,9 +165,8 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     missing = [name for name in (f"{split}.safetensors" for split in splits) if not (folder / name).exists()]
     if not missing:
         return folder
-    from huggingface_hub import (
-        hf_hub_download,
-    )  # here, because most runs find their files and start sooner without
+    # Here, because most runs find their files, and start sooner without.
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     for name in [*missing, "meta.json"]:
@@ -188,8 +186,7 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
 
 
 def check_tokenizer(folder: Path, model: GPTConfig) -> None:
-    """Raise InputError if the data set says that its tokens are not the model's. One that says nothing
-    passes."""
+    """Raise InputError if the data set says that its tokens are not the model's. No word, no error."""
     if not (folder / "meta.json").exists():
         return
     meta = read_json_object(folder / "meta.json")

@@ -67,8 +67,7 @@ from reporting import Reporter, print_plan, read_status, set_earlier_results_asi
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 matrix products (AVX512-BF16 or AMX); without, bf16 is
-    slow."""
+    """Whether this CPU has instructions for bf16 matrix products; without them bf16 is slow."""
     try:
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
     except OSError:
@@ -93,8 +92,7 @@ def hardware(config: TrainConfig, world: World) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context in which forward passes run: matrix products in half precision where the precision says
-    so."""
+    """The context in which forward passes run, with matrix products in half precision if so wanted."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
@@ -194,9 +192,7 @@ class TrainState:
     best_loss: float = math.inf
     train_loss: float | None = None  # mean over the steps between the last two checkpoints
     val_loss: float | None = None  # of the last validation
-    recent_losses: list[float] = field(
-        default_factory=list
-    )  # train loss of each step since the last checkpoint
+    recent_losses: list[float] = field(default_factory=list)  # of each step since the last checkpoint
 
 
 def make_state(config: TrainConfig, model_config: GPTConfig, world: World) -> TrainState:
@@ -271,8 +267,7 @@ def train_step(
 
 @torch.no_grad()
 def validate(state: TrainState, sequences: Sequences, config: TrainConfig, world: World) -> float:
-    """Mean loss over the first validation_batches microbatches, shared out over the processes, in nats per
-    token."""
+    """Mean loss over the first validation_batches microbatches, in nats per token, shared out."""
     state.loss.eval()
     total = torch.zeros((), device=world.device)
     for index in range(world.rank, config.validation_batches, world.size):
@@ -347,9 +342,8 @@ def train(run: Run, state: TrainState) -> None:
         reporter.close("failed", state.step, error=" ".join(str(error).split()))
         raise
     if state.step < run.plan.steps:
-        run.world.gather(
-            None
-        )  # torchrun ends the others as soon as one has left: none may before all is saved
+        # torchrun ends the other processes as soon as one has left: none may before all is saved.
+        run.world.gather(None)
         reporter.close("preempted", state.step)
         reporter.say(
             f"Stopped by a signal after step {state.step:,}, with a checkpoint; --resume goes on from there"
@@ -365,8 +359,7 @@ def train(run: Run, state: TrainState) -> None:
 
 
 class StepNumbers:
-    """What a step came to: loss, gradient norm and requests to stop, on their way from the device to the
-    host."""
+    """A step's loss, gradient norm and requests to stop, on their way from the device to the host."""
 
     def __init__(self, step: int, numbers: Tensor) -> None:
         self.step, self._ready = step, None
@@ -558,14 +551,12 @@ def find_max_microbatch(config: TrainConfig, model_config: GPTConfig, world: Wor
     two microbatches, because from the second on gradients are held besides activations. Raises RunError if 1
     is too many.
     """
-    world.sum(
-        torch.zeros(1, device=world.device)
-    )  # what communication needs is taken before anything is measured
+    # What communication needs is taken before anything is measured.
+    world.sum(torch.zeros(1, device=world.device))
     if world.device.type == "cpu":
         limit_host_memory(world.local_size)
-    alone = dataclasses.replace(
-        world, size=1, control=None
-    )  # so that no process waits for one whose step failed
+    # Steps exchange nothing, so that no process waits for one that has run out of memory.
+    alone = dataclasses.replace(world, size=1, control=None)
     state = make_state(dataclasses.replace(config, microbatch_size=1), model_config, alone)
     # DDP, and accumulation from the second microbatch on, hold gradients besides activations.
     holds = (
@@ -583,9 +574,10 @@ def find_max_microbatch(config: TrainConfig, model_config: GPTConfig, world: Wor
             microbatches = [tokens.to(world.device)] * (2 if holds else 1)
             for _ in range(2):
                 start = time.perf_counter()
-                train_step(state, microbatches, learning_rate=0.0, max_norm=config.clipping_max_norm)[
-                    1
-                ].item()
+                _, norm = train_step(
+                    state, microbatches, learning_rate=0.0, max_norm=config.clipping_max_norm
+                )
+                norm.item()  # waits for the device
             speed = len(microbatches) * size * model_config.context_length / (time.perf_counter() - start)
             return f"{memory_in_use(world.device):.2f} GiB, {speed:,.0f} tokens/s per process"
         except Exception as error:

@@ -29,9 +29,8 @@ class World:
     size: int
     local_size: int
     device: torch.device
-    control: (
-        dist.ProcessGroup | None
-    )  # for Python objects, on the CPU; patient, for one may wait long on another
+    # For Python objects, on the CPU; patient, for one process may wait long on another.
+    control: dist.ProcessGroup | None
 
     @property
     def is_first(self) -> bool:
@@ -79,8 +78,7 @@ class World:
         return holder[0]
 
     def tensors_from_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The first process's CPU tensors by name on every process, so that only its disk has to hold
-        them."""
+        """The first process's CPU tensors by name on every process; only its disk has to hold them."""
         if self.control is None:
             return tensors
         for name, shape, dtype in self.from_first([(n, t.shape, t.dtype) for n, t in tensors.items()]):
@@ -97,8 +95,7 @@ class World:
 
 
 def join_world() -> World:
-    """Find this process's device and join the other processes. Raises InputError if there are too few
-    devices."""
+    """Find this process's device and join the others. Raises InputError if there are too few devices."""
     rank, local_rank, size, local_size = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))

@@ -36,8 +36,7 @@ def memory_in_use(device: torch.device) -> float:
 
 
 def release_memory(device: torch.device) -> None:
-    """Return what is free to the device, or on a CPU to the system, and count its use anew where that can be
-    done."""
+    """Give what is free back to the device or the system and, where possible, count use anew."""
     if device.type == "cpu":
         keep_freed_memory()
     else:

@@ -87,8 +87,7 @@ def encode_document(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
 
 
 def find_files(source: Path) -> list[Path]:
-    """The text files of a folder (recursively, sorted by path), or the one that was named. Raises
-    InputError."""
+    """The text files of a folder (recursively, sorted by path), or the one that was named."""
     if source.is_file():
         files = [source]
     else:
@@ -265,8 +264,7 @@ def _report_progress(size: int, tokens: int) -> None:
 
 
 def encode_all(sources: list[Path | None], parts_dir: Path, settings: Settings, workers: int) -> list[Part]:
-    """Encode all inputs with a pool of workers, showing progress; the parts come back in the inputs'
-    order."""
+    """Encode all inputs with a pool of workers, showing progress; parts come in the inputs' order."""
     context = multiprocessing.get_context("spawn")
     progress = context.Array("q", 3)
     # Large files first, so that no worker is left with a long one at the end.

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 
 class Reporter:
-    """The first process's voice: progress bar, metrics.jsonl, status.json and the chart. The others stay
-    silent."""
+    """The first process's voice: progress, metrics.jsonl, status.json, chart. The others stay silent."""
 
     def __init__(
         self, run_dir: Path, config: TrainConfig, plan: BatchPlan, *, step: int, seconds: float, speaks: bool
@@ -176,8 +175,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _cut_back_metrics(path: Path, step: int) -> TextIO:
-    """Open metrics.jsonl for appending after `step`, without the lines of later steps, which will be taken
-    again."""
+    """Open metrics.jsonl for appending after `step`, without lines of steps that will be taken again."""
     kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
     _replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
     return path.open("a", encoding="utf-8")
@@ -246,8 +244,7 @@ def print_plan(
     plan: BatchPlan,
     hardware: str,
 ) -> None:
-    """Say what a run does, in numbers that follow from its configs; `data` is None while they are not
-    here."""
+    """Say what a run does, in numbers that follow from its configs; `data` None: not here yet."""
     with torch.device("meta"):
         model = GPTModel(model_config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -286,8 +283,7 @@ def print_plan(
 
 
 def set_earlier_results_aside(directory: Path) -> Path | None:
-    """Move what an earlier run of this name has written into a folder of its own; return it, None if nothing
-    was."""
+    """Move what an earlier run of this name wrote into a folder of its own; None if nothing was."""
     names = ("checkpoints", "metrics.jsonl", "status.json", "training-run-chart.png")
     found = [directory / name for name in names if (directory / name).exists()]
     if not found:

@@ -22,8 +22,7 @@ from prepare_datasets import get_tokenizer
 
 @torch.no_grad()
 def sequence_losses(model: GPTModel, sequences: Sequences, count: int, batch_size: int) -> torch.Tensor:
-    """The mean loss of each of the first `count` sequences, in nats per token: (count,) float64 on the
-    CPU."""
+    """The mean loss of each of the first `count` sequences, in nats per token: (count,) float64."""
     losses = []
     for first in tqdm(range(0, count, batch_size), unit="batch", disable=None):
         batch = sequences.read(first, min(batch_size, count - first)).to(model.tok_emb.weight.device).long()
@@ -62,8 +61,7 @@ def main(
     tokens: int,
     batch_size: int,
 ) -> None:
-    """Measure the loss of the model in MODEL_SAFETENSORS, ours or a Hugging Face GPT-2's, on held-out
-    text."""
+    """Measure the loss of the model in MODEL_SAFETENSORS, ours or a Hugging Face GPT-2's."""
     model = load_model(model_json, model_safetensors)
     folder = fetch_dataset(datasets_dir, dataset, None, [split])
     check_tokenizer(folder, model.config)

@@ -74,7 +74,7 @@ CONFIGS = {
     "at odds": (
         {},
         {"gradient_accumulation_steps": 3},
-        "gradient_accumulation_steps 4 or global_batch_size 6 would work",
+        "gradient_accumulation_steps 4 or global_batch_size 6 works",
     ),
     "too few tokens": (
         {},
