@@ -39,7 +39,7 @@ class NextTokenLoss(nn.Module):
     def compile(self) -> None:
         """Compile, at their next call, the blocks as one graph and the loss of a chunk as another."""
         if self.model.out_head.weight.device.type == "cpu":
-            # Keep 60% of the activations, make the cheap ones again: as fast on a CPU, in a tenth less memory.
+            # Keep 60% of the activations, make cheap ones again: as fast on a CPU, in a tenth less memory.
             torch._functorch.config.activation_memory_budget = 0.6
         self._features = torch.compile(self.model.features, dynamic=False)
         self._chunk = torch.compile(chunk_loss_and_gradients, dynamic=False)
