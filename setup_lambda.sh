@@ -26,6 +26,8 @@ fi
 echo "== .venv"
 is_new_enough='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 if [ ! -x .venv/bin/python ]; then
+    # Ubuntu's own Python comes without venv.
+    python3 -c 'import venv, ensurepip' 2>/dev/null || { as_root apt-get update -qq && install_packages python3-venv; } || true
     for python in python3.13 python3.12 python3.11 python3; do
         if command -v "$python" >/dev/null && "$python" -c "$is_new_enough" 2>/dev/null; then
             "$python" -m venv .venv
@@ -38,7 +40,7 @@ if [ -x .venv/bin/python ]; then
 else # the system's Python is too old or has no venv: uv brings one of its own
     if ! command -v uv >/dev/null; then
         command -v pip3 >/dev/null || { as_root apt-get update -qq && install_packages python3-pip; }
-        pip3 install --quiet --user uv
+        pip3 install --quiet --user uv || pip3 install --quiet --user --break-system-packages uv
         export PATH="$HOME/.local/bin:$PATH"
     fi
     uv venv --python 3.12 --seed .venv

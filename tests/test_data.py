@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 from conftest import Sandbox, needs_gpt2, random_tokens, run_script, write_dataset
 from safetensors.numpy import load_file
 
@@ -53,7 +52,8 @@ def write_corpus(folder: Path) -> Path:
     (folder / "b.jsonl").write_text(lines[1])
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines[2].encode()))
     rest = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[300:])
-    (folder / "d.jsonl.zst").write_bytes(zstandard.compress(rest.encode()))
+    with pyarrow.CompressedOutputStream(str(folder / "d.jsonl.zst"), "zstd") as file:
+        file.write(rest.encode())
     (folder / "sub").mkdir()
     (folder / "sub/e.txt").write_text("the last document")
     (folder / "README.md").write_text("not text to train on")
