@@ -128,7 +128,8 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for state in optimizer.state.values():
-        state["step"].zero_()
+        if "step" in state:  # the count of updates, which has to begin at none
+            state["step"].zero_()
 
 
 def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
