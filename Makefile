@@ -17,7 +17,7 @@ demo: .venv/ready $(DEMO_DATA)/meta.json
 	@echo
 	@echo "The demo model continues 'Return the':"
 	@$(BIN)/python test_smoke.py $(DEMO)/model.json $(DEMO)/checkpoints/best/model.safetensors \
-		--prompt "Return the" --tokens 300 --temperature 0.7 --seed 42
+		--prompt "Return the" --tokens 300 --temperature 0.5 --seed 42
 	@echo
 	@echo "Chart:      $(DEMO)/training-run-chart.png"
 	@echo "Checkpoint: $(DEMO)/checkpoints/$$(readlink $(DEMO)/checkpoints/best)"

@@ -21,6 +21,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -155,6 +156,10 @@ def compile_if_wanted(
     """
     if config.compile is False or (config.compile == "auto" and world.device.type != "cuda"):
         return
+    if world.device.type == "cpu" and world.local_size > 1:
+        # Two processes that write the same compiled library at a time spoil it.
+        own = Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{world.local_rank}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own))
     loss.compile()
     problem = None
     try:
