@@ -699,8 +699,7 @@ def prepare_run(
 
 
 def lock(run_dir: Path) -> None:
-    """Keep other training processes out of a run's folder as long as this one lives. Raises InputError if one
-    is in."""
+    """Keep other trainings out of a run's folder while this one lives. Raises InputError if one is in."""
     require(
         os.access(run_dir, os.W_OK), f"{run_dir}: cannot be written to; training writes its results there"
     )

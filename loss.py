@@ -1,5 +1,4 @@
-"""The training loss: the model's head and its cross-entropy, chunk by chunk, so that logits are never held
-whole.
+"""The training loss: the model's head and its cross-entropy in chunks, so that logits are never held whole.
 
 Of GPT-2 small the logits of one sequence take 200 MB in float32, and as much again for their gradient: more
 than all activations of the twelve blocks. They are needed for an instant only, because the gradient of the
@@ -69,17 +68,15 @@ def chunked_cross_entropy(
     chunk_tokens: int | None = None,
     chunk_function: "ChunkFunction | None" = None,
 ) -> Tensor:
-    """`F.cross_entropy(features @ weight.T, targets)` for features (N, C), weight (V, C), targets (N,), a
-    scalar.
+    """`F.cross_entropy(features @ weight.T, targets)` of features (N, C), weight (V, C), targets (N,).
 
-    Equal to it up to rounding, in value and in both gradients, and with matrix products in autocast's
-    precision.
+    Equal to it up to rounding, in value and in both gradients, with products in autocast's precision. The
+    backward pass may run once: it scales the gradients in place.
     """
     if torch.is_autocast_enabled(features.device.type):
         dtype = torch.get_autocast_dtype(features.device.type)
-        if (
-            dtype == torch.float16
-        ):  # its loss scale would come too late for gradients made in the forward pass
+        if dtype == torch.float16:
+            # Its loss scale would come too late for gradients that are made in the forward pass.
             return F.cross_entropy(F.linear(features, weight).float(), targets, ignore_index=IGNORED)
         features = features.to(dtype)
     if chunk_tokens is None:  # chunks of one size, for compiled code is made for one
@@ -128,8 +125,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants_gradients: bool,
     ) -> Tensor:
         vocab_size = weight.shape[0]
-        # GPUs multiply by whole tiles: the copy in the products' precision is padded to a multiple of 64
-        # rows.
+        # GPUs multiply by whole tiles: there the copy for the products is padded to a multiple of 64 rows.
         padding = -vocab_size % 64 if features.is_cuda else 0
         padded = F.pad(weight.to(features.dtype), (0, 0, 0, padding))
         loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
