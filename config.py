@@ -15,6 +15,7 @@ import sys
 import time
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -252,25 +253,29 @@ def require_dataset_id(dataset: str) -> None:
     require_plain_name(name, "the dataset's name")
 
 
-def run_command(command: click.Command) -> NoReturn:
-    """Run a click command and exit: 0 when done, 2 for wrong usage, configs or data, 1 for a failure while
-    running.
+def run_command(command: click.Command, leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
+    """Run a click command and `leave` with the exit status: what the command returns (None is 0), 2 for wrong
+    usage, configs or data, 1 for a failure while running.
 
     Errors that the user can mend are one line on standard error, `Error: ...`; any other exception is a bug
     in this project and keeps its traceback.
     """
     try:
-        sys.exit(command.main(standalone_mode=False))
+        status = command.main(standalone_mode=False) or 0
     except click.exceptions.Abort:
-        _fail("interrupted", 130)
+        status = _say_error("interrupted", 130)
     except (InputError, click.ClickException) as error:
-        _fail(error.format_message() if isinstance(error, click.ClickException) else str(error), 2)
+        status = _say_error(
+            error.format_message() if isinstance(error, click.ClickException) else str(error), 2
+        )
     except (RunError, OSError) as error:
-        _fail(str(error), 1)
+        status = _say_error(str(error), 1)
+    sys.stdout.flush()
+    leave(status)
 
 
-def _fail(message: str, status: int) -> NoReturn:
+def _say_error(message: str, status: int) -> int:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SILENCE_SECONDS)
     print("Error: " + " ".join(message.split()), file=sys.stderr, flush=True)
-    sys.exit(status)
+    return status

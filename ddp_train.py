@@ -20,7 +20,6 @@ import math
 import os
 import platform
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -333,10 +332,11 @@ class StopSignal:
             os._exit(128 + number)
 
 
-def train(run: Run, state: TrainState) -> None:
+def train(run: Run, state: TrainState) -> int:
     """Train to the last step, or until a signal asks to stop: then all processes checkpoint the same step.
 
-    Raises RunError when the loss or a gradient is no number any more.
+    Returns the exit status: 0, or 128 + the signal. Raises RunError when the loss or a gradient is no number
+    any more.
     """
     position = {"step": state.step, "seconds": state.seconds, "speaks": run.world.is_first}
     reporter = Reporter(run.directory, run.config, run.plan, **position)
@@ -354,7 +354,7 @@ def train(run: Run, state: TrainState) -> None:
         reporter.say(
             f"Stopped by a signal after step {state.step:,}, with a checkpoint; --resume goes on from there"
         )
-        sys.exit(128 + (stop.received or signal.SIGTERM))
+        return 128 + (stop.received or signal.SIGTERM)
     reporter.close("finished", state.step)
     seconds, tokens = reporter.seconds(), state.step * run.plan.tokens_per_step
     reporter.say(f"Training complete in {seconds:,.3f} seconds")
@@ -362,6 +362,7 @@ def train(run: Run, state: TrainState) -> None:
     reporter.say(f"Throughput: {tokens / seconds:,.0f} tokens/second")
     reporter.say(f"Final train loss: {state.train_loss:.3f}")
     reporter.say("Final val loss: " + ("not measured" if state.val_loss is None else f"{state.val_loss:.3f}"))
+    return 0
 
 
 class StepNumbers:
@@ -638,7 +639,7 @@ def main(
     find_max_microbatch_size: bool,
     only_plan: bool,
     runs_dir: Path,
-) -> None:
+) -> int:
     """Train the run RUN, a folder of runs/ with model.json and train.json, on a data set kept in
     DATASETS_DIR.
 
@@ -658,7 +659,7 @@ def main(
         bool(datasets_dir or find_max_microbatch_size), "DATASETS_DIR is missing: the folder of the data sets"
     )
 
-    world = join_world()
+    world, status = join_world(), 0
     if find_max_microbatch_size:
         size = find_max_microbatch(config, model_config, world)
         if world.is_first:
@@ -675,9 +676,10 @@ def main(
         with memory_errors_explained(config.microbatch_size):
             state = begin(prepared, "newest" if resume else checkpoint)
             if state is not None:
-                train(prepared, state)
+                status = train(prepared, state)
     if dist.is_initialized():
         dist.destroy_process_group()
+    return status
 
 
 def prepare_run(
@@ -755,4 +757,5 @@ def find_checkpoint(run: Run, name: str | None) -> checkpointing.Checkpoint | No
 
 
 if __name__ == "__main__":
-    run_command(main)
+    # Not sys.exit: threads of a process group whose other members are gone can hold up or abort Python's end.
+    run_command(main, leave=os._exit)

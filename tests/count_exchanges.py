@@ -1,6 +1,7 @@
 """Run by a test under torchrun: count how often gradients are exchanged per optimiser step."""
 
 import torch
+import torch.distributed as dist
 from conftest import MODEL
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -24,3 +25,5 @@ for accumulation in (1, 4):
     for _ in range(3):
         train_step(state, [sequences] * accumulation, learning_rate=0.01, max_norm=None)
     print(f"accumulation {accumulation}: {exchanges} exchanges in 3 steps", flush=True)
+# Left to the interpreter's end, the group's threads now and then abort the process.
+dist.destroy_process_group()
