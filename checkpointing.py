@@ -3,15 +3,17 @@
     checkpoints/20261121Z101500-iteration-617/
         model.safetensors        every parameter, float32
         optimizer.safetensors    every optimiser tensor, named PARAMETER.STATE
-        meta.json                where the run stood, and the size and SHA-256 of the two files
+        meta.json                where the run stood; size and SHA-256 of the two files; a digest of all this
     checkpoints/latest, best     relative links, hints for people; what is good is decided by meta.json
 
 A checkpoint is written under a temporary name and gets its own by one rename, when all of it is on the disk.
-So a reader finds the old one or the new one, never a half.
+So a reader finds the old one or the new one, never a half. Training copies its tensors to host memory and
+goes on while a thread writes them.
 """
 
 import base64
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -21,23 +23,32 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from config import InputError, TrainConfig, read_json_object, require, require_plain_name
+from config import (
+    InputError,
+    RunError,
+    TrainConfig,
+    read_json_object,
+    require,
+    require_plain_name,
+)
 from gpt import GPTConfig
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
 REQUIRED_META = {"files", "global_step", "global_batch", "model_config", "train_config", "rng", "scaler"}
 TEMPORARY_PREFIX = ".incomplete-"
 NAME = re.compile(r"\d{8}Z\d{6}-iteration-(\d+)")
+LINKS = ("latest", "best")
 
 
 @dataclass(frozen=True)
@@ -50,36 +61,108 @@ class Checkpoint:
     meta: dict[str, Any]
 
 
+class Saver:
+    """Saves checkpoints while training goes on, one at a time, in a thread of its own: `copy`, then `write`.
+
+    Leaving its context waits for the save that is under way.
+    """
+
+    def __init__(self, folder: Path, keep: int | None, log: Path) -> None:
+        """`folder` is the run's checkpoints/; only the newest `keep` and the best stay, None: all. `log` is a
+        file whose lines must be on the disk when a checkpoint of the same step is."""
+        self.folder, self.keep, self.log = folder, keep, log
+        self.saved: str | None = None  # the last checkpoint that is on the disk
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
+        self._job: Future[None] | None = None
+        self._host_copies: dict[str, Tensor] = {}
+        self._copied: tuple[dict[str, Tensor], ...] = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+
+    def copy(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
+        """Copy the tensors to host memory. Waits for the save before, and raises what that raised."""
+        self.finish()
+        self._copied = self._on_host("model", model), self._on_host("optimizer", optimizer)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    def write(self, meta: dict[str, Any]) -> None:
+        """Begin to write what was copied; then to point the links, `best` if `meta` says so, and to prune."""
+        self._job = self._thread.submit(self._write, *self._copied, meta)
+
+    def check(self) -> None:
+        """Raise what the last save raised, if it has come to its end."""
+        if self._job is not None and self._job.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save under way. Raises RunError, saying what and how much, if it failed."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+    def _on_host(self, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in memory that is kept from save to save, page-locked for a device that copies by itself."""
+        copies = {}
+        for name, tensor in tensors.items():
+            key = f"{kind}.{name}"
+            if key not in self._host_copies:
+                self._host_copies[key] = torch.empty_like(
+                    tensor, device="cpu", memory_format=torch.contiguous_format, pin_memory=tensor.is_cuda
+                )
+            copies[name] = self._host_copies[key].copy_(tensor.detach(), non_blocking=True)
+        return copies
+
+    def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        _sync(self.log)
+        path = save_checkpoint(self.folder, model, optimizer, meta)
+        point_link(self.folder, "latest", path)
+        if meta["is_best"]:
+            point_link(self.folder, "best", path)
+        if self.keep is not None:
+            prune_checkpoints(self.folder, self.keep)
+        self.saved = path.name
+
+
 def save_checkpoint(
     folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], meta: dict[str, Any]
 ) -> Path:
-    """Write a checkpoint into `folder` and return its path; `meta` must hold `global_step`.
+    """Write a checkpoint of CPU tensors into `folder` and return its path; `meta` must hold `global_step`.
 
-    Returns when it is durable. On failure (OSError, a full disk for example) nothing is left but what was
-    there.
+    Returns when it is durable. Raises RunError when the disk does not take it; nothing is left then but what
+    was there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = _free_path(folder, meta["global_step"])
     temporary = folder / (TEMPORARY_PREFIX + path.name)
     try:
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            _sync(folder.parent)
         temporary.mkdir()
         for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
-            on_cpu = {key: tensor.detach().to("cpu").contiguous() for key, tensor in tensors.items()}
-            safetensors.torch.save_file(on_cpu, temporary / name, metadata={"format": "pt"})
+            safetensors.torch.save_file(tensors, temporary / name, metadata={"format": "pt"})
             _sync(temporary / name)
-        files = {name: _fingerprint(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
-        (temporary / META_FILE).write_text(
-            json.dumps(meta | {"files": files}, indent=1, allow_nan=False), encoding="utf-8"
-        )
+        meta = meta | {
+            "files": {name: fingerprint(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        }
+        text = json.dumps(meta | {"digest": _digest(meta)}, indent=1, allow_nan=False)
+        (temporary / META_FILE).write_text(text, encoding="utf-8")
         _sync(temporary / META_FILE)
         _sync(temporary)
         temporary.rename(path)
         _sync(folder)
-    except BaseException as error:
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # how safetensors reports a full disk
-            raise OSError(f"{path}: could not be saved: {error}") from error
-        raise
+        size = sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values())
+        raise RunError(
+            f"the checkpoint of step {meta['global_step']} could not be saved: {error}; it takes "
+            f"{size / 1e9:.3f} GB, {_free_space(folder) / 1e9:.3f} GB are free in {folder}; free some and "
+            f"go on from {_described(last_checkpoint(folder))} with --resume"
+        ) from error
     return path
 
 
@@ -91,9 +174,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         not missing,
         f"{path / META_FILE}: is no checkpoint's meta.json: it has no {', '.join(sorted(missing))}",
     )
+    digest = meta.pop("digest", None)
+    require(digest == _digest(meta), f"{path / META_FILE}: damaged (its own digest differs)")
     for name in (MODEL_FILE, OPTIMIZER_FILE):
         try:
-            found = _fingerprint(path / name)
+            found = fingerprint(path / name)
         except OSError:
             raise InputError(f"{path / name}: missing or unreadable") from None
         require(
@@ -104,33 +189,76 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, model, optimizer, meta)
 
 
-def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest good checkpoint in `folder`, None where there is none; each bad one passed over is said."""
+def newest_checkpoint(
+    folder: Path, say: Callable[[str], None], *, only_best: bool = False
+) -> Checkpoint | None:
+    """The newest good checkpoint in `folder`, None where there is none; each bad one passed over is said.
+
+    With `only_best`, of those that were the best when they were saved.
+    """
     for path in reversed(list_checkpoints(folder)):
         try:
-            return load_checkpoint(path)
+            if not only_best or read_json_object(path / META_FILE).get("is_best"):
+                return load_checkpoint(path)
         except InputError as error:
             say(f"Passing over {path.name}: {error}")
     return None
 
 
-def named_checkpoint(folder: Path, name: str) -> Checkpoint:
-    """The checkpoint that a user named: `latest`, `best` or a folder's name. Raises InputError."""
-    require_plain_name(name, "checkpoint")
+def named_checkpoint(folder: Path, name: str, say: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint that a user named: `latest`, `best` or a folder's name. Raises InputError.
+
+    The two links are hints: where one leads nowhere good, it is said, and the newest good checkpoint, or of
+    those that were the best, is meant.
+    """
+    if name not in LINKS:
+        return load_checkpoint(require_named(folder, name))
     link = folder / name
-    if name in ("latest", "best"):
-        require(link.is_symlink(), f"{link}: no such link; --resume looks for the newest good checkpoint")
-        name = require_plain_name(str(link.readlink()), f"{link}: the target")
+    try:
+        require(link.is_symlink(), f"{link}: no such link")
+        require(str(link.readlink()) not in LINKS, f"{link}: leads to no checkpoint")
+        return load_checkpoint(require_named(folder, str(link.readlink())))
+    except InputError as error:
+        say(f"Passing over {name}: {error}")
+    found = newest_checkpoint(folder, say, only_best=name == "best")
+    if found is None:
+        raise InputError(f"{folder}: holds no good checkpoint; start without '{name}'")
+    return found
+
+
+def require_named(folder: Path, name: str) -> Path:
+    """Where the checkpoint that a user named is: in this folder and no other. Raises InputError if it is not.
+
+    The links, which are hints, pass.
+    """
+    require_plain_name(name, "checkpoint")
+    if name in LINKS:
+        return folder / name
+    require(not (folder / name).is_symlink(), f"{folder / name}: is a link; name the checkpoint's own folder")
     if not (folder / name).is_dir():
-        have = ", ".join(path.name for path in list_checkpoints(folder)) or "none"
-        raise InputError(f"{folder / name}: no such checkpoint; there are: {have}")
-    return load_checkpoint(folder / name)
+        raise InputError(
+            f"{folder / name}: no such checkpoint; there are: {_described(*list_checkpoints(folder))}"
+        )
+    return folder / name
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first. Other files and folders are left out."""
-    found = [path for path in folder.glob("*-iteration-*") if NAME.fullmatch(path.name) and path.is_dir()]
+    """The checkpoints in `folder`, oldest first. Other files and folders are left out, and links."""
+    found = [
+        path
+        for path in folder.glob("*-iteration-*")
+        if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
     return sorted(found, key=lambda path: (path.name.split("-")[0], int(NAME.fullmatch(path.name)[1])))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint, not looked into."""
+    return next(reversed(list_checkpoints(folder)), None)
+
+
+def _described(*paths: Path | None) -> str:
+    return ", ".join(path.name for path in paths if path is not None) or "none"
 
 
 def point_link(folder: Path, name: str, target: Path) -> None:
@@ -145,11 +273,72 @@ def point_link(folder: Path, name: str, target: Path) -> None:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the one that `best` names."""
-    best = (folder / "best").resolve()
-    for path in list_checkpoints(folder)[:-keep]:
-        if path.resolve() != best:
+    """Delete all but the newest `keep` checkpoints, the last that was the best when saved, and what `best`
+    names."""
+    paths = list_checkpoints(folder)
+    kept = {*paths[-keep:], *[path for path in paths if _was_best(path)][-1:]}
+    if (folder / "best").is_symlink():
+        kept.add(folder / (folder / "best").readlink())
+    for path in paths:
+        if path not in kept:
+            # First the name: a checkpoint that is half deleted must not look like one.
+            shutil.rmtree(path.rename(folder / (TEMPORARY_PREFIX + path.name)))
+
+
+def _was_best(path: Path) -> bool:
+    try:
+        return bool(read_json_object(path / META_FILE).get("is_best"))
+    except InputError:
+        return False
+
+
+def lock_run(run_dir: Path, holder: int | None) -> bool:
+    """Keep other trainings out of a run's folder while this process lives; False where files know no locks.
+
+    Raises InputError if one is in, most likely the process `holder`.
+    """
+    require(
+        os.access(run_dir, os.W_OK), f"{run_dir}: cannot be written to; training writes its results there"
+    )
+    try:
+        fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{run_dir}: is being trained by another process (pid {holder}); wait for it or stop it"
+        ) from None
+    except OSError:
+        return False
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed saves have left in a locked run's checkpoints/, and nothing else."""
+    for path in folder.glob(TEMPORARY_PREFIX + "*"):
+        name = path.name.removeprefix(TEMPORARY_PREFIX)
+        if path.is_symlink() and name in LINKS:
+            path.unlink()
+        elif path.is_dir() and not path.is_symlink() and NAME.fullmatch(name):
             shutil.rmtree(path)
+
+
+def require_space(folder: Path, to_come: int, keep: int | None, parameters: int) -> None:
+    """Raise InputError unless the disk takes the checkpoints `to_come`, 3 x 4 bytes per parameter each.
+
+    Where only the newest `keep` and the best stay, there is one more at a time, while it is written.
+    """
+    here = len(list_checkpoints(folder))
+    checkpoints = to_come if keep is None else max(1, min(to_come, keep + 2 - here))
+    needed, free = checkpoints * 12 * parameters, _free_space(folder)
+    require(
+        needed <= free,
+        f"{folder}: {checkpoints} checkpoints take {needed / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free; "
+        "free some, or set keep_checkpoints or a larger checkpoint_interval in train.json",
+    )
+
+
+def _free_space(folder: Path) -> int:
+    """Bytes that may still be written to a folder, which need not be there yet."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -213,25 +402,45 @@ FREE_ON_RESUME = {
 
 
 def check_resumable(
-    checkpoint: Checkpoint, model_config: GPTConfig, train_config: TrainConfig, global_batch: int
+    checkpoint: Checkpoint,
+    model_config: GPTConfig,
+    train_config: TrainConfig,
+    files: dict[str, dict[str, Any]],
+    global_batch: int,
+    allow: Callable[[str], None] | None,
 ) -> None:
-    """Raise InputError, naming the keys, if going on would not continue the run that was saved."""
+    """Raise InputError, naming the keys, if going on would not continue the run that was saved.
+
+    `files` are the data set's, with their SHA-256. With `allow`, changes of the configs and the data are only
+    said to it. Another global batch would take the data from another place: that is refused always.
+    """
     meta = checkpoint.meta
-    for theirs, ours, name in (
-        (meta["model_config"], model_config, "model.json"),
-        (meta["train_config"], train_config, "train.json"),
+    changed = []
+    for file, theirs, config in (
+        ("model.json", meta["model_config"], model_config),
+        ("train.json", meta["train_config"], train_config),
     ):
         # A key that the checkpoint's version did not know had the effect of its default. Tuples become lists.
-        theirs = {field.name: field.default for field in dataclasses.fields(ours)} | theirs
-        theirs, ours = json.loads(json.dumps((theirs, dataclasses.asdict(ours)), default=str))
-        changed = [key for key in ours if key not in FREE_ON_RESUME and theirs.get(key) != ours[key]]
-        values = "; ".join(
-            f"{key} was {json.dumps(theirs.get(key))}, is {json.dumps(ours[key])}" for key in changed
-        )
-        require(
-            not changed,
-            f"{checkpoint.path.name} is of another run than {name}: {values}; set it back or start afresh",
-        )
+        theirs = {field.name: field.default for field in dataclasses.fields(config)} | theirs
+        theirs, ours = json.loads(json.dumps((theirs, dataclasses.asdict(config)), default=str))
+        changed += [
+            f"{file}: {key} was {json.dumps(theirs[key])}, is {json.dumps(ours[key])}"
+            for key in ours
+            if key not in FREE_ON_RESUME and theirs[key] != ours[key]
+        ]
+    for name, found in files.items():
+        before, now = meta.get("data", {}).get(name, found)["sha256"], found["sha256"]
+        if before != now:
+            changed.append(
+                f"{name} of {train_config.dataset} had the SHA-256 {before[:12]}..., has {now[:12]}..."
+            )
+    if changed and allow:
+        allow(f"Going on, as allowed, although {'; '.join(changed)}")
+    require(
+        not changed or allow is not None,
+        f"{checkpoint.path.name} is of another run: {'; '.join(changed)}; set that back, start afresh, or "
+        "go on all the same with --allow-config-change",
+    )
     require(
         meta["global_batch"] == global_batch,
         f"{checkpoint.path.name} was trained with global batches of {meta['global_batch']} sequences, not "
@@ -259,9 +468,26 @@ def _free_path(folder: Path, step: int) -> Path:
     return path
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _digest(meta: dict[str, Any]) -> str:
+    """The SHA-256 of what a meta.json says."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """A file's size and SHA-256."""
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a file in one step: a reader finds the old text or the new; `durable`: after a power cut too."""
+    temporary = path.with_name(path.name + ".incomplete")
+    temporary.write_text(text, encoding="utf-8")
+    if durable:
+        _sync(temporary)
+    temporary.replace(path)
+    if durable:
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

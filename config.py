@@ -245,6 +245,14 @@ def require_plain_name(name: str, what: str) -> str:
     return name
 
 
+def require_inside(folder: Path, path: Path) -> None:
+    """Raise InputError if `path`, by way of links, leads out of the folder that it was looked up in."""
+    require(
+        path.resolve().is_relative_to(folder.resolve()),
+        f"{path}: is a link that leads out of {folder}; give the folder itself",
+    )
+
+
 def require_dataset_id(dataset: str) -> None:
     """Raise InputError unless `dataset` is a Hub data set id, OWNER/NAME, both of them plain names."""
     owner, slash, name = dataset.partition("/")

@@ -14,17 +14,15 @@ gpt.py, which tokens a step takes in data.py, what is written in checkpointing.p
 """
 
 import dataclasses
-import fcntl
 import functools
 import math
 import os
 import platform
 import signal
-import tempfile
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpointing
-from config import InputError, RunError, TrainConfig, read_config, require, require_plain_name, run_command
+from config import (
+    InputError,
+    RunError,
+    TrainConfig,
+    read_config,
+    require,
+    require_inside,
+    require_plain_name,
+    run_command,
+)
 from data import (
     BatchPlan,
     RunData,
@@ -45,12 +52,14 @@ from data import (
     check_tokens,
     dataset_folder,
     fetch_dataset,
+    fingerprint_files,
     open_data,
     plan_batches,
+    same_on_all_nodes,
 )
-from distributed import World, join_world
+from distributed import StopSignal, World, join_world, lost_processes_explained
 from gpt import GPTConfig, GPTModel, load_tensors
-from loss import NextTokenLoss
+from loss import NextTokenLoss, compile_if_wanted
 from memory import (
     is_out_of_memory,
     keep_freed_memory,
@@ -59,10 +68,14 @@ from memory import (
     memory_in_use,
     release_memory,
 )
+from optimizer import allocate_state, learning_rate_at, make_optimizer, step_if
 from reporting import Reporter, print_plan, read_status, set_earlier_results_aside
 
+# So many steps in a row may be skipped. Float16 begins with a scale of 65,536 = 2^16, halved at each.
+MOST_SKIPPED_IN_A_ROW = 16
+
 # ------------------------------------------------------------------------------------------------------------
-# Model, precision, optimiser
+# Model and precision
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -97,86 +110,6 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
-def make_optimizer(model: GPTModel, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW; weight decay on everything, or only on matrices that are not embeddings."""
-    embeddings = {id(model.tok_emb.weight), id(model.pos_emb.weight)}
-    groups: dict[float, list[nn.Parameter]] = {config.weight_decay: [], 0.0: []}
-    for parameter in model.parameters():
-        decays = config.decay_all_parameters or (parameter.dim() == 2 and id(parameter) not in embeddings)
-        groups[config.weight_decay if decays else 0.0].append(parameter)
-    return torch.optim.AdamW(
-        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items() if parameters],
-        lr=config.learning_rate,
-        betas=config.betas,
-        fused=device.type in ("cpu", "cuda"),
-    )
-
-
-def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have an optimiser make its state now, by a step that changes nothing, and not in the midst of training.
-
-    So memory that stays does not lie scattered among what each step takes and frees, and too little shows at
-    once.
-    """
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for state in optimizer.state.values():
-        if "step" in state:  # the count of updates, which has to begin at none
-            state["step"].zero_()
-
-
-def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
-    """The learning rate of step `step` (from 0) of `steps`: constant, or a linear warm-up that reaches its
-    peak with the last of the first warmup_period_percent of the steps, then half a cosine down to a tenth at
-    the last step."""
-    peak = config.learning_rate
-    if not config.schedule_learning_rate:
-        return peak
-    warmup = round(steps * config.warmup_period_percent / 100)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def compile_if_wanted(
-    loss: NextTokenLoss, config: TrainConfig, world: World, try_out: Callable[[], None]
-) -> None:
-    """Compile the loss if the config says so ("auto": on CUDA) and `try_out`, one pass through it, succeeds.
-
-    Raises RunError if the config insists and it fails; "auto" then says why and trains without.
-    """
-    if config.compile is False or (config.compile == "auto" and world.device.type != "cuda"):
-        return
-    if world.device.type == "cpu" and world.local_size > 1:
-        # Two processes that write the same compiled library at a time spoil it.
-        own = Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{world.local_rank}"
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own))
-    loss.compile()
-    problem = None
-    try:
-        try_out()
-    except Exception as error:  # compilers fail in many ways, all of them before training has begun
-        if is_out_of_memory(error):
-            raise
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    problem = next((found for found in world.gather(problem) if found), None)
-    if problem is None:
-        return
-    if config.compile is True:
-        raise RunError(f'torch.compile failed ({problem}); "compile": "auto" or false trains without')
-    loss.uncompile()
-    if world.is_first:
-        tqdm.write(f"Training without torch.compile, which failed: {problem}")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The training step
 # ------------------------------------------------------------------------------------------------------------
@@ -184,8 +117,9 @@ def compile_if_wanted(
 
 @dataclass
 class TrainState:
-    """Everything that training changes, and the modules that it goes through."""
+    """Everything that training changes, and what it goes through."""
 
+    world: World
     model: GPTModel
     loss: NextTokenLoss  # of the model
     parallel: nn.Module  # the same, averaging gradients over processes
@@ -193,6 +127,8 @@ class TrainState:
     scaler: torch.amp.GradScaler
     precision: str
     step: int = 0  # finished optimiser steps
+    settled: bool = False  # nothing that is due after this step is still to be done
+    skipped: int = 0  # steps in a row, up to this one, whose loss or gradient was no number
     seconds: float = 0.0  # of training, over all resumed parts
     best_loss: float = math.inf
     train_loss: float | None = None  # mean over the steps between the last two checkpoints
@@ -208,26 +144,29 @@ def make_state(config: TrainConfig, model_config: GPTConfig, world: World) -> Tr
     model = GPTModel(model_config).to(world.device)
     loss = NextTokenLoss(model)
 
-    def try_out() -> None:
+    def try_out(module: nn.Module) -> None:
         tokens = torch.zeros(config.microbatch_size, model_config.context_length + 1, dtype=torch.int64)
         try:
             with autocast(precision, world.device):
-                loss(tokens.to(world.device)).backward()
+                module(tokens.to(world.device)).backward()
         finally:
             model.zero_grad()
 
     compile_if_wanted(loss, config, world, try_out)
     optimizer = make_optimizer(model, config, world.device)
     allocate_state(optimizer)
-    torch.manual_seed(config.random_seed + 1 + world.rank)
     parallel = loss
     if world.size > 1:
         device_ids = None if world.device.type == "cpu" else [world.local_rank]
         parallel = DistributedDataParallel(loss, device_ids=device_ids, gradient_as_bucket_view=True)
+        # After its first pass DDP sorts gradients into other buckets, and with three processes or more these
+        # decide in which order is added: in a resumed run too they must be sorted before its first step.
+        try_out(parallel)
+    torch.manual_seed(config.random_seed + 1 + world.rank)
     if world.device.type == "cpu":
         keep_freed_memory()
     scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-    return TrainState(model, loss, parallel, optimizer, scaler, precision)
+    return TrainState(world, model, loss, parallel, optimizer, scaler, precision)
 
 
 def to_device(sequences: Tensor, device: torch.device) -> Tensor:
@@ -238,12 +177,18 @@ def to_device(sequences: Tensor, device: torch.device) -> Tensor:
 
 
 def train_step(
-    state: TrainState, microbatches: list[Tensor], *, learning_rate: float, max_norm: float | None
-) -> tuple[Tensor, Tensor]:
+    state: TrainState,
+    microbatches: list[Tensor],
+    *,
+    learning_rate: float,
+    max_norm: float | None,
+    asked_to_stop: bool = False,
+) -> Tensor:
     """One optimiser step over this process's share of the global batch, sequences of (B, T + 1) each.
 
-    Returns this process's mean loss and the norm of the gradient averaged over all processes (before
-    clipping), two scalars on the device: nothing here waits for them.
+    Returns four numbers on the device, the same on all processes: the mean loss; the norm of the averaged
+    gradient before clipping; whether both are finite, for else the weights stay as they are; how many
+    processes were asked to stop. Nothing here waits for them.
     """
     device = microbatches[0].device
     mean_loss = torch.zeros((), device=device)
@@ -264,27 +209,37 @@ def train_step(
         nn.utils.clip_grads_with_norm_(parameters, max_norm, grad_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
+    asked = torch.full_like(mean_loss, float(asked_to_stop))
+    mean_loss, asked = state.world.sum(torch.stack([mean_loss / state.world.size, asked]))
+    finite = mean_loss.isfinite() & grad_norm.isfinite()
+    step_if(finite, state.optimizer, state.scaler)
     state.optimizer.zero_grad()
-    return mean_loss, grad_norm
+    return torch.stack([mean_loss, grad_norm, finite.to(mean_loss), asked])
 
 
 @torch.no_grad()
-def validate(state: TrainState, sequences: Sequences, config: TrainConfig, world: World) -> float:
-    """Mean loss over the first validation_batches microbatches, in nats per token, shared out."""
+def validate(state: TrainState, sequences: Sequences, config: TrainConfig, stop: StopSignal) -> float | None:
+    """Mean loss over the first validation_batches microbatches, in nats per token, shared out.
+
+    None if a process is asked to stop meanwhile.
+    """
+    world = state.world
     state.loss.eval()
     total = torch.zeros((), device=world.device)
-    for index in range(world.rank, config.validation_batches, world.size):
-        microbatch = sequences.read(index * config.microbatch_size, config.microbatch_size)
-        with autocast(state.precision, world.device):
-            total += state.loss(to_device(microbatch, world.device))
+    stopped = False
+    for first in range(0, config.validation_batches, world.size):
+        if stopped := world.any(stop):
+            break
+        if (index := first + world.rank) < config.validation_batches:
+            microbatch = sequences.read(index * config.microbatch_size, config.microbatch_size)
+            with autocast(state.precision, world.device):
+                total += state.loss(to_device(microbatch, world.device))
     state.loss.train()
-    return world.sum(total).item() / config.validation_batches
+    return None if stopped else world.sum(total).item() / config.validation_batches
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What a run writes while it trains
+# The training loop
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +252,7 @@ class Run:
     model_config: GPTConfig
     plan: BatchPlan
     data: RunData
+    files: dict[str, dict[str, Any]]  # what the data are read from: size, SHA-256, revision
     world: World
 
     @property
@@ -308,186 +264,224 @@ class Run:
         """The microbatch that begins with training sequence `first`, on the device."""
         return to_device(self.data.train.read(first, self.plan.microbatch_size), self.world.device)
 
-    def is_due(self, interval: int | None, step: int) -> bool:
-        """Whether what is done every `interval` steps and at the end is to be done after step `step`."""
-        return step == self.plan.steps or (interval is not None and step % interval == 0)
+    def validates_after(self, step: int) -> bool:
+        """Whether to validate after `step` steps: before the first, at the interval, and at the end."""
+        interval = self.config.validation_interval
+        return interval is not None and (step % interval == 0 or step == self.plan.steps)
 
-
-class StopSignal:
-    """Remembers that SIGTERM or SIGINT asked this process to stop; a second request ends it at once.
-
-    torchrun passes on a signal that the terminal has sent already: repeats within three seconds count as one.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._since = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.received is None:
-            self.received, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > 3:
-            os._exit(128 + number)
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps: at its interval and at the end."""
+        interval = self.config.checkpoint_interval or self.config.validation_interval
+        return step == self.plan.steps or (step > 0 and interval is not None and step % interval == 0)
 
 
 def train(run: Run, state: TrainState) -> int:
     """Train to the last step, or until a signal asks to stop: then all processes checkpoint the same step.
 
-    Returns the exit status: 0, or 128 + the signal. Raises RunError when the loss or a gradient is no number
-    any more.
+    Returns the exit status: 0, or 128 + the signal. Raises RunError when the loss or the gradient stays no
+    number, or a checkpoint cannot be saved.
     """
     position = {"step": state.step, "seconds": state.seconds, "speaks": run.world.is_first}
     reporter = Reporter(run.directory, run.config, run.plan, **position)
-    stop = StopSignal()
+    saver = checkpointing.Saver(run.checkpoints, run.config.keep_checkpoints, run.directory / "metrics.jsonl")
     reporter.status("running", state.step)
-    try:
-        train_steps(run, state, reporter, stop)
-    except Exception as error:
-        reporter.close("failed", state.step, error=" ".join(str(error).split()))
-        raise
-    if state.step < run.plan.steps:
+    with StopSignal() as stop:
+        try:
+            with saver:
+                train_steps(run, state, reporter, saver, stop)
+                finished = state.settled and state.step == run.plan.steps
+                if not finished:
+                    checkpoint(run, state, reporter, saver, scheduled=False)
+                saver.finish()
+        except Exception as error:
+            reporter.close("failed", state.step, error=" ".join(str(error).split()))
+            raise
+        reporter.checkpoint = saver.saved
         # torchrun ends the other processes as soon as one has left: none may before all is saved.
         run.world.gather(None)
-        reporter.close("preempted", state.step)
-        reporter.say(
-            f"Stopped by a signal after step {state.step:,}, with a checkpoint; --resume goes on from there"
-        )
-        return 128 + (stop.received or signal.SIGTERM)
+        if not finished:
+            reporter.close("preempted", state.step)
+            where = f"after step {state.step:,}, with a checkpoint; --resume goes on from there"
+            reporter.say(f"Stopped by a signal {where}")
+            return 128 + (stop.received or signal.SIGTERM)
+    reporter.chart(final=True)
     reporter.close("finished", state.step)
     seconds, tokens = reporter.seconds(), state.step * run.plan.tokens_per_step
     reporter.say(f"Training complete in {seconds:,.3f} seconds")
     reporter.say(f"Tokens seen: {tokens:,}")
     reporter.say(f"Throughput: {tokens / seconds:,.0f} tokens/second")
-    reporter.say(f"Final train loss: {state.train_loss:.3f}")
-    reporter.say("Final val loss: " + ("not measured" if state.val_loss is None else f"{state.val_loss:.3f}"))
+    reporter.say(f"Final train loss: {number(state.train_loss)}")
+    reporter.say(f"Final val loss: {number(state.val_loss)}")
     return 0
 
 
-class StepNumbers:
-    """A step's loss, gradient norm and requests to stop, on their way from the device to the host."""
-
-    def __init__(self, step: int, numbers: Tensor) -> None:
-        self.step, self._ready = step, None
-        self._numbers = numbers.to("cpu", non_blocking=True)
-        if numbers.device.type != "cpu":
-            self._ready = torch.get_device_module(numbers.device).Event()
-            self._ready.record()
-
-    def read(self) -> list[float]:
-        """Wait for this step alone, not for what was queued after it, and return the numbers."""
-        if self._ready is not None:
-            self._ready.synchronize()
-        return self._numbers.tolist()
+def number(loss: float | None) -> str:
+    """A loss for people."""
+    return "not measured" if loss is None else f"{loss:.3f}"
 
 
-def train_steps(run: Run, state: TrainState, reporter: Reporter, stop: StopSignal) -> None:
-    """The training loop: step, log, and at their intervals validation, checkpoint and chart."""
+def train_steps(
+    run: Run, state: TrainState, reporter: Reporter, saver: checkpointing.Saver, stop: StopSignal
+) -> None:
+    """The training loop: until the last step is taken and all that is due is done, or a signal came."""
     config, plan, world = run.config, run.plan, run.world
-    # The host reads a step's numbers when the next step is queued, so that the device never runs dry.
-    unread: list[StepNumbers] = []
-    stopping = False
-
-    def read(done: list[StepNumbers]) -> bool:
-        """Log finished steps; return whether a process was asked to stop."""
-        nonlocal clock
-        numbers = [each.read() for each in done]  # waits for the device
-        clock, before = time.monotonic(), clock
-        for each, (loss, grad_norm, _) in zip(done, numbers, strict=True):
-            # In float16 the scaler passes over steps whose gradient overflows.
-            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or state.scaler.is_enabled()):
-                what = f"the training loss is {loss}, the gradient norm {grad_norm} at step {each.step}"
-                raise RunError(f"{what}; {way_back(run)}")
-            state.recent_losses.append(loss)
-            rate = learning_rate_at(each.step - 1, plan.steps, config)
-            values = {"train_loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
-            reporter.step(each.step, values, step_seconds=(clock - before) / len(done))
-        return any(asked for _, _, asked in numbers)
-
-    if state.step == 0 and config.validation_interval:
-        validate_and_log(run, state, reporter)
-    clock = time.monotonic()
-    while state.step < plan.steps and not stopping:
-        loss, grad_norm = train_step(
+    queued = QueuedSteps(run, state, reporter)
+    while True:
+        if not state.settled:
+            queued.read()
+            if not settle(run, state, reporter, saver, stop):
+                return
+            queued.restart_clock()
+        if state.step == plan.steps:
+            return
+        numbers = train_step(
             state,
             [run.microbatch(first) for first in plan.microbatches(state.step, world.rank)],
             learning_rate=learning_rate_at(state.step, plan.steps, config),
             max_norm=config.clipping_max_norm,
+            asked_to_stop=bool(stop),
         )
         state.step += 1
-        asked = torch.full_like(loss, float(stop.received is not None))
-        unread.append(StepNumbers(state.step, world.sum(torch.stack([loss, grad_norm, asked])) / world.size))
-
-        validates = config.validation_interval is not None and run.is_due(
-            config.validation_interval, state.step
-        )
-        checkpoints = run.is_due(config.checkpoint_interval or config.validation_interval, state.step)
-        if validates or checkpoints:
-            stopping, unread = read(unread), []
-        elif len(unread) > 1:
-            stopping, unread = read(unread[:-1]), unread[-1:]
-            if stopping:
-                read(unread)
-        if validates:
-            validate_and_log(run, state, reporter)
-        if checkpoints:
-            checkpoint(run, state, reporter)
-        elif stopping:
-            checkpoint(run, state, reporter, scheduled=False)
-        if validates or checkpoints:
-            reporter.chart()
-            clock = time.monotonic()
+        state.settled = not (run.validates_after(state.step) or run.saves_after(state.step))
+        queued.add(state.step, numbers)
+        if queued.read(but=1):
+            queued.read()
+            return
+        saver.check()
+        reporter.checkpoint = saver.saved
 
 
-def validate_and_log(run: Run, state: TrainState, reporter: Reporter) -> None:
-    """Validate, and write the loss to state, progress and metrics."""
-    state.val_loss = validate(state, run.data.validation, run.config, run.world)
-    if not math.isfinite(state.val_loss):
-        raise RunError(f"the validation loss is {state.val_loss} at step {state.step}; {way_back(run)}")
-    reporter.log(state.step, {"val_loss": state.val_loss})
-    reporter.say(f"step {state.step:,}: val loss {state.val_loss:.4f}")
+class QueuedSteps:
+    """Steps that are on their way through the device. The host reads the numbers of one when the next is
+    queued, so that the device never runs dry."""
+
+    def __init__(self, run: Run, state: TrainState, reporter: Reporter) -> None:
+        self.run, self.state, self.reporter = run, state, reporter
+        self._queue: list[tuple[int, Tensor, torch.Event | None]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Time the next step from now on."""
+        self._clock = time.monotonic()
+
+    def add(self, step: int, numbers: Tensor) -> None:
+        """Begin to copy what train_step returned to the host."""
+        on_host, event = numbers.to("cpu", non_blocking=True), None
+        if numbers.device.type != "cpu":
+            event = torch.get_device_module(numbers.device).Event()
+            event.record()
+        self._queue.append((step, on_host, event))
+
+    def read(self, *, but: int = 0) -> bool:
+        """Wait for all queued steps but the last `but` and log them; return whether one was asked to stop.
+
+        Raises RunError after too many steps in a row whose loss or gradient is no number.
+        """
+        done, self._queue = self._queue[: len(self._queue) - but], self._queue[len(self._queue) - but :]
+        asked = False
+        for step, numbers, event in done:
+            if event is not None:
+                event.synchronize()
+            loss, grad_norm, finite, stops = numbers.tolist()
+            asked = asked or stops > 0
+            now, before = time.monotonic(), self._clock
+            self._clock = now
+            rate = learning_rate_at(step - 1, self.run.plan.steps, self.run.config)
+            values = {"train_loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+            self.reporter.step(step, values, step_seconds=now - before)
+            if math.isfinite(loss):
+                self.state.recent_losses.append(loss)
+            self._count_skipped(step, loss, grad_norm, skipped=not finite)
+        return asked
+
+    def _count_skipped(self, step: int, loss: float, grad_norm: float, *, skipped: bool) -> None:
+        self.state.skipped = self.state.skipped + 1 if skipped else 0
+        if not skipped:
+            return
+        what = f"the training loss is {loss}, the gradient norm {grad_norm} at step {step}"
+        if self.state.skipped >= MOST_SKIPPED_IN_A_ROW:
+            raise RunError(
+                f"{what}, and {self.state.skipped} steps in a row were skipped; {way_back(self.run)}"
+            )
+        self.reporter.say(f"Skipped: {what}; the weights stay as they were")
 
 
-def checkpoint(run: Run, state: TrainState, reporter: Reporter, *, scheduled: bool = True) -> None:
-    """Save where training stands and point `latest` at it, and `best` if it is.
+def settle(
+    run: Run, state: TrainState, reporter: Reporter, saver: checkpointing.Saver, stop: StopSignal
+) -> bool:
+    """Do what is due after a step: validation, checkpoint, chart.
+
+    False if a signal came before: then all of it is left for the resumed run, which so makes the same
+    decisions as one that was not stopped.
+    """
+    if run.validates_after(state.step):
+        start = time.monotonic()
+        loss = validate(state, run.data.validation, run.config, stop)
+        if loss is None:
+            return False
+        if not math.isfinite(loss):
+            raise RunError(f"the validation loss is {loss} at step {state.step}; {way_back(run)}")
+        state.val_loss = loss
+        reporter.log(state.step, {"val_loss": loss, "validation_seconds": round(time.monotonic() - start, 3)})
+        reporter.say(f"step {state.step:,}: val loss {loss:.4f}")
+    state.settled = True
+    if run.saves_after(state.step):
+        checkpoint(run, state, reporter, saver)
+    reporter.chart()
+    return True
+
+
+def checkpoint(
+    run: Run, state: TrainState, reporter: Reporter, saver: checkpointing.Saver, *, scheduled: bool = True
+) -> None:
+    """Begin to save where training stands; `latest` will point at it, and `best` if it is.
 
     A checkpoint off schedule (before a stop) is never the best and closes no interval, so that a run that is
     stopped and resumed makes the same decisions as one that is not.
     """
+    start = time.monotonic()
+    is_best = False
     if scheduled:
-        state.train_loss = float(np.mean(state.recent_losses))
+        state.train_loss = float(np.mean(state.recent_losses)) if state.recent_losses else state.train_loss
         state.recent_losses.clear()
-        validated = run.config.validation_interval is None or run.is_due(
-            run.config.validation_interval, state.step
-        )
-        candidate = state.train_loss if run.config.validation_interval is None else state.val_loss
-        is_best = validated and candidate < state.best_loss
-        state.best_loss = candidate if is_best else state.best_loss
+        validates = run.config.validation_interval is not None
+        measured = state.val_loss if validates else state.train_loss
+        is_best = measured is not None and measured < state.best_loss
+        is_best = is_best and (not validates or run.validates_after(state.step))
+        state.best_loss = measured if is_best else state.best_loss
     if not nn.utils.get_total_norm(state.model.tensors().values(), math.inf).isfinite():
         raise RunError(f"the weights are no numbers after step {state.step}; {way_back(run)}")
     rng = run.world.gather(checkpointing.rng_state(run.world.device))
-    reporter.flush()
     if not run.world.is_first:
         return
-    meta = {
+    saver.copy(state.model.tensors(), checkpointing.optimizer_tensors(state.model, state.optimizer))
+    reporter.log(state.step, {"checkpoint_seconds": round(time.monotonic() - start, 3)})
+    reporter.flush()
+    saver.write(describe(run, state, reporter.seconds()) | {"is_best": is_best, "rng": rng})
+
+
+def describe(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
+    """What a checkpoint's meta.json says of where the run stands and what it is."""
+    return {
         "global_step": state.step,
+        "settled": state.settled,
+        "skipped": state.skipped,
         "sequences_seen": state.step * run.plan.global_batch,
         "tokens_seen": state.step * run.plan.tokens_per_step,
         "total_steps": run.plan.steps,
         "train_loss": state.train_loss,
         "val_loss": state.val_loss,
         "best_loss": state.best_loss if math.isfinite(state.best_loss) else None,
-        "recent_losses": state.recent_losses,
+        "recent_losses": list(state.recent_losses),
         "learning_rate": learning_rate_at(state.step - 1, run.plan.steps, run.config),
-        "seconds": reporter.seconds(),
+        "seconds": seconds,
         "scaler": state.scaler.state_dict(),
-        "rng": rng,
         "global_batch": run.plan.global_batch,
         "processes": run.plan.processes,
         "precision": state.precision,
         "model_config": dataclasses.asdict(run.model_config),
         "train_config": dataclasses.asdict(run.config),
+        "data": run.files,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -496,14 +490,6 @@ def checkpoint(run: Run, state: TrainState, reporter: Reporter, *, scheduled: bo
         "device": run.world.device_name,
         "git_commit": checkpointing.git_commit(),
     }
-    optimizer = checkpointing.optimizer_tensors(state.model, state.optimizer)
-    path = checkpointing.save_checkpoint(run.checkpoints, state.model.tensors(), optimizer, meta)
-    checkpointing.point_link(run.checkpoints, "latest", path)
-    if scheduled and is_best:
-        checkpointing.point_link(run.checkpoints, "best", path)
-    if run.config.keep_checkpoints is not None:
-        checkpointing.prune_checkpoints(run.checkpoints, run.config.keep_checkpoints)
-    reporter.status("running", state.step, checkpoint=path.name)
 
 
 def restore(run: Run, state: TrainState, found: checkpointing.Checkpoint | None) -> None:
@@ -517,25 +503,24 @@ def restore(run: Run, state: TrainState, found: checkpointing.Checkpoint | None)
     if state.scaler.is_enabled() and meta["scaler"]:  # empty where it was trained in another precision
         state.scaler.load_state_dict(meta["scaler"])
     state.step, state.seconds = meta["global_step"], meta["seconds"]
-    if world.is_first:
-        tqdm.write(f"Going on after step {state.step:,}, from {found.path.name}")
-    state.train_loss, state.val_loss, state.recent_losses = (
-        meta["train_loss"],
-        meta["val_loss"],
-        meta["recent_losses"],
-    )
+    state.settled, state.skipped = meta["settled"], meta["skipped"]
+    state.train_loss, state.val_loss = meta["train_loss"], meta["val_loss"]
+    state.recent_losses = meta["recent_losses"]
     state.best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]
+    said = [f"Going on after step {state.step:,}, from {Path(source).name}"]
     if len(meta["rng"]) == world.size:
         checkpointing.set_rng_state(meta["rng"][world.rank], world.device)
     else:
         seed = np.random.SeedSequence((run.config.random_seed, state.step, world.rank))
         torch.manual_seed(int(seed.generate_state(1)[0]))
-        if world.is_first:
-            tqdm.write(
-                f"Saved by {len(meta['rng'])} processes, resumed by {world.size}: the data go on exactly "
-                "where they "
-                "were; dropout masks differ"
-            )
+        said.append(
+            f"Saved by {len(meta['rng'])} processes, resumed by {world.size}: the data go on exactly where "
+            "they were; dropout masks differ"
+        )
+    if meta["precision"] != state.precision:
+        said.append(f"Saved in {meta['precision']}, resumed in {state.precision}: rounding differs")
+    if world.is_first:
+        tqdm.write("\n".join(said))
 
 
 def way_back(run: Run) -> str:
@@ -550,13 +535,13 @@ def way_back(run: Run) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def find_max_microbatch(config: TrainConfig, model_config: GPTConfig, world: World) -> int:
+def find_max_microbatch(config: TrainConfig, model_config: GPTConfig, world: World, stop: StopSignal) -> int:
     """The largest microbatch_size whose training step fits into memory on every process, by doubling, then
     bisecting.
 
     Steps are real, on synthetic tokens, but for the exchange of gradients; an accumulating run is tried with
     two microbatches, because from the second on gradients are held besides activations. Raises RunError if 1
-    is too many.
+    is too many, or when asked to stop.
     """
     # What communication needs is taken before anything is measured.
     world.sum(torch.zeros(1, device=world.device))
@@ -564,13 +549,15 @@ def find_max_microbatch(config: TrainConfig, model_config: GPTConfig, world: Wor
         limit_host_memory(world.local_size)
     # Steps exchange nothing, so that no process waits for one that has run out of memory.
     alone = dataclasses.replace(world, size=1, control=None)
-    state = make_state(dataclasses.replace(config, microbatch_size=1), model_config, alone)
+    with memory_errors_explained("the model itself does not fit; a smaller one or fewer processes would"):
+        state = make_state(dataclasses.replace(config, microbatch_size=1), model_config, alone)
     # DDP, and accumulation from the second microbatch on, hold gradients besides activations.
     holds = (
         world.size > 1
         or config.global_batch_size is not None
         or config.gradient_accumulation_steps not in (None, 1)
     )
+    fitting, too_large = 0, None  # too_large None: as long as nothing was
 
     def try_step(size: int) -> str | None:
         """Take two steps at a size and say what they took; None where memory ran out."""
@@ -581,10 +568,10 @@ def find_max_microbatch(config: TrainConfig, model_config: GPTConfig, world: Wor
             microbatches = [tokens.to(world.device)] * (2 if holds else 1)
             for _ in range(2):
                 start = time.perf_counter()
-                _, norm = train_step(
+                numbers = train_step(
                     state, microbatches, learning_rate=0.0, max_norm=config.clipping_max_norm
                 )
-                norm.item()  # waits for the device
+                numbers.tolist()  # waits for the device
             speed = len(microbatches) * size * model_config.context_length / (time.perf_counter() - start)
             return f"{memory_in_use(world.device):.2f} GiB, {speed:,.0f} tokens/s per process"
         except Exception as error:
@@ -593,25 +580,21 @@ def find_max_microbatch(config: TrainConfig, model_config: GPTConfig, world: Wor
         # Only here, with the exception and its traceback gone, is the memory of the failed step free.
         return None
 
-    def fits(size: int) -> bool:
+    while too_large is None or too_large - fitting > 1:
+        size = (fitting + too_large) // 2 if too_large else max(1, 2 * fitting)
         taken = try_step(size)
         state.optimizer.zero_grad()
         release_memory(world.device)
-        everywhere = all(each is not None for each in world.gather(taken))
+        fits = all(each is not None for each in world.gather(taken))
+        fitting, too_large = (size, too_large) if fits else (fitting, size)
         if world.is_first:
-            tqdm.write(f"microbatch {size}: " + (f"fits, {taken}" if everywhere else "too large"))
-        return everywhere
-
-    if not fits(1):
+            tqdm.write(f"microbatch {size}: " + (f"fits, {taken}" if fits else "too large"))
+        if world.any(stop):
+            raise RunError(f"stopped by a signal; the largest microbatch that fitted so far is {fitting}")
+    if fitting == 0:
         raise RunError(
             "not even a microbatch of 1 fits; a smaller model, context_length or number of processes would"
         )
-    fitting, too_large = 1, 2
-    while fits(too_large):
-        fitting, too_large = too_large, 2 * too_large
-    while too_large - fitting > 1:
-        middle = (fitting + too_large) // 2
-        fitting, too_large = (middle, too_large) if fits(middle) else (fitting, middle)
     return fitting
 
 
@@ -630,6 +613,16 @@ def find_max_microbatch(config: TrainConfig, model_config: GPTConfig, world: Wor
 @click.option("-f", "--find-max-microbatch-size", is_flag=True, help="Find the largest microbatch that fits.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print what the run would do, and exit.")
 @click.option("--runs-dir", type=click.Path(path_type=Path), default=Path(__file__).parent / "runs")
+@click.option(
+    "--allow-config-change", is_flag=True, help="Go on although the configs or the data set have changed."
+)
+@click.option(
+    "--collective-timeout",
+    type=click.FloatRange(min=1),
+    default=600,
+    show_default=True,
+    help="Seconds that processes wait for one another in a step before they give up.",
+)
 def main(
     run: str,
     datasets_dir: Path | None,
@@ -639,6 +632,8 @@ def main(
     find_max_microbatch_size: bool,
     only_plan: bool,
     runs_dir: Path,
+    allow_config_change: bool,
+    collective_timeout: float,
 ) -> int:
     """Train the run RUN, a folder of runs/ with model.json and train.json, on a data set kept in
     DATASETS_DIR.
@@ -649,6 +644,7 @@ def main(
     if not run_dir.is_dir():
         have = ", ".join(sorted(path.parent.name for path in runs_dir.glob("*/train.json"))) or "none"
         raise InputError(f"{run_dir}: no such run; there are: {have}")
+    require_inside(runs_dir, run_dir)
     model_config = read_config(GPTConfig, run_dir / "model.json")
     config = read_config(TrainConfig, run_dir / "train.json")
     require(not (find_max_microbatch_size and only_plan), "give either -f or --plan")
@@ -659,101 +655,119 @@ def main(
         bool(datasets_dir or find_max_microbatch_size), "DATASETS_DIR is missing: the folder of the data sets"
     )
 
-    world, status = join_world(), 0
-    if find_max_microbatch_size:
-        size = find_max_microbatch(config, model_config, world)
-        if world.is_first:
-            print(f"Max microbatch size was {size}")
-    elif only_plan:
-        folder = dataset_folder(datasets_dir, config.dataset)
-        here = all((folder / f"{split}.safetensors").exists() for split in config.splits)
-        data = open_data(config, model_config, datasets_dir) if here else None
-        plan = plan_batches(config, model_config.context_length, world.size, data and data.train.count)
-        if world.is_first:
-            print_plan(run_dir, config, model_config, data, plan, hardware(config, world))
-    else:
-        prepared = prepare_run(run_dir, config, model_config, datasets_dir, world)
-        with memory_errors_explained(config.microbatch_size):
-            state = begin(prepared, "newest" if resume else checkpoint)
-            if state is not None:
-                status = train(prepared, state)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with lost_processes_explained():
+        world, status = join_world(timedelta(seconds=collective_timeout)), 0
+        if find_max_microbatch_size:
+            with StopSignal() as stop:
+                size = find_max_microbatch(config, model_config, world, stop)
+            if world.is_first:
+                print(f"Max microbatch size was {size}")
+        elif only_plan:
+            folder = dataset_folder(datasets_dir, config.dataset)
+            here = all((folder / f"{split}.safetensors").exists() for split in config.splits)
+            data = open_data(config, model_config, datasets_dir) if here else None
+            plan = plan_batches(config, model_config.context_length, world.size, data and data.train.count)
+            if world.is_first:
+                print_plan(run_dir, config, model_config, data, plan, hardware(config, world))
+        else:
+            # A process that torchrun has started again goes on, whatever the first was told.
+            resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+            prepared = prepare_run(run_dir, config, model_config, datasets_dir, world, checkpoint)
+            mend = f"microbatch_size is {config.microbatch_size}; -f finds the largest that fits"
+            with memory_errors_explained(mend):
+                state = begin(prepared, "newest" if resume else checkpoint, allow_config_change)
+                status = 0 if state is None else train(prepared, state)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return status
 
 
 def prepare_run(
-    run_dir: Path, config: TrainConfig, model_config: GPTConfig, datasets_dir: Path, world: World
+    run_dir: Path,
+    config: TrainConfig,
+    model_config: GPTConfig,
+    datasets_dir: Path,
+    world: World,
+    checkpoint: str | None,
 ) -> Run:
-    """Fetch the data where they are missing, once per node, and check all that the run will use of them."""
+    """Lock the run's folder; fetch the data where they are missing, once per node; check all of them that the
+    run will use. A `checkpoint` that is named but not there is noticed first."""
     config.accumulation_for(world.size)  # before anything slow
-    world.agree(lambda: lock(run_dir), on=world.is_first)
+    if checkpoint is not None:
+        world.agree(
+            lambda: checkpointing.require_named(run_dir / "checkpoints", checkpoint), on=world.is_first
+        )
+    holder = read_status(run_dir).get("pid")
+    locked = world.agree(lambda: checkpointing.lock_run(run_dir, holder), on=world.is_first)
+    if locked:
+        checkpointing.remove_leftovers(run_dir / "checkpoints")
+    elif world.is_first:
+        tqdm.write(f"Warning: {run_dir} cannot be locked; do not start this run twice")
     fetch = functools.partial(
         fetch_dataset, datasets_dir, config.dataset, config.dataset_revision, config.splits
     )
-    world.agree(fetch, on=world.local_rank == 0)
+    folder = world.agree(fetch, on=world.local_rank == 0)
     data = world.agree(lambda: open_data(config, model_config, datasets_dir))
     plan = plan_batches(config, model_config.context_length, world.size, data.train.count)
     used = plan.steps * plan.global_batch, config.validation_batches * config.microbatch_size
     share = world.local_rank, world.local_size
     world.agree(lambda: check_tokens(data, *used, model_config.vocab_size, share=share))
-    return Run(run_dir, config, model_config, plan, data, world)
+    names = [f"{split}.safetensors" for split in config.splits]
+    files = world.agree(lambda: fingerprint_files(folder, names), on=world.local_rank == 0)
+    files = same_on_all_nodes([found for found in world.gather(files) if found is not None])
+    return Run(run_dir, config, model_config, plan, data, files, world)
 
 
-def lock(run_dir: Path) -> None:
-    """Keep other trainings out of a run's folder while this one lives. Raises InputError if one is in."""
-    require(
-        os.access(run_dir, os.W_OK), f"{run_dir}: cannot be written to; training writes its results there"
-    )
-    try:
-        fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = read_status(run_dir).get("pid", "unknown")
-        raise InputError(
-            f"{run_dir}: is being trained by another process (pid {holder}); wait for it or stop it"
-        ) from None
-    except OSError:  # a file system that knows no locks
-        tqdm.write(f"Warning: {run_dir} cannot be locked; do not start this run twice")
-
-
-def begin(run: Run, checkpoint: str | None) -> TrainState | None:
+def begin(run: Run, checkpoint: str | None, allow_change: bool) -> TrainState | None:
     """The state that training begins with: from a named checkpoint, from the "newest" good one, or fresh.
 
-    None when the checkpoint is of the last step: there is nothing left to do.
+    None when the checkpoint is of the end: there is nothing left to do.
     """
     world = run.world
-    found = world.agree(lambda: find_checkpoint(run, checkpoint), on=world.is_first)
-    step = world.from_first(found.meta["global_step"] if found else None)
-    if step is not None and step >= run.plan.steps:
+    found = world.agree(lambda: find_checkpoint(run, checkpoint, allow_change), on=world.is_first)
+    step, settled, name = world.from_first(
+        (found.meta["global_step"], found.meta["settled"], found.path.name) if found else (None, False, None)
+    )
+    if settled and step >= run.plan.steps:
         if world.is_first:
-            print(
-                f"{run.directory.name} is finished: {found.path.name} is of the last of {run.plan.steps:,} "
-                "steps"
-            )
+            print(f"{run.directory.name} is finished: {name} is of the last of {run.plan.steps:,} steps")
         return None
     if world.is_first:
         print_plan(
             run.directory, run.config, run.model_config, run.data, run.plan, hardware(run.config, world)
         )
+        if step is None and (aside := set_earlier_results_aside(run.directory)):
+            print(f"Starting afresh; the earlier results are now in {aside} (--resume would have gone on)")
+    world.agree(lambda: check_space(run, step or 0), on=world.is_first)
     state = make_state(run.config, run.model_config, world)
     if step is not None:
         restore(run, state, found)
-    elif world.is_first and (aside := set_earlier_results_aside(run.directory)):
-        print(f"Starting afresh; what this run wrote before is now in {aside} (--resume would have gone on)")
     return state
 
 
-def find_checkpoint(run: Run, name: str | None) -> checkpointing.Checkpoint | None:
+def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpointing.Checkpoint | None:
     """The checkpoint to go on from, checked to be this run's; None for none."""
     if name is None:
         return None
     if name == "newest":
         found = checkpointing.newest_checkpoint(run.checkpoints, tqdm.write)
     else:
-        found = checkpointing.named_checkpoint(run.checkpoints, name)
-    if found is not None:
-        checkpointing.check_resumable(found, run.model_config, run.config, run.plan.global_batch)
+        found = checkpointing.named_checkpoint(run.checkpoints, name, tqdm.write)
+    if found is None:
+        return None
+    now = run.model_config, run.config, run.files
+    checkpointing.check_resumable(
+        found, *now, run.plan.global_batch, None if not allow_change else tqdm.write
+    )
     return found
+
+
+def check_space(run: Run, step: int) -> None:
+    """Raise InputError if the disk does not take the checkpoints that the run writes after step `step`."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in GPTModel(run.model_config).parameters())
+    to_come = sum(run.saves_after(later) for later in range(step + 1, run.plan.steps + 1))
+    checkpointing.require_space(run.checkpoints, to_come, run.config.keep_checkpoints, parameters)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""The processes that train together, and how they agree."""
+"""The processes that train together: how they agree, are asked to stop, and notice that one has died."""
 
 import os
 import platform
-from collections.abc import Callable
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,8 +33,10 @@ class World:
     size: int
     local_size: int
     device: torch.device
-    # For Python objects, on the CPU; patient, for one process may wait long on another.
+    # Two groups for Python objects, on the CPU. A process may wait long for another's download, but not for
+    # one that trains.
     control: dist.ProcessGroup | None
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -45,16 +51,16 @@ class World:
             torch.cuda.get_device_name(self.device) if cuda else f"{self.device.type} ({platform.machine()})"
         )
 
-    def gather(self, value: Result) -> list[Result]:
+    def gather(self, value: Result, *, patiently: bool = False) -> list[Result]:
         """Every process's `value` (any small object), by rank, on every process."""
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        dist.all_gather_object(values, value, group=self.patient if patiently else self.control)
         return values
 
     def agree(self, task: Callable[[], Result], *, on: bool = True) -> Result | None:
-        """Run `task` on the processes where `on` holds, while the others wait; return what it returned here.
+        """Run `task`, however long, where `on` holds, while the others wait; return what it returned here.
 
         If it raises InputError or RunError on one process, all processes raise that error.
         """
@@ -64,7 +70,7 @@ class World:
                 result = task()
             except (InputError, RunError) as error:
                 problem = error
-        for found in self.gather(problem):
+        for found in self.gather(problem, patiently=True):
             if found is not None:
                 raise found
         return result
@@ -87,6 +93,14 @@ class World:
             dist.broadcast(tensors[name], src=0, group=self.control)
         return tensors
 
+    def any(self, flag: object) -> bool:
+        """Whether `flag` holds on one of the processes. Asks the hosts alone, not their devices."""
+        if self.control is None:
+            return bool(flag)
+        flags = torch.tensor(bool(flag), dtype=torch.int32)
+        dist.all_reduce(flags, group=self.control)
+        return flags.item() > 0
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a device tensor over all processes, in place. Waits for nothing on a GPU."""
         if self.size > 1:
@@ -94,8 +108,11 @@ class World:
         return tensor
 
 
-def join_world() -> World:
-    """Find this process's device and join the others. Raises InputError if there are too few devices."""
+def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
+    """Find this process's device and join the others; they wait `timeout` for one another within a step.
+
+    Raises InputError if there are too few devices.
+    """
     rank, local_rank, size, local_size = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
@@ -116,7 +133,69 @@ def join_world() -> World:
     if size == 1:
         return World(rank, local_rank, size, local_size, device, control=None)
     dist.init_process_group(
-        dist.get_default_backend_for_device(device), device_id=None if device.type == "cpu" else device
+        dist.get_default_backend_for_device(device),
+        timeout=timeout,
+        device_id=None if device.type == "cpu" else device,
     )
-    control = dist.new_group(backend="gloo", timeout=timedelta(days=2))
-    return World(rank, local_rank, size, local_size, device, control)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    return World(rank, local_rank, size, local_size, device, control, patient)
+
+
+@contextmanager
+def lost_processes_explained() -> Iterator[None]:
+    """Turn the errors of a group in which a process has died or stands still into a RunError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise RunError(
+                "another of the processes that train together has died or stands still; start again with "
+                "--resume, or have torchrun do so with --max-restarts=3"
+            ) from error
+        raise
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGINT asked this process to stop; a second request ends it at once.
+
+    torchrun passes on a signal that the terminal has sent already: repeats within three seconds count as one.
+    A thread of its own takes the signals, for Python's handlers wait as long as the main thread does, which
+    may wait for a process that is gone.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        # With its launcher dead a process cannot be stopped or restarted any more: it stops by itself.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def __enter__(self) -> Self:
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer)
+        self._handlers = {
+            number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._writer)
+
+    def __bool__(self) -> bool:
+        """Whether this process was asked to stop, or has lost its launcher."""
+        if self._launcher not in (None, os.getppid()):
+            self.received = self.received or signal.SIGTERM
+        return self.received is not None
+
+    def _watch(self, reader: int) -> None:
+        since = 0.0
+        while number := os.read(reader, 1):
+            if self.received is None:
+                self.received, since = number[0], time.monotonic()
+            elif time.monotonic() - since > 3:
+                os._exit(128 + number[0])
+        os.close(reader)

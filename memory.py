@@ -76,13 +76,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_errors_explained(microbatch_size: int) -> Iterator[None]:
+def memory_errors_explained(mend: str) -> Iterator[None]:
     """Turn errors that say that memory ran out into a RunError that says what to do."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            raise RunError(
-                f"memory ran out at microbatch_size {microbatch_size}; -f finds the largest that fits"
-            ) from error
+            raise RunError(f"memory ran out; {mend}") from error
         raise

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from checkpointing import replace_text
 from config import TrainConfig
 from data import BatchPlan, RunData
 from gpt import GPTConfig, GPTModel
@@ -34,7 +35,9 @@ class Reporter:
         self.step_seconds: float | None = None  # smoothed
         self.loss: float | None = None
         self.started = time.monotonic() - seconds
-        self._last_status = self._last_line = 0.0
+        self.checkpoint: str | None = None  # the last that is on the disk
+        self._begun_at = step
+        self._last_status = self._last_line = self._last_chart = self._chart_seconds = 0.0
         self._line: dict[str, float] = {}  # of metrics.jsonl, not written yet
         if speaks:
             self._metrics = _cut_back_metrics(run_dir / "metrics.jsonl", step)
@@ -69,9 +72,15 @@ class Reporter:
     def flush(self) -> None:
         """Write what has been logged to the disk's file."""
         if self.speaks and self._line:
-            finite = {key: value if math.isfinite(value) else None for key, value in self._line.items()}
+            finite = {
+                key: None if value is None or not math.isfinite(value) else value
+                for key, value in self._line.items()
+            }
             self._metrics.write(json.dumps(finite) + "\n")
             self._metrics.flush()
+            if finite["step"] == self._begun_at:  # a signal came between a step and the validation after it
+                self._metrics.close()
+                self._metrics = _cut_back_metrics(self.run_dir / "metrics.jsonl", self._begun_at)
             self._line = {}
 
     def step(self, step: int, values: dict[str, float], *, step_seconds: float) -> None:
@@ -80,11 +89,11 @@ class Reporter:
             return
         self.step_seconds = 0.95 * (self.step_seconds or step_seconds) + 0.05 * step_seconds
         speed = self.plan.tokens_per_step / max(step_seconds, 1e-9)
-        self.loss = values["train_loss"]
+        self.loss = values["train_loss"] if math.isfinite(values["train_loss"]) else None
         self.log(step, {**values, "tokens_per_second": round(speed, 1)})
         self._bar.update(step - self._bar.n)
         cost = "" if self.cost() is None else f", ${self.cost():.2f}"
-        text = f"loss {self.loss:.3f}, {self.tokens_per_second:,.0f} tokens/s{cost}"
+        text = f"loss {values['train_loss']:.3f}, {self.tokens_per_second:,.0f} tokens/s{cost}"
         now = time.monotonic()
         if not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
@@ -119,15 +128,20 @@ class Reporter:
             "eta_seconds": 0.0 if status == "finished" else self._eta(step),
             "seconds": self.seconds(),
             "cost_usd": self.cost(),
+            "checkpoint": self.checkpoint,
             "pid": os.getpid(),
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
         }
-        _replace_text(self.run_dir / "status.json", json.dumps(values, indent=1))
+        replace_text(self.run_dir / "status.json", json.dumps(values, indent=1))
 
-    def chart(self) -> None:
-        """Redraw the chart; one that cannot be drawn is no reason to stop training."""
-        if not self.speaks:
+    def chart(self, *, final: bool = False) -> None:
+        """Redraw the chart; one that cannot be drawn is no reason to stop training.
+
+        Before the last time, only if drawing takes less than 1% of the time since it was drawn before.
+        """
+        start = time.monotonic()
+        if not self.speaks or not (final or start - self._last_chart > 100 * self._chart_seconds):
             return
         self.flush()
         try:
@@ -136,6 +150,8 @@ class Reporter:
             )
         except Exception as error:
             self.say(f"Warning: the chart could not be drawn: {type(error).__name__}: {error}")
+        self._last_chart = time.monotonic()
+        self._chart_seconds = self._last_chart - start
 
     def close(self, status: str, step: int, **more: Any) -> None:
         """Write the last status and put bar and files away."""
@@ -144,13 +160,6 @@ class Reporter:
         if self.speaks:
             self._bar.close()
             self._metrics.close()
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Write a file in one step: a reader finds the old text or the new one."""
-    temporary = path.with_name(path.name + ".incomplete")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -162,22 +171,23 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without any that a crash has cut off or someone has spoilt."""
-    lines = []
+    """The lines of a metrics.jsonl, two of one step as one, without any that a crash has cut off or someone
+    has spoilt."""
+    lines: dict[int, dict[str, Any]] = {}
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             values = json.loads(line)
         except ValueError:
             continue
         if isinstance(values, dict) and isinstance(values.get("step"), int):
-            lines.append(values)
-    return lines
+            lines[values["step"]] = lines.get(values["step"], {}) | values
+    return list(lines.values())
 
 
 def _cut_back_metrics(path: Path, step: int) -> TextIO:
-    """Open metrics.jsonl for appending after `step`, without lines of steps that will be taken again."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-    _replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+    """Open metrics.jsonl for appending after `step`, one line per step, without what will be done again."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in kept), durable=True)
     return path.open("a", encoding="utf-8")
 
 

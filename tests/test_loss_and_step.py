@@ -74,7 +74,7 @@ def losses_of_both(model: dict, precision: str, *, steps: int = 50) -> tuple[lis
     for _ in range(steps):
         increments = torch.randint(7, (2, 4, 65), generator=generator)
         microbatches = list(increments.cumsum(-1) % 301)
-        ours, _ = train_step(
+        ours, *_ = train_step(
             state, microbatches, learning_rate=config.learning_rate, max_norm=config.clipping_max_norm
         )
         pairs.append((plain.step(microbatches), ours.item()))
@@ -101,8 +101,8 @@ def test_the_compiled_step_has_the_same_losses() -> None:
     compiled = make_state(config, model_config, ALONE)
     sequences = torch.randint(64, (2, 17))
     for _ in range(5):
-        one, _ = train_step(eager, [sequences], learning_rate=0.01, max_norm=1.0)
-        other, _ = train_step(compiled, [sequences], learning_rate=0.01, max_norm=1.0)
+        one, *_ = train_step(eager, [sequences], learning_rate=0.01, max_norm=1.0)
+        other, *_ = train_step(compiled, [sequences], learning_rate=0.01, max_norm=1.0)
         assert other.item() == pytest.approx(one.item(), rel=1e-5)
 
 

@@ -1,0 +1,219 @@
+"""Kill a training again and again, at random moments and half of the time inside a save, resume it each time,
+and compare its end with that of a run that nobody disturbed.
+
+    PYTHONPATH=. python tests/torture.py FOLDER --kills 200
+
+Processes are forked from this one, which has imported PyTorch already, because starting Python anew takes
+longer than what is tested. Each training is a process group of its own, with the environment that torchrun
+would give: two processes that talk through gloo, killed together by SIGKILL.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+# The first step of an optimiser would import it, in each process anew.
+import torch._dynamo  # noqa: F401
+from conftest import MODEL, TRAIN, Sandbox, write_dataset
+from safetensors.numpy import load_file
+
+import checkpointing
+import ddp_train
+import reporting
+from config import run_command
+
+TORTURED_MODEL = {**MODEL, "drop_rate": 0.2}
+TORTURED_TRAIN = {
+    **TRAIN,
+    "epochs": 100,
+    "min_train_tokens": 150 * 8 * 16,
+    "checkpoint_interval": 5,
+    "validation_interval": 10,
+    "validation_batches": 3,
+    "keep_checkpoints": 3,
+    "clipping_max_norm": 1.0,
+    "schedule_learning_rate": True,
+    "warmup_period_percent": 10,
+}
+
+
+class Training:
+    """A run trained by processes that are forked here; `patch` is called in each before it begins."""
+
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        run: str,
+        *options: str,
+        processes: int = 2,
+        patch: Callable[[int], None] = lambda rank: None,
+    ) -> None:
+        command = sandbox.command(run, *options)
+        arguments = command[command.index("ddp_train.py") + 1 :]
+        self.log = sandbox.path / f"{run}.log"
+        self.log.touch()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.workers: list[int] = []
+        for rank in range(processes):
+            worker = os.fork()
+            if worker == 0:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.setpgid(0, self.workers[0] if self.workers else 0)
+                self._be(rank, processes, port, arguments, patch)
+            self.workers.append(worker)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.setpgid(worker, self.workers[0])
+
+    def _be(self, rank: int, size: int, port: int, arguments: list[str], patch: Callable) -> None:
+        try:
+            with self.log.open("ab") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            sys.stdout.reconfigure(line_buffering=True)
+            names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"
+            os.environ.update(zip(names, map(str, (rank, rank, size, size, port)), strict=True))
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            sys.argv = ["ddp_train.py", *arguments]
+            reporting.draw_chart = lambda *_: None  # takes longer than all the rest
+            patch(rank)
+            run_command(ddp_train.main, leave=os._exit)
+        finally:
+            os._exit(99)
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """Send a signal to one process, or to all."""
+        if rank is None:
+            os.killpg(self.workers[0], number)
+        else:
+            os.kill(self.workers[rank], number)
+
+    def wait(self, seconds: float = 60, rank: int | None = None) -> list[int]:
+        """The exit statuses (negative: the signal that ended it) of all processes, or of one, when they have
+        ended. Raises TimeoutError, and kills what is left, after `seconds`."""
+        deadline = time.monotonic() + seconds
+        statuses = []
+        for worker in self.workers if rank is None else [self.workers[rank]]:
+            while (ended := os.waitpid(worker, os.WNOHANG))[0] == 0:
+                if time.monotonic() > deadline:
+                    self.signal(signal.SIGKILL)
+                    raise TimeoutError(f"still running after {seconds} s:\n{self.log.read_text()}")
+                time.sleep(0.002)
+            statuses.append(os.waitstatus_to_exitcode(ended[1]))
+        return statuses
+
+    def has_ended(self) -> bool:
+        """Whether the first process has; its status is left to be waited for."""
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self.workers[0], look) is not None
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+        """Wait until something holds, or the first process ends. Raises TimeoutError after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while not (condition() or self.has_ended()):
+            if time.monotonic() > deadline:
+                self.signal(signal.SIGKILL)
+                raise TimeoutError(self.log.read_text())
+            time.sleep(0.0005)
+
+
+def train(sandbox: Sandbox, run: str, *options: str, **more: object) -> str:
+    """Train a run to its end and return what it said."""
+    training = Training(sandbox, run, *options, **more)
+    statuses = training.wait()
+    assert set(statuses) == {0}, f"{statuses}\n{training.log.read_text()}"
+    return training.log.read_text()
+
+
+def saving(sandbox: Sandbox, run: str) -> bool:
+    """Whether a checkpoint is being written, or a killed process was writing it."""
+    return any((sandbox.run_dir(run) / "checkpoints").glob(checkpointing.TEMPORARY_PREFIX + "*"))
+
+
+def assert_same_end(sandbox: Sandbox, run: str, other: str) -> None:
+    """Two runs have the same weights, optimiser and metrics, to the last bit."""
+    for name in (checkpointing.MODEL_FILE, checkpointing.OPTIMIZER_FILE):
+        ours, theirs = (load_file(sandbox.checkpoints(each)[-1] / name) for each in (run, other))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert value.tobytes() == theirs[key].tobytes(), f"{name}: {key} differs"
+    for key in ("step", "train_loss", "val_loss", "grad_norm", "learning_rate"):
+        assert sandbox.metrics(run, key) == sandbox.metrics(other, key), f"{key} in metrics.jsonl differs"
+
+
+def last_step(sandbox: Sandbox, run: str) -> int:
+    """The step of the newest checkpoint."""
+    path = checkpointing.last_checkpoint(sandbox.run_dir(run) / "checkpoints")
+    return int(path.name.rpartition("-")[2]) if path else 0
+
+
+def kill_once(sandbox: Sandbox, dice: random.Random, *, in_save: bool) -> bool:
+    """Go on with the tortured run and kill it; False if it came to its end before."""
+    before = last_step(sandbox, "tortured") + 5 * dice.randrange(1, 5)
+    training = Training(sandbox, "tortured", "--resume")
+    status = sandbox.run_dir("tortured") / "status.json"
+    started = time.time_ns()
+    training.wait_until(lambda: status.exists() and status.stat().st_mtime_ns > started)
+    if in_save:
+        training.wait_until(lambda: last_step(sandbox, "tortured") >= before and saving(sandbox, "tortured"))
+        time.sleep(dice.uniform(0, 0.003))
+    else:
+        time.sleep(dice.uniform(0, 0.5))
+    with contextlib.suppress(ProcessLookupError):
+        training.signal(signal.SIGKILL)
+    statuses = set(training.wait())
+    assert statuses <= {0, -signal.SIGKILL}, f"{statuses}\n{training.log.read_text()}"
+    return statuses != {0}
+
+
+def torture(folder: Path, kills: int, seed: int) -> dict[str, int]:
+    """Kill and resume a run until `kills` were survived; as often as it ends meanwhile, begin it anew.
+
+    Each time its end must be that of the undisturbed run. Returns what was survived.
+    """
+    sandbox = Sandbox(folder)
+    write_dataset(sandbox.datasets / "test/tokens")
+    sandbox.write_run("calm", TORTURED_MODEL, TORTURED_TRAIN)
+    train(sandbox, "calm")
+    dice = random.Random(seed)
+    counts = {"kills": 0, "inside a save": 0, "runs": 0}
+    while counts["kills"] < kills:
+        sandbox.write_run("tortured", TORTURED_MODEL, TORTURED_TRAIN)
+        while counts["kills"] < kills:
+            if not kill_once(sandbox, dice, in_save=2 * counts["inside a save"] <= counts["kills"]):
+                break
+            counts["kills"] += 1
+            counts["inside a save"] += saving(sandbox, "tortured")
+        train(sandbox, "tortured", "--resume")
+        assert_same_end(sandbox, "tortured", "calm")
+        counts["runs"] += 1
+        sandbox.run_dir("tortured").rename(sandbox.run_dir(f"survivor-{counts['runs']}"))
+    return counts
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--kills", type=click.IntRange(1), default=200, show_default=True)
+@click.option("--seed", type=int, help="Of the moments; the time of day where not given.")
+def main(folder: Path, kills: int, seed: int | None) -> None:
+    """Torture a training in FOLDER, which must be new or empty."""
+    seed = int(time.time()) if seed is None else seed
+    print(f"seed {seed}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    counts = torture(folder, kills, seed)
+    print(json.dumps({**counts, "seconds": round(time.monotonic() - start, 1)}))
+
+
+if __name__ == "__main__":
+    main()
