@@ -160,8 +160,8 @@ def save_checkpoint(
         size = sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values())
         raise RunError(
             f"the checkpoint of step {meta['global_step']} could not be saved: {error}; it takes "
-            f"{size / 1e9:.3f} GB, {_free_space(folder) / 1e9:.3f} GB are free in {folder}; free some and "
-            f"go on from {_described(last_checkpoint(folder))} with --resume"
+            f"{_in_words(size)}, {_in_words(_free_space(folder))} are free in {folder}; free some and go on "
+            f"from {_described(last_checkpoint(folder))} with --resume"
         ) from error
     return path
 
@@ -331,9 +331,13 @@ def require_space(folder: Path, to_come: int, keep: int | None, parameters: int)
     needed, free = checkpoints * 12 * parameters, _free_space(folder)
     require(
         needed <= free,
-        f"{folder}: {checkpoints} checkpoints take {needed / 1e9:.2f} GB, only {free / 1e9:.2f} GB are free; "
+        f"{folder}: {checkpoints} checkpoints take {_in_words(needed)}, only {_in_words(free)} are free; "
         "free some, or set keep_checkpoints or a larger checkpoint_interval in train.json",
     )
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _free_space(folder: Path) -> int:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from checkpointing import replace_text
-from config import TrainConfig
+from config import RunError, TrainConfig
 from data import BatchPlan, RunData
 from gpt import GPTConfig, GPTModel
 
@@ -70,18 +70,23 @@ class Reporter:
         self._line |= values | {"seconds": round(self.seconds(), 3)}
 
     def flush(self) -> None:
-        """Write what has been logged to the disk's file."""
+        """Write what has been logged to the disk's file. Raises RunError if the disk does not take it."""
         if self.speaks and self._line:
             finite = {
                 key: None if value is None or not math.isfinite(value) else value
                 for key, value in self._line.items()
             }
-            self._metrics.write(json.dumps(finite) + "\n")
-            self._metrics.flush()
-            if finite["step"] == self._begun_at:  # a signal came between a step and the validation after it
-                self._metrics.close()
-                self._metrics = _cut_back_metrics(self.run_dir / "metrics.jsonl", self._begun_at)
             self._line = {}
+            path = self.run_dir / "metrics.jsonl"
+            try:
+                self._metrics.write((json.dumps(finite) + "\n").encode())
+                if (
+                    finite["step"] == self._begun_at
+                ):  # a signal came between a step and the validation after it
+                    self._metrics.close()
+                    self._metrics = _cut_back_metrics(path, self._begun_at)
+            except OSError as error:
+                raise RunError(f"{path} could not be written: {error}; make room, then --resume") from error
 
     def step(self, step: int, values: dict[str, float], *, step_seconds: float) -> None:
         """Log a finished training step (`values` hold at least train_loss) and show where the run stands."""
@@ -115,7 +120,7 @@ class Reporter:
         return (self.plan.steps - step) * (self.step_seconds or 0.0)
 
     def status(self, status: str, step: int, **more: Any) -> None:
-        """Replace status.json."""
+        """Replace status.json; one that cannot be written is no reason to stop training."""
         if not self.speaks:
             return
         values = {
@@ -133,7 +138,10 @@ class Reporter:
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
         }
-        replace_text(self.run_dir / "status.json", json.dumps(values, indent=1))
+        try:
+            replace_text(self.run_dir / "status.json", json.dumps(values, indent=1))
+        except OSError as error:
+            self.say(f"Warning: status.json could not be written: {error}")
 
     def chart(self, *, final: bool = False) -> None:
         """Redraw the chart; one that cannot be drawn is no reason to stop training.
@@ -184,11 +192,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
-def _cut_back_metrics(path: Path, step: int) -> TextIO:
+def _cut_back_metrics(path: Path, step: int) -> BinaryIO:
     """Open metrics.jsonl for appending after `step`, one line per step, without what will be done again."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     replace_text(path, "".join(json.dumps(line) + "\n" for line in kept), durable=True)
-    return path.open("a", encoding="utf-8")
+    return path.open("ab", buffering=0)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ expects the very check that guards it to fail.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -15,7 +14,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -23,59 +21,11 @@ import safetensors.torch
 import torch
 import torture
 from conftest import ROOT, Sandbox, write_dataset
-from torture import TORTURED_MODEL, TORTURED_TRAIN, Training, assert_same_end, train
+from forked import forked, make_sandbox, step_reached
+from torture import TORTURED_TRAIN, Training, assert_same_end, train
 
 import checkpointing
 import distributed
-
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["torture"])
-
-
-def _call(module: str, name: str, arguments: tuple, outcome) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    try:
-        getattr(sys.modules[module], name).__wrapped__(*arguments)
-        outcome.send("")
-    except BaseException:
-        outcome.send(traceback.format_exc())
-
-
-def forked(test: Callable) -> Callable:
-    """Have a test run in a process of its own, from which trainings can be forked."""
-
-    @wraps(test)
-    def run(**arguments: object) -> None:
-        ours, theirs = FORKSERVER.Pipe()
-        process = FORKSERVER.Process(
-            target=_call, args=(test.__module__, test.__name__, tuple(arguments.values()), theirs)
-        )
-        process.start()
-        problem = ours.recv() if ours.poll(240) else "no answer within 240 s"
-        process.kill()
-        process.join()
-        assert not problem, problem
-
-    return run
-
-
-def make_sandbox(path: Path, *runs: str, **changes: object) -> Sandbox:
-    sandbox = Sandbox(path)
-    write_dataset(sandbox.datasets / "test/tokens")
-    for run in runs:
-        sandbox.write_run(run, TORTURED_MODEL, {**TORTURED_TRAIN, **changes})
-    return sandbox
-
-
-def step_reached(sandbox: Sandbox, run: str, step: int) -> Callable[[], bool]:
-    def reached() -> bool:
-        path = sandbox.run_dir(run) / "metrics.jsonl"
-        return path.exists() and path.read_text().count("train_loss") >= step
-
-    return reached
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Killed

@@ -35,7 +35,7 @@ TORTURED_MODEL = {**MODEL, "drop_rate": 0.2}
 TORTURED_TRAIN = {
     **TRAIN,
     "epochs": 100,
-    "min_train_tokens": 150 * 8 * 16,
+    "min_train_tokens": 60 * 8 * 16,
     "checkpoint_interval": 5,
     "validation_interval": 10,
     "validation_batches": 3,

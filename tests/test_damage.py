@@ -1,0 +1,390 @@
+"""Damaged files, full disks, numbers that are none, data that have changed, paths that lead astray."""
+
+import ast
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Sandbox, random_tokens, run_script, write_dataset
+from forked import forked, make_sandbox, step_reached
+from torture import Training, assert_same_end, train
+
+import checkpointing
+import loss
+import reporting
+from config import InputError
+
+
+def write_checkpoints(folder: Path, steps: int = 3) -> list[Path]:
+    """Small checkpoints of step 1 to `steps`, the second the best, with their links."""
+    paths = []
+    for step in range(1, steps + 1):
+        tensors = {"value": torch.full((8,), float(step))}
+        meta = {key: {} for key in checkpointing.REQUIRED_META - {"files"}}
+        meta |= {"global_step": step, "is_best": step <= 2}
+        paths.append(checkpointing.save_checkpoint(folder, tensors, tensors, meta))
+        checkpointing.point_link(folder, "latest", paths[-1])
+        if step <= 2:
+            checkpointing.point_link(folder, "best", paths[-1])
+    return paths
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip(position: int) -> Callable[[Path], None]:
+    def flip_byte(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[position] ^= 1
+        path.write_bytes(data)
+
+    return flip_byte
+
+
+def flip_digit(path: Path) -> None:
+    path.write_text(path.read_text().replace('"global_step": 3', '"global_step": 2'))
+
+
+FILES = [checkpointing.MODEL_FILE, checkpointing.OPTIMIZER_FILE, checkpointing.META_FILE]
+DAMAGES = [
+    (file, damage) for file in FILES for damage in (truncate, flip(0), flip(12), flip(-1), Path.unlink)
+]
+
+
+@pytest.mark.parametrize(("file", "damage"), [*DAMAGES, (checkpointing.META_FILE, flip_digit)])
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, file: str, damage: Callable) -> None:
+    paths = write_checkpoints(tmp_path)
+    damage(paths[-1] / file)
+    said: list[str] = []
+    found = checkpointing.newest_checkpoint(tmp_path, said.append)
+    assert found.meta["global_step"] == 2 and found.model["value"].eq(2).all()
+    assert len(said) == 1 and paths[-1].name in said[0] and file in said[0]
+    # `latest` is a hint, a folder's name is not.
+    assert checkpointing.named_checkpoint(tmp_path, "latest", said.append).meta["global_step"] == 2
+    with pytest.raises(InputError, match=file):
+        checkpointing.named_checkpoint(tmp_path, paths[-1].name, said.append)
+
+
+@pytest.mark.parametrize(
+    "target", ["gone", "latest", "best", "../../elsewhere", "/etc", ".", "strangers", None]
+)
+@pytest.mark.parametrize("link", ["latest", "best"])
+def test_a_link_that_leads_nowhere_is_passed_over(tmp_path: Path, link: str, target: str | None) -> None:
+    folder = tmp_path / "run/checkpoints"
+    write_checkpoints(folder)
+    shutil.copytree(folder, tmp_path / "elsewhere", symlinks=True)
+    (folder / "strangers").mkdir()
+    (folder / link).unlink()
+    if target:
+        (folder / link).symlink_to(target)
+    said: list[str] = []
+    found = checkpointing.named_checkpoint(folder, link, said.append)
+    assert found.path.parent == folder
+    # With `latest` pointing at `best` and the other way round, the newest is meant, or the last best.
+    assert found.meta["global_step"] == {"latest": 3, "best": 2}[link]
+    assert any(line.startswith(f"Passing over {link}: ") for line in said)
+
+
+def test_strangers_are_left_alone_and_leftovers_are_not(tmp_path: Path) -> None:
+    paths = write_checkpoints(tmp_path / "checkpoints")
+    folder = tmp_path / "checkpoints"
+    leftover = folder / (checkpointing.TEMPORARY_PREFIX + paths[0].name)
+    shutil.copytree(paths[0], leftover)
+    (folder / f"{checkpointing.TEMPORARY_PREFIX}latest").symlink_to("x")
+    strangers = [folder / name for name in (".incomplete-notes", "20261121Z-iteration-x", "backup")]
+    for path in strangers:
+        path.mkdir()
+    (folder / ".incomplete-best").mkdir()
+    (folder / "20261121Z999999-iteration-9").symlink_to(paths[0].name)
+    checkpointing.remove_leftovers(folder)
+    checkpointing.prune_checkpoints(folder, 1)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {path.name for path in (*strangers, *paths[1:])} | {
+        *("latest", "best", ".incomplete-best", "20261121Z999999-iteration-9")
+    }
+
+
+def test_neither_the_best_nor_the_newest_is_pruned(tmp_path: Path) -> None:
+    paths = write_checkpoints(tmp_path, 5)
+    checkpointing.prune_checkpoints(tmp_path, 1)
+    assert checkpointing.list_checkpoints(tmp_path) == [paths[1], paths[4]]
+    (tmp_path / "best").unlink()  # what is the best follows from the checkpoints
+    checkpointing.prune_checkpoints(tmp_path, 1)
+    assert checkpointing.list_checkpoints(tmp_path) == [paths[1], paths[4]]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Disks
+# ------------------------------------------------------------------------------------------------------------
+
+
+@forked
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "whole", "full")
+    train(sandbox, "whole")
+
+    def patch(rank: int) -> None:
+        real = checkpointing.save_checkpoint
+
+        def save(folder: Path, model: dict, optimizer: dict, meta: dict) -> Path:
+            if meta["global_step"] == 10:  # larger files than that are refused from now on
+                resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+            return real(folder, model, optimizer, meta)
+
+        checkpointing.save_checkpoint = save
+
+    training = Training(sandbox, "full", patch=patch)
+    assert training.wait()[0] == 1
+    said = training.log.read_text()
+    assert "Error: the checkpoint of step 10 could not be saved: " in said
+    assert "it takes 0.4 MB, " in said and "go on from" in said
+    assert sandbox.status("full")["status"] == "failed"
+    (left,) = sandbox.checkpoints("full")
+    assert left.name.endswith("-iteration-5") and left.name in said
+    assert "Going on after step 5" in train(sandbox, "full", "--resume")
+    assert_same_end(sandbox, "full", "whole")
+
+
+def test_a_file_system_of_2_mb_runs_full(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("a file system of one's own needs user namespaces, which are not to be had here")
+    sandbox = make_sandbox(tmp_path)
+
+    def run(train: dict, meanwhile: str) -> subprocess.CompletedProcess:
+        """Train on a small disk of its own, while something else happens there; the disk ends in after/."""
+        sandbox.write_run("tiny", {}, {"checkpoint_interval": 1, **train})
+        script = f"""
+            mount -t tmpfs -o size=2m none {disk} || exit 99
+            cp -r {tmp_path}/runs {disk}
+            ({meanwhile}) &
+            {sys.executable} ddp_train.py tiny {tmp_path}/datasets --runs-dir {disk}/runs
+            status=$?; rm -rf {tmp_path}/after; cp -r {disk}/runs {tmp_path}/after; exit $status"""
+        return subprocess.run([*unshare, "sh", "-c", script], cwd=ROOT, capture_output=True, text=True)
+
+    refused = run({}, "true")
+    if refused.returncode == 99:
+        pytest.skip("mounting is not allowed here")
+    assert refused.returncode == 2, refused.stderr
+    assert (
+        "8 checkpoints take 2.9 MB, only 2.1 MB are free; free some, or set keep_checkpoints"
+        in refused.stderr
+    )
+    latest = f"{disk}/runs/tiny/checkpoints/latest"
+    full = run(
+        {"keep_checkpoints": 1, "epochs": 40, "min_train_tokens": 500 * 8 * 16},
+        f"until [ -L {latest} ]; do sleep 0.01; done; head -c 3000000 /dev/zero > {disk}/other",
+    )
+    assert full.returncode == 1, full.stderr
+    # Whichever of the two is written first.
+    error = full.stderr.splitlines()[-1]
+    assert error.startswith(
+        ("Error: the checkpoint of step ", f"Error: {disk}/runs/tiny/metrics.jsonl could not")
+    )
+    assert "No space left on device" in error
+    for left in checkpointing.list_checkpoints(tmp_path / "after/tiny/checkpoints"):
+        assert checkpointing.load_checkpoint(left).meta["global_step"] >= 1
+
+
+def test_a_disk_too_small_is_noticed_before_the_first_step(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    checkpointing.require_space(tmp_path / "checkpoints", 10, None, free // 130)
+    with pytest.raises(InputError, match=r"11 checkpoints take .* keep_checkpoints"):
+        checkpointing.require_space(tmp_path / "checkpoints", 11, None, free // 130)
+    checkpointing.require_space(tmp_path / "checkpoints", 1000, 3, free // 130)
+
+
+@forked
+def test_a_chart_that_cannot_be_drawn_is_a_warning(tmp_path: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "run")
+    real = reporting.draw_chart
+
+    def patch(rank: int) -> None:
+        reporting.draw_chart = real
+
+    (sandbox.run_dir("run") / "training-run-chart.png.incomplete").mkdir()
+    said = train(sandbox, "run", patch=patch)
+    assert "Warning: the chart could not be drawn: IsADirectoryError" in said
+    assert "Training complete" in said
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Numbers that are none
+# ------------------------------------------------------------------------------------------------------------
+
+
+def poison(ranks: tuple[int, ...], when: Callable[[int], bool]) -> Callable[[int], None]:
+    """A patch by which the loss of some passes in training is no number, on some processes."""
+
+    def patch(rank: int) -> None:
+        real, passes = loss.NextTokenLoss.forward, 0
+
+        def forward(self: loss.NextTokenLoss, sequences: torch.Tensor) -> torch.Tensor:
+            nonlocal passes
+            result = real(self, sequences)
+            if self.training:
+                passes += 1
+                if rank in ranks and when(passes):
+                    result = result * torch.nan
+            return result
+
+        loss.NextTokenLoss.forward = forward
+
+    return patch
+
+
+@forked
+def test_a_loss_that_is_no_number_on_one_process_skips_the_step_on_all(tmp_path: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "one", "all")
+    # The first pass is the one that sorts buckets; each step is two.
+    for run, ranks in (("one", (1,)), ("all", (0, 1))):
+        said = train(sandbox, run, patch=poison(ranks, lambda number: number == 1 + 2 * 6 + 1))
+        assert said.count("Skipped: the training loss is nan, the gradient norm nan at step 7;") == 1
+    assert_same_end(sandbox, "one", "all")
+    assert sandbox.metrics("one", "train_loss")[6] is None
+
+
+@forked
+def test_too_many_skipped_steps_end_the_run(tmp_path: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "run")
+    training = Training(sandbox, "run", patch=poison((1,), lambda number: number > 1 + 2 * 6))
+    assert training.wait() == [1, 1]
+    said = training.log.read_text()
+    assert "at step 22, and 16 steps in a row were skipped" in said
+    newest = checkpointing.last_checkpoint(sandbox.run_dir("run") / "checkpoints")
+    assert f"the last checkpoint is {newest.name}" in said
+    good = checkpointing.load_checkpoint(newest)
+    assert all(tensor.isfinite().all() for tensor in (*good.model.values(), *good.optimizer.values()))
+
+
+@forked
+def test_a_count_of_skipped_steps_survives_a_resume(tmp_path: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "run")
+    training = Training(sandbox, "run", patch=poison((1,), lambda number: number > 1 + 2 * 6))
+    training.wait_until(step_reached(sandbox, "run", 11))
+    training.signal(signal.SIGTERM)
+    assert training.wait() == [143, 143]
+    training = Training(sandbox, "run", "--resume", patch=poison((1,), lambda number: number > 1))
+    assert training.wait() == [1, 1]
+    assert "at step 22, and 16 steps in a row were skipped" in training.log.read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------------------
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+def test_data_are_compared_with_their_hashes_once(sandbox: Sandbox) -> None:
+    folder = sandbox.datasets / "test/tokens"
+    (folder / "meta.json").write_text(json.dumps({"sha256": hashes(folder)}))
+    sandbox.write_run()
+    sandbox.train()
+    known = folder / ".fingerprints.json"
+    assert json.loads(known.read_text())["train.safetensors"]["sha256"] == hashes(folder)["train.safetensors"]
+    read = known.stat().st_mtime_ns
+    sandbox.train("tiny", "--resume")
+    assert known.stat().st_mtime_ns == read, "not read again"
+    data = bytearray((folder / "train.safetensors").read_bytes())
+    data[-2] ^= 1
+    (folder / "train.safetensors").write_bytes(data)
+    done = run_script(*sandbox.command("tiny"))
+    assert done.returncode == 2
+    assert (
+        "train.safetensors: damaged (its SHA-256 is not meta.json's); fetch or prepare it again"
+        in done.stderr
+    )
+
+
+def test_other_data_or_configs_under_a_resumed_run_are_refused_unless_allowed(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"checkpoint_interval": 4})
+    sandbox.train()
+    shutil.rmtree(sandbox.checkpoints()[-1])
+    write_dataset(sandbox.datasets / "test/tokens", train=random_tokens(4000, seed=7))
+    sandbox.write_run(train={"checkpoint_interval": 4, "learning_rate": 0.02})
+    done = run_script(*sandbox.command("tiny", "--resume"))
+    assert done.returncode == 2
+    for part in (
+        "train.json: learning_rate was 0.01, is 0.02",
+        "train.safetensors of test/tokens had the SHA-256",
+        "--allow-config-change",
+    ):
+        assert part in done.stderr
+    assert len(sandbox.checkpoints()) == 1
+    said = sandbox.train("tiny", "--resume", "--allow-config-change")
+    assert "Going on, as allowed, although train.json: learning_rate was 0.01, is 0.02; train.safeten" in said
+    assert sandbox.metrics(key="learning_rate") == [0.01] * 4 + [0.02] * 4
+
+
+@pytest.mark.parametrize("index", [0, 1000, 1024])
+def test_a_token_outside_the_vocabulary_is_found_before_the_first_step(sandbox: Sandbox, index: int) -> None:
+    tokens = random_tokens(4000)
+    tokens[index] = 64  # 8 steps of 8 sequences of 16 use tokens 0 to 1024
+    write_dataset(sandbox.datasets / "test/tokens", train=tokens)
+    sandbox.write_run()
+    done = run_script(*sandbox.command("tiny", processes=2))
+    assert done.returncode == 1
+    assert f"token 64 at index {index} is outside the model's vocabulary of 64" in done.stderr
+    assert not (sandbox.run_dir("tiny") / "metrics.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Paths
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_links_in_names_lead_nowhere(sandbox: Sandbox, tmp_path: Path) -> None:
+    sandbox.write_run("real", train={"checkpoint_interval": 4})
+    sandbox.train("real")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(sandbox.run_dir("real"), elsewhere)
+    sandbox.run_dir("linked").symlink_to(elsewhere)
+    shutil.move(sandbox.datasets / "test", tmp_path / "data")
+    (sandbox.datasets / "test").symlink_to(tmp_path / "data")
+    shutil.copytree(elsewhere, sandbox.run_dir("run"), symlinks=True)
+    checkpoints = sandbox.run_dir("run") / "checkpoints"
+    (checkpoints / "mine").symlink_to(elsewhere / "checkpoints/latest")
+    for command, message in (
+        (("linked",), "linked: is a link that leads out of"),
+        (("run",), "datasets/test/tokens: is a link that leads out of"),
+        (("run", "mine"), "mine: is a link; name the checkpoint's own folder"),
+    ):
+        done = run_script(*sandbox.command(*command))
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_nothing_is_pickled() -> None:
+    """No source of this project reads or writes pickles, neither by name nor through torch or numpy."""
+    forbidden = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    sources = [ROOT / name for name in tracked] or [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
+    assert len(sources) > 10
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & forbidden, f"{path}:{node.lineno}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                called = f"{node.value.id}.{node.attr}"
+                assert called not in {"torch.load", "torch.save", "np.load", "np.save"}, (
+                    f"{path}:{node.lineno}"
+                )
+            if isinstance(node, ast.keyword):
+                assert node.arg != "allow_pickle", f"{path}:{node.lineno}"
