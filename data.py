@@ -189,38 +189,55 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
 def _download(folder: Path, dataset: str, revision: str | None, names: list[str]) -> None:
     """Fetch files, and meta.json if there is one, all as they were at one commit, which is recorded."""
     # Here, because most runs find their files, and start sooner without.
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
 
     for name in [*names, "meta.json"]:
         try:
             theirs = get_hf_file_metadata(hf_hub_url(dataset, name, repo_type="dataset", revision=revision))
             revision = theirs.commit_hash or revision
-            hf_hub_download(dataset, name, repo_type="dataset", revision=revision, local_dir=folder)
+            url = hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
+            _download_file(url, folder / name, theirs.size, theirs.etag or "", revision)
+        except InputError:
+            raise
         except Exception as error:  # whatever a network, a proxy or the Hub can think of
-            absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-            if name == "meta.json" and absent:
+            if name == "meta.json" and isinstance(error, EntryNotFoundError):
                 continue  # older data sets have none
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
                 f"{folder / name} is not there, and the Hub did not give it ({reason}); check the data set's "
                 f"name '{dataset}' and the network, or prepare it with prepare_datasets.py"
             ) from None
-        (ours,) = fingerprint_files(folder, [name], revision).values()
-        announced = {"size": theirs.size, "sha256": theirs.etag if len(theirs.etag or "") == 64 else None}
-        for what, value in announced.items():
-            if value not in (None, ours[what]):
-                (folder / name).unlink()
-                raise InputError(
-                    f"{folder / name}: the Hub announced {what} {value} and sent {ours[what]}; the file was "
-                    "removed, start again to fetch it anew"
-                )
 
 
-def fingerprint_files(
-    folder: Path, names: Iterable[str], revision: str | None = None
-) -> dict[str, dict[str, Any]]:
-    """The size and SHA-256 of files of a data set, and the commit that they were fetched at.
+def _download_file(url: str, path: Path, size: int | None, etag: str, revision: str | None) -> None:
+    """Fetch one file, from where an earlier try was cut off (hf_hub_download begins anew after a kill).
+
+    Raises InputError if it is not what was announced: a large file's `etag` is its SHA-256.
+    """
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".incomplete-{path.name}-{etag[:16]}")
+    with partial.open("ab") as file:
+        done = file.tell()
+        http_get(url, file, resume_size=done, headers=build_hf_headers(), expected_size=size)
+    found = fingerprint(partial)
+    for what, announced in (("size", size), ("sha256", etag if len(etag) == 64 else None)):
+        if announced not in (None, found[what]):
+            partial.unlink()
+            raise InputError(
+                f"{path}: the Hub announced {what} {announced} and sent {found[what]}; what came was "
+                "removed, start again to fetch it anew"
+            )
+    partial.replace(path)
+    known = {**found, "mtime_ns": path.stat().st_mtime_ns, "revision": revision}
+    _keep_fingerprints(path.parent, _known_fingerprints(path.parent) | {path.name: known})
+
+
+def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The size and SHA-256 of files of a data set, and the commit ("revision") that they were fetched at.
 
     They are kept in the folder, and a file is read again only when its size or time of change is another.
     Raises InputError if one is not what the data set's meta.json says.
@@ -235,15 +252,13 @@ def fingerprint_files(
         if (seen.get("size"), seen.get("mtime_ns")) != (stat.st_size, stat.st_mtime_ns):
             if stat.st_size > 1 << 30:
                 tqdm.write(f"Checking {path} ({stat.st_size / 1e9:.1f} GB), once")
-            known[name] = {**fingerprint(path), "mtime_ns": stat.st_mtime_ns, "revision": revision}
+            known[name] = {**fingerprint(path), "mtime_ns": stat.st_mtime_ns}
         require(
             promised.get(name) in (None, known[name]["sha256"]),
             f"{path}: damaged (its SHA-256 is not meta.json's); fetch or prepare it again",
         )
     if known != before:
-        # A folder that cannot be written to is read again by the next run.
-        with contextlib.suppress(OSError):
-            replace_text(folder / FINGERPRINTS, json.dumps(known, indent=1))
+        _keep_fingerprints(folder, known)
     return {name: known[name] for name in names}
 
 
@@ -255,6 +270,12 @@ def same_on_all_nodes(nodes: list[dict[str, dict[str, Any]]]) -> dict[str, dict[
             len(hashes) == 1, f"{name} is not the same on all nodes; remove the wrong one to fetch it anew"
         )
     return nodes[0]
+
+
+def _keep_fingerprints(folder: Path, known: dict[str, dict[str, Any]]) -> None:
+    # A folder that cannot be written to is read again by the next run.
+    with contextlib.suppress(OSError):
+        replace_text(folder / FINGERPRINTS, json.dumps(known, indent=1))
 
 
 def _known_fingerprints(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,12 +1,14 @@
 """What the tests share: tiny runs on tiny data, trained by real processes, and a Hub on 127.0.0.1."""
 
 import contextlib
+import hashlib
 import http.server
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +142,12 @@ class Hub:
 
     url: str
     requests: list[tuple[str, str]]  # method, path
+    ranges: list[str]  # asked for
+    headers: dict[str, str]  # sent in place of the right ones
+    # Bytes after which each answer is cut off, one after another; then answers are whole.
+    cuts: list[int]
+    # Set: a connection that was cut off stays open, and silent.
+    stall: threading.Event = field(default_factory=threading.Event)
 
     def downloads(self, name: str) -> int:
         return sum(method == "GET" and path.endswith(f"/{name}") for method, path in self.requests)
@@ -151,11 +159,11 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
     with contextlib.ExitStack() as stack:
 
         def serve(folder: Path) -> Hub:
-            requests: list[tuple[str, str]] = []
+            hub = Hub("", [], [], {}, [])
 
             class Handler(http.server.BaseHTTPRequestHandler):
                 def do_HEAD(self) -> None:
-                    requests.append((self.command, self.path))
+                    hub.requests.append((self.command, self.path))
                     prefix, _, tail = self.path.partition("/resolve/")
                     file = folder / prefix.removeprefix("/datasets/") / tail.partition("/")[2]
                     if not file.is_file():
@@ -165,13 +173,28 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
                         self.end_headers()
                         return
                     data = file.read_bytes()
-                    self.send_response(200)
-                    self.send_header("X-Repo-Commit", "0" * 40)
-                    self.send_header("ETag", f'"{len(data)}-{file.name}"')
-                    self.send_header("Content-Length", str(len(data)))
+                    digest = hashlib.sha256(data).hexdigest()
+                    start = 0
+                    if self.command == "GET" and (asked := self.headers.get("Range")):
+                        hub.ranges.append(asked)
+                        start = int(asked.removeprefix("bytes=").rstrip("-"))
+                    self.send_response(206 if start else 200)
+                    headers = {
+                        "X-Repo-Commit": "0" * 40,
+                        "ETag": f'"{digest}"',
+                        "Content-Length": str(len(data) - start),
+                    }
+                    if start:
+                        headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+                    for name, value in (headers | hub.headers).items():
+                        self.send_header(name, value)
                     self.end_headers()
                     if self.command == "GET":
-                        self.wfile.write(data)
+                        end = start + hub.cuts.pop(0) if hub.cuts else len(data)
+                        self.wfile.write(data[start:end])
+                        while end < len(data) and hub.stall.is_set():
+                            time.sleep(0.05)
+                        self.close_connection = True
 
                 do_GET = do_HEAD
 
@@ -181,7 +204,8 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
             server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
             threading.Thread(target=server.serve_forever, daemon=True).start()
             stack.callback(server.shutdown)
-            return Hub(f"http://127.0.0.1:{server.server_port}", requests)
+            hub.url = f"http://127.0.0.1:{server.server_port}"
+            return hub
 
         yield serve
 
