@@ -1,10 +1,12 @@
 """The processes that train together: how they agree, are asked to stop, and notice that one has died."""
 
+import hashlib
 import os
 import platform
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,12 +136,40 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
         return World(rank, local_rank, size, local_size, device, control=None)
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
+        store=store_of_these_processes(rank, size),
+        rank=rank,
+        world_size=size,
         timeout=timeout,
         device_id=None if device.type == "cpu" else device,
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
     return World(rank, local_rank, size, local_size, device, control, patient)
+
+
+def store_of_these_processes(rank: int, size: int) -> dist.Store:
+    """The store through which processes find one another, with a part of its own for exactly these.
+
+    When torchrun starts processes again, its store still holds the addresses of those that died, and new
+    processes would wait for them in vain (pytorch issues 135712 and 167288). So each one puts down a number
+    of its own, the first one reads out all numbers until everybody has found the own one among them, and
+    what they then share stands behind this list. Raises RunError if they are not all there in ten minutes.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    mine = uuid.uuid4().hex
+    store.set(f"member/{rank}", mine)
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
+        if rank == 0:
+            store.set("members", " ".join(store.get(f"member/{each}").decode() for each in range(size)))
+        members = store.get("members").decode()
+        if mine in members.split():
+            round_ = hashlib.sha256(members.encode()).hexdigest()
+            store.set(f"{round_}/present/{rank}", "")
+            if store.check([f"{round_}/present/{each}" for each in range(size)]):
+                return dist.PrefixStore(round_, store)
+        time.sleep(0.01)
+    raise RunError(f"process {rank} of {size} has waited ten minutes for the others to start")
 
 
 @contextmanager

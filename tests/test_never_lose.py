@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -405,13 +406,14 @@ def test_when_a_process_stands_still_the_others_end_at_the_timeout(tmp_path: Pat
 def torchrun(
     sandbox: Sandbox, run: str, *launch: str, options: tuple[str, ...] = ("--resume",)
 ) -> subprocess.Popen:
-    command = [sys.executable, *sandbox.command(run, *options, torchrun=launch)]
+    processes = 1 if "--nnodes=2" in launch else 2
+    command = [sys.executable, *sandbox.command(run, *options, processes=processes, torchrun=launch)]
     return subprocess.Popen(
         command,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=(sandbox.path / f"{run}.log").open("a"),
+        stderr=subprocess.STDOUT,
         start_new_session=True,
     )
 
@@ -430,9 +432,9 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 def test_torchrun_restarts_a_run_of_which_a_process_was_killed(tmp_path: Path) -> None:
     sandbox = make_sandbox(tmp_path, "whole", "killed", min_train_tokens=400 * 8 * 16)
-    assert torchrun(sandbox, "whole", "--standalone", "--nproc_per_node=2").wait(120) == 0
+    assert torchrun(sandbox, "whole", "--standalone").wait(120) == 0
     # Without --resume too: a process that is started again goes on.
-    agent = torchrun(sandbox, "killed", "--standalone", "--nproc_per_node=2", "--max-restarts=3", options=())
+    agent = torchrun(sandbox, "killed", "--standalone", "--max-restarts=3", options=())
     wait_for(step_reached(sandbox, "killed", 7))
     os.kill(workers_of(agent)[-1], signal.SIGKILL)
     assert agent.wait(120) == 0
@@ -442,9 +444,40 @@ def test_torchrun_restarts_a_run_of_which_a_process_was_killed(tmp_path: Path) -
 
 def test_without_restarts_torchrun_ends_all_when_a_process_was_killed(tmp_path: Path) -> None:
     sandbox = make_sandbox(tmp_path, "killed", min_train_tokens=400 * 8 * 16)
-    agent = torchrun(sandbox, "killed", "--standalone", "--nproc_per_node=2")
+    agent = torchrun(sandbox, "killed", "--standalone")
     wait_for(step_reached(sandbox, "killed", 7))
     workers = workers_of(agent)
     os.kill(workers[0], signal.SIGKILL)
     assert agent.wait(10) != 0
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_a_node_that_was_killed_and_started_again_is_taken_back(tmp_path: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "whole", "killed", min_train_tokens=400 * 8 * 16)
+    assert torchrun(sandbox, "whole", "--standalone").wait(120) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ("--nnodes=2", "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}")
+    nodes = [torchrun(sandbox, "killed", *launch) for _ in range(2)]
+    wait_for(step_reached(sandbox, "killed", 7))
+    # The one that holds the rendezvous stays.
+    other = next(node for node in nodes if not listens(node.pid, port))
+    workers = workers_of(other)
+    os.killpg(other.pid, signal.SIGKILL)
+    for worker in workers:  # each leads a group of its own
+        os.kill(worker, signal.SIGKILL)
+    other.wait()
+    nodes[nodes.index(other)] = torchrun(sandbox, "killed", *launch)
+    assert [node.wait(120) for node in nodes] == [0, 0]
+    assert_same_end(sandbox, "killed", "whole")
+
+
+def listens(process: int, port: int) -> bool:
+    """Whether a process has a socket that listens on a port of this machine."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    rows += [row.split() for row in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
+    sockets = {
+        f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port
+    }
+    return any(str(handle.readlink()) in sockets for handle in Path(f"/proc/{process}/fd").iterdir())
