@@ -522,7 +522,12 @@ def judge_all(questions: list[Question], judge: Judge, seed: int, parallel: int)
     def score(numbered: tuple[int, Question]) -> list[int]:
         index, question = numbered
         order = random.Random(f"{seed} {index}").sample(names, len(names))
-        scores = judge.scores(judge_prompt(question, order), len(order))
+        try:
+            scores = judge.scores(judge_prompt(question, order), len(order))
+        except BaseException:
+            # From here, because this thread would take the next question, which costs, before the pool is told.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
         return [scores[order.index(name)] for name in names]
 
     pool = ThreadPoolExecutor(parallel)
