@@ -525,7 +525,7 @@ def judge_all(questions: list[Question], judge: Judge, seed: int, parallel: int)
         try:
             scores = judge.scores(judge_prompt(question, order), len(order))
         except BaseException:
-            # From here, because this thread would take the next question, which costs, before the pool is told.
+            # Here, because this thread would ask, and pay for, the next question before it could be stopped.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         return [scores[order.index(name)] for name in names]
