@@ -220,7 +220,11 @@ def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, s
     content = [
         {
             "folder": quote(os.path.relpath(run.folder.resolve(), path.resolve().parent)),
-            "cells": cells | {"now": run.status.get("status", "not begun"), "minutes to go": UNKNOWN},
+            "cells": {
+                **dict.fromkeys(("run", "differs from the first by", "now", "minutes to go"), UNKNOWN),
+                **cells,
+                "now": run.status.get("status", "not begun"),
+            },
             "train": binned(run.curve("train_loss")),
             "validation": run.curve("val_loss"),
         }

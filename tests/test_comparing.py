@@ -176,7 +176,7 @@ def test_the_page_follows_a_run_in_headless_chromium(runs: Sandbox, served: str)
         (folder / name).unlink()
     cells = re.findall(r"<td>([^<]*)</td>", done.stdout)
     assert "Uncaught" not in done.stderr
-    assert "running, step 3 of 8" in cells
+    assert "running, 3 / 8 steps" in cells
     assert "3.9876" in cells
     assert "4,321" in cells
     assert "2.00" in cells

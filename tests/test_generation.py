@@ -93,11 +93,22 @@ def test_what_upsets_a_terminal_is_escaped() -> None:
 
 
 def test_several_prompts_and_samples(bytes_model: tuple[Path, Path]) -> None:
-    options = ("--prompt", "ab", "--prompt", "Größe", "--samples", "2", "--tokens", "6", "--temperature", "0")
+    options = (
+        "--prompt",
+        "ab\x1b[2J",
+        "--prompt",
+        "Größe",
+        "--samples",
+        "2",
+        "--tokens",
+        "6",
+        "--temperature",
+        "0",
+    )
     done = run_script("test_smoke.py", *bytes_model, *options, env={"PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     first, second, third, fourth = done.stdout.rstrip("\n").split("\n\n")
     assert first == second
-    assert first.startswith("ab")
+    assert first.startswith(r"ab\x1b[2J")
     assert third == fourth
     assert third.startswith(r"Gr\xf6\xdfe")

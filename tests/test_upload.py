@@ -81,9 +81,11 @@ def test_a_huggingface_model_comes_back_bit_by_bit() -> None:
 def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, name: str) -> None:
     tokenizer = get_tokenizer(name)
     upload_model.write_tokenizer(tmp_path, tokenizer, 1024)
-    theirs = transformers.AutoTokenizer.from_pretrained(
-        upload_model_config(tmp_path, tokenizer.n_vocab, tokenizer.eot_token)
+    config = upload_model.huggingface_config(
+        replace(CONFIG, vocab_size=tokenizer.n_vocab), tokenizer.eot_token
     )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in MIXED:
         ids = theirs(text)["input_ids"]
         assert ids == tokenizer.encode_ordinary(text), text
@@ -96,12 +98,6 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, name: str) -> None:
     assert len(pairs) == tokenizer.n_vocab - 257
     old = transformers.GPT2Tokenizer(vocab=vocab, merges=[tuple(pair.split(" ")) for pair in pairs])
     assert old(MIXED[-3])["input_ids"] == tokenizer.encode_ordinary(MIXED[-3])
-
-
-def upload_model_config(folder: Path, vocab_size: int, end_of_text: int) -> Path:
-    config = upload_model.huggingface_config(replace(CONFIG, vocab_size=vocab_size), end_of_text)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @needs_gpt2
