@@ -146,7 +146,8 @@ def test_generate_end_to_end_with_data_that_are_fetched_once(tmp_path: Path, ser
     assert all(isinstance(record["model_response"], str) for record in answered)
     assert test_ift.fetch_records(tmp_path / "data", url) == RECORDS
     assert fetched == ["/data.json"]
-    assert "is there already" in refused("test_ift.py", "generate", "one", *model, *options)
+    with pytest.raises(InputError, match="is there already"):
+        test_ift.main.main(["generate", "one", *map(str, (*model, *options))], standalone_mode=False)
 
 
 def test_wrong_data(tmp_path: Path) -> None:
