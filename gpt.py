@@ -38,17 +38,10 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        require(
-            self.vocab_size <= 65_536,
-            f"vocab_size must be at most 65536 (tokens are uint16), not {self.vocab_size}",
-        )
-        require(
-            self.emb_dim % self.n_heads == 0,
-            f"emb_dim {self.emb_dim} must be a multiple of n_heads {self.n_heads}",
-        )
-        require(
-            0.0 <= self.drop_rate < 1.0, f"drop_rate must be at least 0 and below 1, not {self.drop_rate}"
-        )
+        size, width, heads, rate = self.vocab_size, self.emb_dim, self.n_heads, self.drop_rate
+        require(size <= 65_536, f"vocab_size must be at most 65536 (tokens are uint16), not {size}")
+        require(width % heads == 0, f"emb_dim {width} must be a multiple of n_heads {heads}")
+        require(0.0 <= rate < 1.0, f"drop_rate must be at least 0 and below 1, not {rate}")
 
 
 class LayerNorm(nn.Module):
@@ -64,6 +57,34 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift, eps=1e-5)
 
 
+class Cache:
+    """Keys and values of the tokens that a model has read: reading on costs the work of the new ones alone.
+
+    Room for `size` tokens a row; the first `padding` (B,) of each row stand for nothing and are not attended.
+    """
+
+    def __init__(self, padding: Tensor, size: int) -> None:
+        self.padding, self.size, self.length = padding, size, 0
+        self.layers: dict[nn.Module, Tensor] = {}  # keys and values, (2, B, H, size, D)
+        self.visible: Tensor | None = None  # (B, 1, T, S): whether a new token, of T, attends to one of all S
+
+    def read_on(self, count: int) -> Tensor:
+        """Count `count` more tokens a row as read, and return their positions (B, T)."""
+        self.length += count
+        columns = torch.arange(self.length, device=self.padding.device)
+        new, first = columns[-count:, None], self.padding[:, None, None]
+        # What stands for nothing attends to itself: a softmax over no tokens would be no number.
+        self.visible = ((columns <= new) & (columns >= first) | (columns == new))[:, None]
+        return (columns[-count:] - self.padding[:, None]).clamp(min=0)
+
+    def extend(self, layer: nn.Module, new: Tensor) -> Tensor:
+        """Add a layer's keys and values (2, B, H, T, D) of the new tokens; return those of all S tokens."""
+        if layer not in self.layers:
+            self.layers[layer] = new.new_empty(*new.shape[:3], self.size, new.shape[4])
+        self.layers[layer][:, :, :, self.length - new.shape[3] : self.length] = new
+        return self.layers[layer][:, :, :, : self.length]
+
+
 class Attention(nn.Module):
     """Causal self-attention over H heads."""
 
@@ -75,27 +96,32 @@ class Attention(nn.Module):
         self.W_value = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
-        # Three matrices in the file, one matrix product on the machine: fewer, larger products are faster.
         projections = (self.W_query, self.W_key, self.W_value)
-        weight = torch.cat([p.weight for p in projections])  # (3C, C)
-        bias = torch.cat([p.bias for p in projections]) if self.W_query.bias is not None else None
-        qkv = F.linear(x, weight, bias).view(B, T, 3, self.n_heads, C // self.n_heads)
+        if cache:
+            # One token's products take less time than to copy the weights would.
+            qkv = torch.cat([projection(x) for projection in projections], dim=-1)
+        else:
+            # Three matrices in the file, one matrix product on the machine: fewer, larger ones are faster.
+            weight = torch.cat([p.weight for p in projections])  # (3C, C)
+            bias = torch.cat([p.bias for p in projections]) if self.W_query.bias is not None else None
+            qkv = F.linear(x, weight, bias)
+        qkv = qkv.view(B, T, 3, self.n_heads, C // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        y = self._attend(q, k, v)  # (B, H, T, D)
+        k, v = cache.extend(self, torch.stack((k, v))) if cache else (k, v)  # then (B, H, S, D)
+        y = self._attend(q, k, v, cache.visible if cache else None)  # (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        dropout = self.drop_rate if self.training else 0.0
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+        how = {"dropout_p": self.drop_rate if self.training else 0.0}
+        how |= {"is_causal": True} if visible is None else {"attn_mask": visible}
         if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
             # On CPUs the backward pass of short bf16 attention takes three times as long as in float32.
             with torch.autocast("cpu", enabled=False):
-                return F.scaled_dot_product_attention(
-                    q.float(), k.float(), v.float(), dropout_p=dropout, is_causal=True
-                )
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+                return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
+        return F.scaled_dot_product_attention(q, k, v, **how)
 
 
 class FeedForward(nn.Module):
@@ -125,9 +151,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(config.emb_dim)
         self.drop_shortcut = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.drop_shortcut(self.att(self.norm1(x)))
+        x = x + self.drop_shortcut(self.att(self.norm1(x), cache))
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
@@ -156,19 +182,21 @@ class GPTModel(nn.Module):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
                 residual = name.endswith(("att.out_proj.weight", "ff.layers.2.weight"))
-                nn.init.normal_(
-                    parameter, std=0.02 / (math.sqrt(2 * self.config.n_layers) if residual else 1.0)
-                )
+                scale = math.sqrt(2 * self.config.n_layers) if residual else 1.0
+                nn.init.normal_(parameter, std=0.02 / scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, T) to logits (B, T, V)."""
         return self.out_head(self.features(tokens))
 
-    def features(self, tokens: Tensor) -> Tensor:
-        """Map tokens (B, T) to what the head reads, (B, T, C)."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Map tokens (B, T), which follow on those in the cache, to what the head reads, (B, T, C)."""
+        length = tokens.shape[1]
+        positions = cache.read_on(length) if cache else torch.arange(length, device=tokens.device)
         x = self.drop_emb(self.tok_emb(tokens) + self.pos_emb(positions))
-        return self.final_norm(self.trf_blocks(x))
+        for block in self.trf_blocks:
+            x = block(x, cache)
+        return self.final_norm(x)
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by name, each once: of two tied tensors the embedding."""
@@ -192,8 +220,7 @@ def load_model(model_json: Path, weights: Path) -> GPTModel:
 
 
 def load_weights(model: GPTModel, path: Path) -> None:
-    """Fill `model` from a safetensors file of this project, of the published runs, or of a Hugging Face
-    GPT-2.
+    """Fill `model` from a safetensors file: ours, the published runs', or a Hugging Face GPT-2's.
 
     Raises InputError, naming the file and the tensor, for a damaged file or one of a model of another shape.
     """
@@ -215,25 +242,17 @@ def load_tensors(model: GPTModel, tensors: dict[str, Tensor], source: str) -> No
     head, embedding = tensors.get("out_head.weight"), tensors.get("tok_emb.weight")
     tensors |= {"out_head.weight": embedding if head is None else head} if embedding is not None else {}
     tensors |= {"tok_emb.weight": head} if embedding is None and head is not None else {}
-    if (
-        model.config.tie_weights
-        and head is not None
-        and embedding is not None
-        and not torch.equal(head, embedding)
-    ):
+    both = head is not None and embedding is not None
+    if model.config.tie_weights and both and not torch.equal(head, embedding):
         raise InputError(f"{source}: out_head.weight differs from tok_emb.weight; set tie_weights to false")
 
     wanted = model.state_dict()
     for name, parameter in wanted.items():
         require(name in tensors, f"{source}: has no tensor '{name}'; the model is configured otherwise")
         found, right = tuple(tensors[name].shape), tuple(parameter.shape)
-        require(
-            found == right, f"{source}: {name} has shape {found} where the model's config makes it {right}"
-        )
+        require(found == right, f"{source}: {name} has shape {found}, the model's config makes it {right}")
     for name in tensors:
-        require(
-            name in wanted, f"{source}: tensor '{name}' has no place in the model; it is configured otherwise"
-        )
+        require(name in wanted, f"{source}: tensor '{name}' has no place in a model configured so")
     model.load_state_dict(tensors)
 
 
@@ -246,19 +265,27 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
+    padding: Tensor | None = None,
+    stop: int | None = None,
+    use_cache: bool = True,
 ) -> Tensor:
-    """Continue tokens (B, T), T at least 1, by `count` tokens; return (B, T + count).
+    """Continue tokens (B, T), T at least 1, by `count` tokens, or until all rows have drawn the token `stop`;
+    return (B, T + count) or less. The first `padding` (B,) tokens of each row stand for nothing.
 
     Raises RunError if the model gives no numbers. At temperature 0 the likeliest token is taken; otherwise
     one is drawn from the `top_k` likeliest (all when None). Past the context length the model sees the last
-    context_length tokens.
+    context_length tokens; then all positions move with each token, and a cache saves nothing.
     """
-    for _ in range(count):
-        logits = model(tokens[:, -model.config.context_length :])[:, -1].float()  # (B, V)
+    prompt, size, cache = tokens.shape[1], model.config.context_length, None
+    padding = tokens.new_zeros(len(tokens)) if padding is None else padding
+    for length in range(prompt, prompt + count):
+        if cache is None or cache.length == size or not use_cache:
+            start = max(0, length - size)
+            cache = Cache((padding - start).clamp(min=0), min(size, prompt + count))
+        features = model.features(tokens[:, start + cache.length :], cache)
+        logits = model.out_head(features[:, -1]).float()  # (B, V)
         if not logits.isfinite().all():
-            raise RunError(
-                "the model's logits are no numbers: its weights are damaged, or training has diverged"
-            )
+            raise RunError("the model's logits are no numbers: its weights are damaged, or training diverged")
         if temperature == 0:
             chosen = logits.argmax(-1, keepdim=True)
         else:
@@ -268,4 +295,6 @@ def generate(
             scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
             chosen = torch.multinomial(F.softmax(scaled, dim=-1), 1, generator=generator)
         tokens = torch.cat([tokens, chosen], dim=1)
+        if stop is not None and (tokens[:, prompt:] == stop).any(dim=1).all():
+            break
     return tokens

@@ -1,5 +1,6 @@
-"""A Hugging Face GPT-2's tensors under this project's names."""
+"""A Hugging Face GPT-2's tensors under this project's names, and the other way round."""
 
+import torch
 from torch import Tensor
 
 # Hugging Face's names for our parameters: outside the blocks, and inside block N behind `h.N.`
@@ -10,6 +11,7 @@ HUGGINGFACE_NAMES = {
     "ln_f.bias": "final_norm.shift",
     "lm_head.weight": "out_head.weight",
 }
+QKV = ("W_query", "W_key", "W_value")
 HUGGINGFACE_MATRICES = {"attn.c_proj": "att.out_proj", "mlp.c_fc": "ff.layers.0", "mlp.c_proj": "ff.layers.2"}
 HUGGINGFACE_BLOCK_NAMES = {
     f"{theirs}.{kind}": f"{ours}.{kind}"
@@ -39,10 +41,37 @@ def from_huggingface(tensors: dict[str, Tensor], *, qkv_bias: bool) -> dict[str,
         if part in ("attn.c_attn.weight", "attn.c_attn.bias"):
             kind = part.removeprefix("attn.c_attn.")
             if kind == "weight" or qkv_bias or tensor.any():  # zero biases say what no biases say
-                for target, piece in zip(("W_query", "W_key", "W_value"), tensor.chunk(3), strict=True):
+                for target, piece in zip(QKV, tensor.chunk(3), strict=True):
                     ours[f"trf_blocks.{layer}.att.{target}.{kind}"] = piece
         elif part in HUGGINGFACE_BLOCK_NAMES:
             ours[f"trf_blocks.{layer}.{HUGGINGFACE_BLOCK_NAMES[part]}"] = tensor
         else:
             ours[full_name] = tensor
     return ours
+
+
+def to_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `from_huggingface` for `GPTModel.tensors()`, with Hugging Face's own prefix `transformer.`.
+
+    Q, K and V without biases get biases of zero; a tied model's head, not among its tensors, stays left out.
+    """
+    outside = {ours: theirs for theirs, ours in HUGGINGFACE_NAMES.items()}
+    inside = {ours: theirs for theirs, ours in HUGGINGFACE_BLOCK_NAMES.items()}
+    theirs: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in outside:
+            prefix = "" if name == "out_head.weight" else "transformer."
+            theirs[prefix + outside[name]] = tensor
+            continue
+        _, layer, part = name.split(".", 2)
+        block = f"transformer.h.{layer}."
+        if part in inside:
+            theirs[block + inside[part]] = tensor.T.contiguous() if tensor.dim() == 2 else tensor
+        elif part == "att.W_query.weight":
+            stem = name.removesuffix("W_query.weight")
+            weights = [tensors[f"{stem}{which}.weight"] for which in QKV]
+            no_bias = tensor.new_zeros(len(tensor))
+            biases = [tensors.get(f"{stem}{which}.bias", no_bias) for which in QKV]
+            theirs[f"{block}attn.c_attn.weight"] = torch.cat(weights).T.contiguous()
+            theirs[f"{block}attn.c_attn.bias"] = torch.cat(biases)
+    return theirs

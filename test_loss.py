@@ -1,35 +1,90 @@
 #!/usr/bin/env python3
-"""How good is it? The loss of a trained model on text that it has not seen.
+"""How good is it? The loss of trained models on text that they have not seen.
 
     python test_loss.py datasets runs/original/model.json runs/original/checkpoints/best/model.safetensors
     python test_loss.py datasets runs/demo/model.json runs/demo/checkpoints/best/model.safetensors \\
         --dataset local/python-docs --start-token 0 --tokens 65536
+    python test_loss.py datasets A/model.json A/model.safetensors B/model.json B/model.safetensors ...
+
+Several models read the data together, once, and give a table. The loss of a checkpoint is kept beside it, in
+test-loss.json, for compare_runs.py and upload_model.py.
 """
 
+import dataclasses
+import json
 import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
-from config import InputError, RunError, require, run_command
+from checkpointing import META_FILE
+from config import InputError, RunError, read_json_object, require, run_command
 from data import Sequences, TokenFile, check_tokenizer, fetch_dataset
 from gpt import GPTModel, load_model
 from prepare_datasets import get_tokenizer
 
+TEST_LOSS_FILE = "test-loss.json"
+
+
+@dataclass(frozen=True)
+class MeasuredLoss:
+    """How well a model does on a part of a data set. Loss in nats per token."""
+
+    dataset: str
+    split: str
+    start_token: int
+    tokens: int
+    context_length: int
+    loss: float
+    perplexity: float
+    standard_error: float | None  # of the loss, over sequences; None for a single one
+    bits_per_byte: float | None  # None where the vocabulary is not here, or the tokens stand for no text
+    measured: str  # when
+
+    def same_data(self, other: "MeasuredLoss") -> bool:
+        """Whether both were measured on the same sequences."""
+        keys = ("dataset", "split", "start_token", "tokens", "context_length")
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
+
+
+def read_test_loss(folder: Path) -> MeasuredLoss | None:
+    """The loss that was measured of the checkpoint in `folder`; None where it was not, or not legibly."""
+    try:
+        return MeasuredLoss(**read_json_object(folder / TEST_LOSS_FILE))
+    except (InputError, TypeError):
+        return None
+
+
+def write_test_loss(folder: Path, result: MeasuredLoss) -> None:
+    """Keep a checkpoint's loss beside it, in one step; a folder that cannot be written to is no failure."""
+    unfinished = folder / f"{TEST_LOSS_FILE}.incomplete"
+    try:
+        unfinished.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(folder / TEST_LOSS_FILE)
+    except OSError as error:
+        print(f"Warning: {folder / TEST_LOSS_FILE} could not be written: {error.strerror}")
+
 
 @torch.no_grad()
-def sequence_losses(model: GPTModel, sequences: Sequences, count: int, batch_size: int) -> torch.Tensor:
-    """The mean loss of each of the first `count` sequences, in nats per token: (count,) float64."""
-    losses = []
+def sequence_losses(models: list[GPTModel], sequences: Sequences, count: int, batch_size: int) -> Tensor:
+    """Each model's mean loss of each of the first `count` sequences, in nats per token: float64, on the CPU,
+    (models, count). The data are read once."""
+    losses = torch.zeros(len(models), count, dtype=torch.float64)
     for first in tqdm(range(0, count, batch_size), unit="batch", disable=None):
-        batch = sequences.read(first, min(batch_size, count - first)).to(model.tok_emb.weight.device).long()
-        logits = model(batch[:, :-1])  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-        losses.append(loss.view(len(batch), -1).double().mean(dim=1).cpu())
-    return torch.cat(losses)
+        batch = sequences.read(first, min(batch_size, count - first)).long()
+        for model, row in zip(models, losses, strict=True):
+            tokens = batch.to(model.tok_emb.weight.device)
+            features = model.features(tokens[:, :-1])
+            # One sequence after another: the logits of a batch of GPT-2's would take gigabytes.
+            for index, (x, targets) in enumerate(zip(features, tokens[:, 1:], strict=True), start=first):
+                row[index] = F.cross_entropy(model.out_head(x), targets, reduction="none").double().mean()
+    return losses
 
 
 def count_bytes(sequences: Sequences, count: int, tokenizer_name: str) -> int:
@@ -42,59 +97,147 @@ def count_bytes(sequences: Sequences, count: int, tokenizer_name: str) -> int:
     return sum(int(lengths[sequences.read(i, 1)[:, 1:].long()].sum()) for i in range(count))
 
 
+def statistics(losses: Tensor, length: int, size: int) -> dict[str, float | None]:
+    """What the losses (count,) of sequences of `length` tokens come to, over a text of `size` bytes."""
+    count = len(losses)
+    return {
+        "loss": losses.mean().item(),
+        "perplexity": losses.mean().exp().item(),
+        "standard_error": losses.std().item() / math.sqrt(count) if count > 1 else None,
+        "bits_per_byte": losses.sum().item() * length / math.log(2) / size if size else None,
+    }
+
+
+def open_test_data(folder: Path, split: str, start: int, tokens: int, length: int) -> tuple[Sequences, int]:
+    """The sequences of `length` that `tokens` tokens after `start` make, and how many to read. Raises
+    InputError when there are not so many."""
+    sequences = Sequences(TokenFile(folder / f"{split}.safetensors"), start, length, seed=0)
+    count = tokens // length
+    have = f"has {sequences.tokens.count:,} tokens, which make {sequences.count} sequences of {length}"
+    require(
+        0 < count <= sequences.count,
+        f"{sequences.tokens.path}: {have} after --start-token {start}; --tokens {tokens} asks for {count}"
+        + ("; --start-token 0 begins at the start" if start else ""),
+    )
+    return sequences, count
+
+
+def pair_up(files: tuple[Path, ...]) -> list[tuple[Path, Path]]:
+    """The arguments MODEL_JSON MODEL_SAFETENSORS ... as pairs. Raises InputError where one is left over."""
+    require(
+        len(files) % 2 == 0,
+        f"models come in pairs, MODEL_JSON MODEL_SAFETENSORS; {files[-1]} at the end is alone",
+    )
+    return list(zip(files[::2], files[1::2], strict=True))
+
+
+def print_one(result: MeasuredLoss, no_bytes: str) -> None:
+    """Print one model's result, a figure a line."""
+    error, bits = result.standard_error, result.bits_per_byte
+    print(f"Loss against our test dataset: {result.loss:.3f}")
+    print(f"Perplexity: {result.perplexity:.2f}")
+    print("Standard error: " + ("not known" if error is None else f"{error:.4f}"))
+    print("Bits per byte: " + (f"not known: {no_bytes}" if bits is None else f"{bits:.4f}"))
+
+
+def print_table(weights: list[Path], results: list[MeasuredLoss], losses: Tensor, no_bytes: str) -> None:
+    """Print several models' results as a Markdown table. The last column is a mean over sequences of the
+    difference to the first model, with its own standard error: text that is hard for one is hard for all, so
+    it is far smaller than those of the losses."""
+    print("\n| model | loss | standard error | perplexity | bits per byte | loss, less the first's |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for path, result, difference in zip(weights, results, losses - losses[0], strict=True):
+        error, bits = result.standard_error, result.bits_per_byte
+        versus = f"{difference.mean():+.4f}"
+        versus += f" ± {difference.std() / math.sqrt(len(difference)):.4f}" if len(difference) > 1 else ""
+        cells = (
+            str(path),
+            f"{result.loss:.4f}",
+            "not known" if error is None else f"{error:.4f}",
+            f"{result.perplexity:.2f}",
+            "not known" if bits is None else f"{bits:.4f}",
+            "" if path is weights[0] else versus,
+        )
+        print(f"| {' | '.join(cells)} |")
+    if no_bytes:
+        print(f"\nBits per byte: not known: {no_bytes}")
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("datasets_dir", type=click.Path(path_type=Path))
-@click.argument("model_json", type=click.Path(path_type=Path))
-@click.argument("model_safetensors", type=click.Path(path_type=Path))
+@click.argument(
+    "models",
+    type=click.Path(path_type=Path),
+    nargs=-1,
+    required=True,
+    metavar="MODEL_JSON MODEL_SAFETENSORS ...",
+)
 @click.option("--dataset", default="gpjt/fineweb-gpt2-tokens", show_default=True)
 @click.option("--split", type=click.Choice(["train", "validation"]), default="validation", show_default=True)
 @click.option("--start-token", type=click.IntRange(0), default=50_000_000, show_default=True)
 @click.option("--tokens", type=click.IntRange(1), default=19_660_800, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=6, show_default=True)
+@click.option(
+    "--context-length", type=click.IntRange(1), help="Tokens per sequence; default: the models' own."
+)
 def main(
     datasets_dir: Path,
-    model_json: Path,
-    model_safetensors: Path,
+    models: tuple[Path, ...],
     dataset: str,
     split: str,
     start_token: int,
     tokens: int,
     batch_size: int,
+    context_length: int | None,
 ) -> None:
-    """Measure the loss of the model in MODEL_SAFETENSORS, ours or a Hugging Face GPT-2's."""
-    model = load_model(model_json, model_safetensors)
-    folder = fetch_dataset(datasets_dir, dataset, None, [split])
-    check_tokenizer(folder, model.config)
-    length = model.config.context_length
-    sequences = Sequences(TokenFile(folder / f"{split}.safetensors"), start_token, length, seed=0)
-    count = tokens // length
+    """Measure the loss of the models in MODEL_SAFETENSORS, ours or Hugging Face GPT-2's."""
+    pairs = pair_up(models)
+    loaded = [load_model(*pair) for pair in pairs]
+    lengths = {model.config.context_length for model in loaded}
     require(
-        0 < count <= sequences.count,
-        f"{sequences.tokens.path}: has {sequences.tokens.count:,} tokens, which make {sequences.count} "
-        "sequences of "
-        f"{length} after --start-token {start_token}; --tokens {tokens} asks for {count}"
-        + ("; --start-token 0 begins at the start" if start_token else ""),
+        len(lengths) == 1 or context_length is not None,
+        f"the models' context lengths differ ({', '.join(map(str, sorted(lengths)))}); --context-length "
+        f"{min(lengths)} gives all of them the same sequences",
     )
-    sequences.tokens.check_vocabulary(start_token, start_token + count * length + 1, model.config.vocab_size)
+    length = context_length or lengths.pop()
+    folder = fetch_dataset(datasets_dir, dataset, None, [split])
+    sequences, count = open_test_data(folder, split, start_token, tokens, length)
+    for (model_json, _), model in zip(pairs, loaded, strict=True):
+        longest = model.config.context_length
+        require(length <= longest, f"{model_json}: --context-length can be {longest} at most, not {length}")
+        check_tokenizer(folder, model.config)
+    smallest = min(model.config.vocab_size for model in loaded)
+    sequences.tokens.check_vocabulary(start_token, start_token + count * length + 1, smallest)
+    tokenizers = {model.config.tokenizer for model in loaded}
+    require(len(tokenizers) == 1, "the models' tokenizers differ; measure them apart, on a data set each")
 
-    losses = sequence_losses(model, sequences, count, batch_size)
-    loss = losses.mean().item()
-    if not math.isfinite(loss):
-        raise RunError(f"the loss is {loss}: the weights are damaged, or training has diverged")
-    print(f"{count:,} sequences of {length:,} tokens from {sequences.tokens.path}")
-    print(f"Loss against our test dataset: {loss:.3f}")
-    print(f"Perplexity: {losses.mean().exp().item():.2f}")
-    print(
-        "Standard error: " + (f"{losses.std().item() / math.sqrt(count):.4f}" if count > 1 else "not known")
-    )
+    losses = sequence_losses(loaded, sequences, count, batch_size)
+    size, no_bytes = 0, ""
     try:
-        size = count_bytes(sequences, count, model.config.tokenizer)
-        bits = losses.sum().item() * length / math.log(2)
-        print(
-            "Bits per byte: " + (f"{bits / size:.4f}" if size else "not known: the tokens stand for no text")
-        )
+        size = count_bytes(sequences, count, tokenizers.pop())
+        no_bytes = "" if size else "the tokens stand for no text"
     except InputError as error:
-        print(f"Bits per byte: not known: {error}")
+        no_bytes = str(error)
+    measured_on = {
+        "dataset": dataset,
+        "split": split,
+        "start_token": start_token,
+        "tokens": count * length,
+        "context_length": length,
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    results = []
+    for (_, weights), row in zip(pairs, losses, strict=True):
+        if not row.mean().isfinite():
+            raise RunError(f"{weights}: the loss is {row.mean():.3g}: damaged weights, or training diverged")
+        results.append(MeasuredLoss(**measured_on, **statistics(row, length, size)))
+        if (weights.parent / META_FILE).exists():  # a checkpoint of this project
+            write_test_loss(weights.parent, results[-1])
+    print(f"{count:,} sequences of {length:,} tokens from {sequences.tokens.path}")
+    if len(results) == 1:
+        print_one(results[0], no_bytes)
+    else:
+        print_table([weights for _, weights in pairs], results, losses, no_bytes)
 
 
 if __name__ == "__main__":

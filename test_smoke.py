@@ -1,24 +1,92 @@
 #!/usr/bin/env python3
-"""Does it speak? Continue a prompt with a trained model.
+"""Does it speak? Continue prompts with a trained model.
 
 python test_smoke.py runs/demo/model.json runs/demo/checkpoints/best/model.safetensors --prompt "Return the"
+python test_smoke.py ... --prompt "Return the" --prompt "If the file" --samples 3 --seed 42
 """
 
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import tiktoken
 import torch
+from tqdm import tqdm
 
 from config import require, run_command
-from gpt import generate, load_model
+from gpt import GPTModel, generate, load_model
 from prepare_datasets import get_tokenizer
+
+# Rows continued at once. One row of GPT-2 small, full, holds 75 MB of keys and values.
+BATCH_SIZE = 32
+
+
+def encode_prompt(tokenizer: tiktoken.Encoding, prompt: str, vocab_size: int) -> list[int]:
+    """The prompt's tokens; of an empty one the end of the text before. Raises InputError for tokens outside
+    the model's vocabulary."""
+    tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
+    require(max(tokens) < vocab_size, f"the prompt has tokens outside the model's vocabulary of {vocab_size}")
+    return tokens
+
+
+def continuations(
+    model: GPTModel,
+    tokenizer: tiktoken.Encoding,
+    prompts: Sequence[str],
+    count: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """What the model adds to each prompt: at most `count` tokens, up to the end of the text.
+
+    Prompts of like length are continued together, padded on the left to one length.
+    """
+    encoded = [encode_prompt(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
+    texts = [""] * len(prompts)
+    device = model.tok_emb.weight.device
+    for first in tqdm(range(0, len(order), BATCH_SIZE), unit="batch", disable=None, leave=False):
+        batch = order[first : first + BATCH_SIZE]
+        longest = len(encoded[batch[-1]])
+        padding = [longest - len(encoded[index]) for index in batch]
+        rows = [[0] * empty + encoded[index] for index, empty in zip(batch, padding, strict=True)]
+        continued = generate(
+            model,
+            torch.tensor(rows, device=device),
+            count,
+            temperature=temperature,
+            top_k=top_k,
+            generator=generator,
+            padding=torch.tensor(padding, device=device),
+            stop=tokenizer.eot_token,
+        )
+        for index, row in zip(batch, continued[:, longest:].tolist(), strict=True):
+            new = row[: row.index(tokenizer.eot_token)] if tokenizer.eot_token in row else row
+            # A vocabulary may be larger than its tokenizer's: what stands for no text is left out.
+            texts[index] = tokenizer.decode([token for token in new if token < tokenizer.n_vocab])
+    return texts
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which could upset a terminal, written as escapes."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model_json", type=click.Path(path_type=Path))
 @click.argument("model_safetensors", type=click.Path(path_type=Path))
-@click.option("--prompt", default="Every effort moves you", show_default=True)
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    default=["Every effort moves you"],
+    show_default=True,
+    help="May be given several times.",
+)
 @click.option(
     "--tokens", type=click.IntRange(1), default=20, show_default=True, help="How many to add at most."
 )
@@ -27,38 +95,31 @@ from prepare_datasets import get_tokenizer
 )
 @click.option("--top-k", type=click.IntRange(1), default=25, show_default=True, help="Draw from so many.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="For the same samples every time.")
-@click.option("--samples", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Of each prompt.")
 def main(
     model_json: Path,
     model_safetensors: Path,
-    prompt: str,
+    prompts: tuple[str, ...],
     tokens: int,
     temperature: float,
     top_k: int,
     seed: int | None,
     samples: int,
 ) -> None:
-    """Continue a prompt with the model in MODEL_SAFETENSORS, ours or a Hugging Face GPT-2's."""
+    """Continue prompts with the model in MODEL_SAFETENSORS, ours or a Hugging Face GPT-2's."""
+    require(temperature == temperature, "--temperature must be a number")
     model = load_model(model_json, model_safetensors)
     tokenizer = get_tokenizer(model.config.tokenizer)
-    require(temperature == temperature, "--temperature must be a number")
-    encoded = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
-    vocab_size = model.config.vocab_size
-    require(
-        max(encoded) < vocab_size, f"the prompt has tokens outside the model's vocabulary of {vocab_size}"
-    )
-
-    device = model.tok_emb.weight.device
-    generator = torch.Generator(device)
+    generator = torch.Generator(model.tok_emb.weight.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
-    start = torch.tensor([encoded] * samples, device=device)
-    continued = generate(model, start, tokens, temperature=temperature, top_k=top_k, generator=generator)
+    starts = [prompt for prompt in prompts for _ in range(samples)]
+    sampling = {"temperature": temperature, "top_k": top_k, "generator": generator}
+    texts = continuations(model, tokenizer, starts, tokens, **sampling)
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not have what a model dreams up
-    for row in continued.tolist():
-        new = row[len(encoded) :]
-        new = new[: new.index(tokenizer.eot_token)] if tokenizer.eot_token in new else new
-        print(prompt + tokenizer.decode([token for token in new if token < tokenizer.n_vocab]))
+    # A terminal may not have what a model dreams up.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    separator = "\n\n" if len(texts) > 1 else "\n"
+    print(separator.join(printable(start + text) for start, text in zip(starts, texts, strict=True)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,185 @@
+"""compare_runs.py: the table, the chart, and the page that follows runs."""
+
+import dataclasses
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Sandbox, run_script, write_dataset
+from test_bad_input import refused
+
+from compare_runs import main, notes, read_run
+from config import InputError
+from test_loss import MeasuredLoss, write_test_loss
+
+VALIDATE = {"validation_interval": 4, "validation_batches": 2}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
+    """Two trained runs, the first with a price and a test loss, and one that has not begun."""
+    sandbox = Sandbox(tmp_path_factory.mktemp("runs"))
+    write_dataset(sandbox.datasets / "test/tokens")
+    sandbox.write_run("one", train={**VALIDATE, "usd_per_hour": 3600.0})
+    sandbox.write_run("two", model={"qkv_bias": True}, train={**VALIDATE, "global_batch_size": 4})
+    sandbox.write_run("later", train=VALIDATE)
+    sandbox.train("one")
+    sandbox.train("two")
+    result = MeasuredLoss("test/tokens", "validation", 0, 320, 16, 3.21, 24.8, 0.012, None, "now")
+    write_test_loss(sandbox.run_dir("one") / "checkpoints/best", result)
+    return sandbox
+
+
+def compare(sandbox: Sandbox, *options: str | Path) -> str:
+    paths = ("--runs-dir", sandbox.path / "runs", "--chart", sandbox.path / "chart.png")
+    done = run_script("compare_runs.py", *options, *paths)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows_of(printed: str) -> dict[str, dict[str, str]]:
+    lines = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
+    return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+
+
+class Page(html.parser.HTMLParser):
+    """What a page refers to, and the data that it holds."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links, self.data, self._inside, self.unclosed = [], "", "", []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self._inside = dict(attributes).get("id", "")
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+        self.unclosed += [] if tag in ("meta",) else [tag]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.unclosed.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.data += data if self._inside == "runs" else ""
+
+
+def test_table_chart_and_page(runs: Sandbox) -> None:
+    page = runs.path / "runs/compare.html"
+    rows = rows_of(compare(runs, "one", "two", "later", "--html", page))
+    one, two, later = rows.values()
+    assert list(rows) == ["one", "two", "later"]
+    changed = "qkv_bias false → true, global_batch_size 8 → 4, usd_per_hour 3600.0 → null"
+    assert two["differs from the first by"] == changed
+    status, lines = runs.status("one"), runs.metrics("one", "val_loss")
+    assert int(two["parameters"].replace(",", "")) - int(one["parameters"].replace(",", "")) == 2 * 3 * 32
+    assert (one["tokens"], one["global batch"], two["global batch"]) == ("1,024", "8", "4")
+    assert one["validation loss"] == f"{min(lines):.4f}"
+    assert (one["test loss"], two["test loss"]) == ("3.2100 ± 0.0120", "–")
+    assert one["cost"] == f"${status['cost_usd']:,.2f}"
+    assert re.fullmatch(r"\d+%", one["of it validation"])
+    assert {later[key] for key in ("tokens", "validation loss", "hours", "cost", "tokens/s")} == {"–"}
+    assert (runs.path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    parsed = Page(page)
+    assert parsed.links == []
+    assert parsed.unclosed == []
+    first, _, third = json.loads(parsed.data)
+    assert first["folder"] == "one"
+    assert first["cells"]["now"] == "finished"
+    assert first["validation"] == [[step * 128, loss] for step, loss in zip((0, 4, 8), lines, strict=True)]
+    assert third["train"] == []
+
+
+def test_the_share_of_validation_follows_from_the_metrics(tmp_path: Path) -> None:
+    sandbox = Sandbox(tmp_path)
+    folder = sandbox.write_run(train=VALIDATE)
+    # 1 s of validation, then steps of 2 s; after the second 3 s of validation and 4 s of saving.
+    lines = [
+        {"step": 0, "tokens": 0, "val_loss": 4.0, "seconds": 1.0},
+        {"step": 1, "tokens": 64, "train_loss": 4.0, "tokens_per_second": 32.0, "seconds": 3.0},
+        {
+            "step": 2,
+            "tokens": 128,
+            "train_loss": 3.0,
+            "tokens_per_second": 32.0,
+            "val_loss": 3.0,
+            "seconds": 8.0,
+        },
+        {"step": 3, "tokens": 192, "train_loss": 2.0, "tokens_per_second": 32.0, "seconds": 14.0},
+    ]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "to'
+    )
+    run = read_run(tmp_path / "runs", "tiny")
+    assert run.validation_share == pytest.approx((1 + 3) / 14)
+    assert (run.tokens, run.global_batch, run.tokens_per_second, run.seconds) == (192, 4, 32.0, 14.0)
+
+
+def test_test_losses_of_different_data_are_said_to_be(runs: Sandbox) -> None:
+    one, two = (read_run(runs.path / "runs", name) for name in ("one", "two"))
+    same = dataclasses.replace(two, test=one.test)
+    other = dataclasses.replace(two, test=dataclasses.replace(one.test, start_token=64))
+    assert notes([one, two]) == notes([one, same]) == []
+    assert notes([one, other])[0].startswith(
+        "The test losses are of different data: test/tokens validation from 0"
+    )
+
+
+def test_wrong_comparisons(runs: Sandbox) -> None:
+    assert "no such run; there are: later, one, two" in refused(
+        "compare_runs.py", "--runs-dir", runs.path / "runs", "one", "three"
+    )
+    for arguments, message in (
+        (("one", "two", "one"), "run 'one' is named twice"),
+        (("one", "--html", str(runs.path / "nowhere/page.html")), "nowhere is not there"),
+        (("../one",), "must be a plain name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            main.main([*arguments, "--runs-dir", str(runs.path / "runs")], standalone_mode=False)
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "headless_shell"))), None
+)
+
+
+@pytest.fixture
+def served(runs: Sandbox) -> Iterator[str]:
+    """The address at which `python -m http.server` serves the runs."""
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen([*command, "--directory", str(runs.path / "runs")], **options) as server:
+        yield re.search(r"http://[\d.:]+", server.stdout.readline())[0]
+        server.terminate()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to render the page")
+def test_the_page_follows_a_run_in_headless_chromium(runs: Sandbox, served: str) -> None:
+    folder = runs.run_dir("later")
+    compare(runs, "one", "two", "later", "--html", runs.path / "runs/compare.html")
+    # What happens after the page was made, half a line included.
+    line = {"step": 3, "tokens": 384, "train_loss": 4.1, "val_loss": 3.9876, "seconds": 7200.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 4, "tok')
+    now = {"status": "running", "step": 3, "total_steps": 8, "tokens": 384, "tokens_per_second": 4321.0}
+    now |= {"eta_seconds": 90.0, "seconds": 7200.0, "cost_usd": None}
+    (folder / "status.json").write_text(json.dumps(now))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
+    picture = runs.path / "page.png"
+    command += ["--dump-dom", f"--screenshot={picture}", "--window-size=1200,900", f"{served}/compare.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    for name in ("metrics.jsonl", "status.json"):
+        (folder / name).unlink()
+    cells = re.findall(r"<td>([^<]*)</td>", done.stdout)
+    assert "Uncaught" not in done.stderr
+    assert "running, 3 / 8 steps" in cells
+    assert "3.9876" in cells
+    assert "4,321" in cells
+    assert "2.00" in cells
+    assert "3 of 3 runs read" in done.stdout
+    assert done.stdout.count("<polyline") == 6
+    assert picture.read_bytes().startswith(b"\x89PNG")

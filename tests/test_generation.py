@@ -1,0 +1,114 @@
+"""Continuing text: the same tokens with a key-value cache as without, and together as one by one."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODEL, run_script
+from safetensors.torch import save_file
+
+from gpt import GPTConfig, GPTModel, generate
+from prepare_datasets import get_tokenizer
+from test_smoke import BATCH_SIZE, continuations, printable
+
+torch.set_num_threads(1)  # the models are tiny, and the machine has other work
+SMALL = replace(GPTConfig(**MODEL), context_length=48)
+BYTES = replace(SMALL, vocab_size=257, tokenizer="bytes")
+
+
+def small_model(config: GPTConfig = SMALL) -> GPTModel:
+    torch.manual_seed(0)
+    return GPTModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def bytes_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("bytes")
+    config = {**MODEL, "vocab_size": 257, "context_length": 48, "tokenizer": "bytes"}
+    (folder / "model.json").write_text(json.dumps(config))
+    save_file(small_model(BYTES).state_dict(), folder / "model.safetensors")
+    return folder / "model.json", folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "tie_weights": True}])
+def test_cached_generation_gives_the_same_tokens_past_the_context_limit_too(changes: dict) -> None:
+    model = small_model(replace(SMALL, **changes))
+    tokens = torch.randint(64, (3, 5))
+    plain = generate(model, tokens, 200, temperature=0, use_cache=False)
+    assert plain.shape == (3, 205)
+    assert torch.equal(generate(model, tokens, 200, temperature=0), plain)
+    sampling = {"temperature": 0.8, "top_k": 10}
+    cached, plain = (
+        generate(model, tokens, 60, generator=torch.Generator().manual_seed(1), use_cache=use, **sampling)
+        for use in (True, False)
+    )
+    assert torch.equal(cached, plain)
+
+
+def test_with_a_cache_each_token_is_read_once() -> None:
+    model, read = small_model(), []
+    model.tok_emb.register_forward_hook(lambda _module, inputs, _output: read.append(inputs[0].shape[1]))
+    generate(model, torch.zeros(2, 5, dtype=torch.long), 40, temperature=0)
+    assert read == [5] + [1] * 39
+
+
+@pytest.mark.parametrize("count", [20, 45])
+def test_padded_rows_are_continued_as_if_they_were_alone(count: int) -> None:
+    model = small_model()
+    rows = [torch.randint(64, (length,)) for length in (1, 7, 20)]
+    padded = torch.stack([torch.cat([torch.full((20 - len(row),), 9), row]) for row in rows])
+    padding = torch.tensor([20 - len(row) for row in rows])
+    together = generate(model, padded, count, temperature=0, padding=padding)
+    for row, empty, alone in zip(together, padding.tolist(), rows, strict=True):
+        assert torch.equal(row[empty:], generate(model, alone[None], count, temperature=0)[0])
+
+
+def test_generation_ends_when_every_row_has_stopped() -> None:
+    model = small_model()
+    tokens = torch.randint(64, (2, 4))
+    whole = generate(model, tokens, 30, temperature=0)
+    stop = int(whole[0, 10])
+    ends = [next((i for i in range(4, 34) if row[i] == stop), 33) for row in whole]
+    stopped = generate(model, tokens, 30, temperature=0, stop=stop)
+    assert torch.equal(stopped, whole[:, : max(ends) + 1])
+
+
+def test_prompts_are_continued_in_their_order_and_end_at_end_of_text() -> None:
+    model, tokenizer = small_model(BYTES), get_tokenizer("bytes")
+    prompts = ["short", "a longer one, ", "", "b"] * (BATCH_SIZE // 4 + 1)
+    texts = continuations(model, tokenizer, prompts, 12, temperature=0)
+    assert texts[:4] * (BATCH_SIZE // 4 + 1) == texts
+    assert texts[0] == continuations(model, tokenizer, ["short"], 12, temperature=0)[0]
+    model.out_head.weight.data[256] = 0
+    model.out_head.register_forward_hook(
+        lambda _module, _inputs, logits: logits.index_fill(-1, torch.tensor(256), 1e9)
+    )
+    assert continuations(model, tokenizer, ["short"], 12, temperature=0) == [""]
+
+
+def test_what_upsets_a_terminal_is_escaped() -> None:
+    assert printable("ä\n\tb\x1b[2J\r\x07\x9b語") == "ä\n\tb\\x1b[2J\\x0d\\x07\\x9b語"
+
+
+def test_several_prompts_and_samples(bytes_model: tuple[Path, Path]) -> None:
+    options = (
+        "--prompt",
+        "ab\x1b[2J",
+        "--prompt",
+        "Größe",
+        "--samples",
+        "2",
+        "--tokens",
+        "6",
+        "--temperature",
+        "0",
+    )
+    done = run_script("test_smoke.py", *bytes_model, *options, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    first, second, third, fourth = done.stdout.rstrip("\n").split("\n\n")
+    assert first == second
+    assert first.startswith(r"ab\x1b[2J")
+    assert third == fourth
+    assert third.startswith(r"Gr\xf6\xdfe")

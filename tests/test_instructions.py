@@ -1,0 +1,418 @@
+"""test_ift.py: fine-tuning as in the book, and judging by a server that is slow, wrong or not there."""
+
+import contextlib
+import http.server
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+from test_bad_input import refused
+from test_measuring import write_model
+
+import test_ift
+from config import InputError
+from gpt import GPTModel, load_model
+from test_ift import FineTuning
+
+torch.set_num_threads(1)
+KEY = "sk-secret-0123456789"
+COLOURS = ("red", "green", "blue", "black", "white")
+RECORDS = [
+    {"instruction": f"Name colour {i}.", "input": "one word" if i % 2 else "", "output": COLOURS[i % 5]}
+    for i in range(40)
+]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Fine-tuning
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_records_are_split_in_their_order_85_5_10() -> None:
+    records = [{"instruction": str(i), "input": "", "output": ""} for i in range(1100)]
+    train, validation, test = test_ift.split_records(records)
+    assert (train, test, validation) == (records[:935], records[935:1045], records[1045:])
+
+
+def test_prompts_are_those_of_alpaca() -> None:
+    start = "Below is an instruction that describes a task. "
+    start += "Write a response that appropriately completes the request."
+    with_input, without = test_ift.prompt_of(RECORDS[1]), test_ift.prompt_of(RECORDS[0])
+    assert without == f"{start}\n\n### Instruction:\nName colour 0.\n\n### Response:\n"
+    assert "\n\n### Instruction:\nName colour 1.\n\n### Input:\none word\n\n### Response:\n" in with_input
+
+
+def test_padding_is_masked_as_in_the_book() -> None:
+    """Its example in section 7.3: [0, 1, 2, 3, 4], [5, 6] and [7, 8, 9] with end-of-text 50256."""
+    inputs, targets = test_ift.collate([[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]], 1024, 50256)
+    end, no = 50256, -100
+    assert inputs.tolist() == [[0, 1, 2, 3, 4], [5, 6, end, end, end], [7, 8, 9, end, end]]
+    assert targets.tolist() == [[1, 2, 3, 4, end], [6, end, no, no, no], [8, 9, end, no, no]]
+    inputs, targets = test_ift.collate([[0, 1, 2, 3, 4], [5, 6]], 3, 50256)
+    assert (inputs.tolist(), targets.tolist()) == ([[0, 1, 2], [5, 6, end]], [[1, 2, 3], [6, end, no]])
+
+
+def test_fine_tuning_ends_when_the_validation_loss_rises_with_the_best_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = load_model(*write_model(tmp_path, context_length=64, drop_rate=0.3)).cpu()
+    train, validation = [[1, 2, 3, 4]] * 8, [[1, 2, 3, 4], [1, 2, 9, 9]]
+    how = FineTuning(0.02, 0.0, batch_size=4, drop_rate=0.0, max_epochs=50, seed=0)
+    test_ift.fine_tune(model, train, validation, how, 256)
+    losses = [float(loss) for loss in re.findall(r"epoch.*validation loss ([\d.]+)", capsys.readouterr().out)]
+    *falling, last = losses[:-1]  # the last line names the best again
+    assert len(falling) >= 2
+    assert falling == sorted(falling, reverse=True)
+    assert last > falling[-1] == losses[-1]
+    assert test_ift.mean_loss(model, validation, 4, 256) == pytest.approx(falling[-1], abs=1e-4)
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
+    assert {block.att.drop_rate for block in model.trf_blocks} == {0.0}
+
+
+def test_the_mean_loss_counts_each_token_once(tmp_path: Path) -> None:
+    model: GPTModel = load_model(*write_model(tmp_path, context_length=64)).cpu()
+    records = [[5, 6, 7, 8, 9, 10], [1], [2, 3]]
+    total = 0.0
+    for tokens in records:
+        log_probabilities = model(torch.tensor([tokens]))[0].log_softmax(-1)
+        total -= sum(
+            row[target].item() for row, target in zip(log_probabilities, [*tokens[1:], 256], strict=True)
+        )
+    assert test_ift.mean_loss(model, records, 2, 256) == pytest.approx(total / 9, rel=1e-5)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[type], str]]:
+    """A function that serves HTTP on 127.0.0.1 until the test ends, and returns the address."""
+    with contextlib.ExitStack() as stack:
+
+        def start(handler: type) -> str:
+            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}"
+
+        yield start
+
+
+def test_generate_end_to_end_with_data_that_are_fetched_once(tmp_path: Path, serve) -> None:
+    fetched = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            fetched.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(RECORDS).encode())
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    model = write_model(tmp_path / "model", context_length=256)
+    url = f"{serve(Handler)}/data.json"
+    options = ("--data-url", url, "--datasets-dir", tmp_path / "data", "--output-dir", tmp_path)
+    options += (
+        "--max-epochs",
+        "2",
+        "--max-new-tokens",
+        "8",
+        "--learning-rate",
+        "0.001",
+        "--drop-rate",
+        "0.1",
+    )
+    done = run_script("test_ift.py", "generate", "one", *model, *options)
+    assert done.returncode == 0, done.stderr
+    assert "34 records to train on, 2 to validate, 4 to answer" in done.stdout
+    assert "batch 8, dropout 0.1" in done.stdout
+    assert json.loads((tmp_path / "data/instruction-data.json").read_text()) == RECORDS
+    answered = json.loads((tmp_path / "one-ift-results.json").read_text())
+    assert [
+        {key: value for key, value in record.items() if key != "model_response"} for record in answered
+    ] == (RECORDS[34:38])
+    assert all(isinstance(record["model_response"], str) for record in answered)
+    assert test_ift.fetch_records(tmp_path / "data", url) == RECORDS
+    assert fetched == ["/data.json"]
+    with pytest.raises(InputError, match="is there already"):
+        test_ift.main.main(["generate", "one", *map(str, (*model, *options))], standalone_mode=False)
+
+
+def test_wrong_data(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", context_length=16)
+    command = ["generate", "new", *map(str, model), "--output-dir", str(tmp_path), "--data"]
+    file = tmp_path / "data.json"
+    for content, message in (
+        (None, "cannot be read"),
+        ("[", "not valid JSON"),
+        ("{}", "must hold a JSON list of records"),
+        ('[{"instruction": "a", "input": ""}]', 'record 0 has no text "output"'),
+        (json.dumps(RECORDS[:5]), "5 records are too few"),
+        (json.dumps(RECORDS), "context_length 16 leaves none for a response"),
+    ):
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(InputError, match=message):
+            test_ift.main.main([*command, str(file)], standalone_mode=False)
+    with pytest.raises(InputError, match=r"could not be fetched .* --data FILE"):
+        test_ift.fetch_records(tmp_path / "data", "http://127.0.0.1:9/data.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "model"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Judging
+# ------------------------------------------------------------------------------------------------------------
+
+
+def write_results(folder: Path, **answer: Callable[[int], str]) -> list[Path]:
+    """Results files, one for each model, from functions of the question's number."""
+    paths = []
+    for name, respond in answer.items():
+        records = [{**record, "model_response": respond(i)} for i, record in enumerate(RECORDS[:12])]
+        paths.append(folder / f"{name}-ift-results.json")
+        paths[-1].write_text(json.dumps(records))
+    return paths
+
+
+class JudgeServer:
+    """An OpenAI-compatible server that gives an answer the number of points that it asks for."""
+
+    def __init__(self, serve: Callable[[type], str]) -> None:
+        self.requests: list[dict] = []
+        self.spoil: Callable[[int], str | int | None] = lambda count: (
+            None
+        )  # a reply, or a status, in place of the good
+        self.lock = threading.Lock()
+        judge = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with judge.lock:
+                    judge.requests.append({**request, "authorization": self.headers["Authorization"]})
+                    spoilt = judge.spoil(len(judge.requests))
+                status = spoilt if isinstance(spoilt, int) else 200
+                content = spoilt if isinstance(spoilt, str) else judge.good_reply(request)
+                reply = {
+                    "id": "1",
+                    "object": "chat.completion",
+                    "created": 0,
+                    "model": request["model"],
+                    "choices": [
+                        {
+                            "index": 0,
+                            "finish_reason": "stop",
+                            "message": {"role": "assistant", "content": content},
+                        }
+                    ],
+                }
+                if status != 200:
+                    reply = {"error": {"message": f"no: {self.headers['Authorization']}"}}
+                body = json.dumps(reply).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.url = serve(Handler) + "/v1"
+
+    @staticmethod
+    def answers(request: dict) -> list[str]:
+        return re.findall(r"<answer \d+>\n(.*?)\n</answer \d+>", request["messages"][0]["content"], re.DOTALL)
+
+    def good_reply(self, request: dict) -> str:
+        scores = [int(re.search(r"\d+", answer)[0]) for answer in self.answers(request)]
+        schema = request["response_format"]["json_schema"]["schema"]
+        return json.dumps(
+            {
+                key: {"comment": "", "score": score}
+                for key, score in zip(schema["required"], scores, strict=True)
+            }
+        )
+
+
+@pytest.fixture
+def judge(serve: Callable[[type], str]) -> JudgeServer:
+    return JudgeServer(serve)
+
+
+def judging(judge_url: str, results: list[Path], *options: str) -> list[str]:
+    folder = results[0].parent
+    start = ["test_ift.py", "judge", *map(str, results), "--base-url", judge_url, "--model", "judge"]
+    return [*start, "--cache", str(folder / "cache.jsonl"), "--scores", str(folder / "scores.json"), *options]
+
+
+ENV = {"OPENAI_API_KEY": KEY}
+
+
+def test_scores_arrive_and_malformed_replies_are_asked_for_again(tmp_path: Path, judge: JudgeServer) -> None:
+    results = write_results(tmp_path, good=lambda i: f"{60 + i} points", bad=lambda i: f"{i} points")
+    spoilt = {2: "I like the first.", 3: '{"answer_1": {"comment": "", "score": 101}}', 5: 503}
+    judge.spoil = lambda count: spoilt.get(count)
+    done = run_script(*judging(judge.url, results, "--parallel", "1"), env=ENV)
+    assert done.returncode == 0, done.stderr
+    assert len(judge.requests) == 12 + len(spoilt)
+    assert "| good | 65.5 |" in done.stdout
+    assert "| bad | 5.5 |" in done.stdout
+    assert "| good less bad | +60.0 | +60.0 to +60.0 |" in done.stdout
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores[7] == {**RECORDS[7], "Judged by judge": {"good": 67.0, "bad": 7.0}}
+    # Both answers in one prompt, in an order that changes from question to question.
+    orders = {
+        tuple("good" if int(answer.split()[0]) >= 60 else "bad" for answer in judge.answers(request))
+        for request in judge.requests
+    }
+    assert orders == {("good", "bad"), ("bad", "good")}
+    assert judge.requests[0]["authorization"] == f"Bearer {KEY}"
+    assert judge.requests[0]["response_format"]["json_schema"]["strict"] is True
+    # The same again costs nothing, and gives the same.
+    again = run_script(*judging(judge.url, results), env=ENV)
+    assert again.stdout == done.stdout
+    assert len(judge.requests) == 12 + len(spoilt)
+    kept = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert KEY not in kept + done.stdout + done.stderr
+
+
+def test_a_killed_judging_goes_on_without_asking_again(tmp_path: Path, judge: JudgeServer) -> None:
+    results = write_results(tmp_path, good=lambda i: f"{60 + i}", bad=lambda i: f"{i}")
+    go_on = threading.Event()
+    judge.spoil = lambda count: go_on.wait(60) and None if count > 5 else None
+    command = [sys.executable, *judging(judge.url, results, "--parallel", "1")]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENV}) as process:
+        deadline = time.monotonic() + 60
+        while (
+            len(
+                (tmp_path / "cache.jsonl").read_text().splitlines()
+                if (tmp_path / "cache.jsonl").exists()
+                else ()
+            )
+            < 5
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    go_on.set()
+    with (tmp_path / "cache.jsonl").open("a") as cache:
+        cache.write('{"key": "half a li')  # as a kill in the midst of writing leaves it
+    before = len(judge.requests)
+    done = run_script(*judging(judge.url, results), env=ENV)
+    assert done.returncode == 0, done.stderr
+    assert "| good | 65.5 |" in done.stdout
+    asked = [request["messages"][0]["content"] for request in judge.requests]
+    assert len(asked) - before == 12 - 5
+    assert set(asked[:5]).isdisjoint(asked[before:])
+    assert len((tmp_path / "cache.jsonl").read_text().splitlines()) == 13
+
+
+def test_a_server_that_is_down_or_refuses_is_one_line(tmp_path: Path, judge: JudgeServer) -> None:
+    results = write_results(tmp_path, good=lambda i: f"{60 + i}")
+    error = refused(*judging("http://127.0.0.1:9/v1", results, "--retries", "1"), env=ENV, status=1)
+    assert error.startswith("http://127.0.0.1:9/v1/: no answer (")
+    judge.spoil = lambda count: 400
+    error = refused(*judging(judge.url, results), env=ENV, status=1)
+    assert "status 400: " in error
+    assert KEY not in error
+    assert "[key]" in error
+
+
+def in_process(monkeypatch: pytest.MonkeyPatch, key: str, *command: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    test_ift.main.main(list(command[1:]), standalone_mode=False)
+
+
+def test_replies_that_stay_wrong_and_keys_that_are_none(
+    tmp_path: Path, judge: JudgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = write_results(tmp_path, good=lambda i: f"{60 + i}")
+    command = judging(judge.url, results, "--retries", "1", "--parallel", "1")
+    judge.spoil = lambda count: "no"
+    with pytest.raises(test_ift.RunError, match="gave no valid scores in 2 attempts"):
+        in_process(monkeypatch, KEY, *command)
+    assert len(judge.requests) == 2
+    judge.spoil = lambda count: 401
+    with pytest.raises(test_ift.RunError, match="refuses the key; set OPENAI_API_KEY"):
+        in_process(monkeypatch, KEY, *command)
+    with pytest.raises(InputError, match="holds characters that no key has"):
+        in_process(monkeypatch, "sk-a\nb", *command)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
+        in_process(monkeypatch, "", *command[:3])
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(InputError, match=re.escape('pip install -e ".[judge]"')):
+        in_process(monkeypatch, KEY, *command)
+
+
+@pytest.mark.parametrize(
+    ("reply", "scores"),
+    [
+        ('{"answer_1": {"score": 0}, "answer_2": {"score": 100}}', [0, 100]),
+        ('Sure.\n```json\n{"answer_1": {"score": 5}, "answer_2": {"score": 6}}\n```', [5, 6]),
+        ('{"answer_1": {"score": 5}}', None),
+        ('{"answer_1": {"score": 5}, "answer_2": {"score": -1}}', None),
+        ('{"answer_1": {"score": true}, "answer_2": {"score": 1}}', None),
+        ('{"answer_1": {"score": "5"}, "answer_2": {"score": 1}}', None),
+        ('{"answer_1": 5, "answer_2": 6}', None),
+        ('{"answer_1": {"score": 5}, "answer_2": {"score": 6}, "answer_3": {"score": 6}}', None),
+        ("}{", None),
+        ("", None),
+    ],
+)
+def test_replies_are_validated(reply: str, scores: list[int] | None) -> None:
+    assert test_ift.parse_scores(reply, 2) == scores
+
+
+def test_without_a_model_words_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Each wrong answer shares one of its three words with a reference of one word."""
+    results = write_results(
+        tmp_path,
+        right=lambda i: RECORDS[i]["output"].upper() + ".",
+        half=lambda i: RECORDS[i]["output"] if i % 2 else f"the {RECORDS[i]['output']} or none",
+    )
+    test_ift.main.main(["judge", *map(str, results), "--no-llm"], standalone_mode=False)
+    printed = capsys.readouterr().out
+    f1, exact = printed.split("Exact match")
+    assert "| right | 100.0 | 100.0 to 100.0 |" in f1
+    assert "| half | 75.0 |" in f1  # (1 + 2 * 1 / (1 + 3)) / 2
+    assert "| half | 50.0 |" in exact
+    assert "| right less half | +50.0 |" in exact
+
+
+def test_bootstrap_intervals_are_those_of_the_mean() -> None:
+    values = np.random.default_rng(0).normal(50, 10, (1, 400))
+    low, high = test_ift.bootstrap_intervals(values, seed=1)[0]
+    error = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - error, abs=0.1)
+    assert high == pytest.approx(values.mean() + error, abs=0.1)
+
+
+def test_results_that_do_not_go_together(tmp_path: Path) -> None:
+    one, two = write_results(tmp_path, one=lambda i: "1", two=lambda i: "2")
+    records = json.loads(two.read_text())
+    two.write_text(json.dumps(random.Random(0).sample(records, len(records))))
+    assert "record 0 is another question" in refused("test_ift.py", "judge", one, two, "--no-llm")
+    two.write_text(json.dumps(records[:-1]))
+    with pytest.raises(InputError, match="record 11 is another question"):
+        test_ift.read_questions((one, two))
+    with pytest.raises(InputError, match="a second file named one"):
+        test_ift.read_questions((one, one))
+    two.write_text(json.dumps(RECORDS))
+    with pytest.raises(InputError, match='record 0 has no text "model_response"'):
+        test_ift.read_questions((one, two))

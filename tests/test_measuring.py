@@ -1,0 +1,131 @@
+"""The loss of trained models: what test_loss.py says is what an independent sum says."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODEL, Sandbox, needs_gpt2, run_script, write_dataset
+from safetensors.torch import save_file
+
+from config import InputError
+from data import Sequences, TokenFile
+from gpt import GPTConfig, GPTModel
+from prepare_datasets import encode_document, get_tokenizer
+from test_loss import main, read_test_loss, sequence_losses
+
+TEXTS = ["The quick brown fox.\n", "Größe, 語言 and язык 👩‍👩‍👧", "def f(x):\n\treturn x ** 2\n"] * 12
+
+
+def write_model(folder: Path, seed: int = 0, **changes: object) -> tuple[Path, Path]:
+    """A random model's two files."""
+    config = {**MODEL, "vocab_size": 257, "tokenizer": "bytes", **changes}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.json").write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    save_file(GPTModel(GPTConfig(**config)).state_dict(), folder / "model.safetensors")
+    return folder / "model.json", folder / "model.safetensors"
+
+
+def measure(sandbox: Sandbox, *arguments: str | Path) -> str:
+    done = run_script(
+        "test_loss.py", sandbox.datasets, *arguments, "--dataset", "test/texts", "--start-token", "0"
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def write_texts(sandbox: Sandbox, tokenizer_name: str) -> torch.Tensor:
+    tokenizer = get_tokenizer(tokenizer_name)
+    tokens = torch.cat([torch.from_numpy(encode_document(text, tokenizer).astype("int64")) for text in TEXTS])
+    write_dataset(sandbox.datasets / "test/texts", validation=tokens.numpy().astype("uint16"))
+    return tokens
+
+
+@pytest.mark.parametrize("tokenizer_name", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
+def test_bits_per_byte_is_that_of_the_evaluation_harness(sandbox: Sandbox, tokenizer_name: str) -> None:
+    """lm-evaluation-harness: minus the sum of log-likelihoods, over the number of UTF-8 bytes of the text, in
+    bits. Here over the text that the targets stand for, summed token by token."""
+    tokens = write_texts(sandbox, tokenizer_name)
+    tokenizer = get_tokenizer(tokenizer_name)
+    config = {"vocab_size": tokenizer.n_vocab, "tokenizer": tokenizer_name}
+    files = write_model(sandbox.path / "model", **config)
+    count = (len(tokens) - 1) // 16
+    printed = measure(sandbox, *files, "--tokens", str(count * 16))
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(**{**MODEL, **config})).eval()
+    log_likelihood = 0.0
+    with torch.no_grad():
+        for first in range(0, count * 16, 16):
+            window = tokens[first : first + 16]
+            for place, logits in enumerate(model(window[None])[0].double()):
+                log_likelihood += logits.log_softmax(-1)[tokens[first + place + 1]].item()
+    scored = [token for token in tokens[1 : count * 16 + 1].tolist() if token != tokenizer.eot_token]
+    # A document's first bytes, less what the first token stands for, and its cut end, from the text itself.
+    text = "".join(TEXTS).encode("utf-8")
+    size = len(text) - len(tokenizer.decode_bytes(tokens[:1].tolist()))
+    rest = [token for token in tokens[count * 16 + 1 :].tolist() if token != tokenizer.eot_token]
+    size -= len(tokenizer.decode_bytes(rest))
+    assert size == len(tokenizer.decode_bytes(scored))
+    bits_per_byte = -log_likelihood / size / math.log(2)
+    values = dict(line.split(": ", 1) for line in printed.splitlines() if ": " in line)
+    assert float(values["Bits per byte"]) == pytest.approx(bits_per_byte, abs=6e-5)
+    assert next(iter(values)) == "Loss against our test dataset"
+
+
+def test_several_models_share_one_pass_and_give_the_figures_of_each_alone(sandbox: Sandbox) -> None:
+    write_texts(sandbox, "bytes")
+    models = [write_model(sandbox.path / name, seed) for seed, name in enumerate(("one", "two"))]
+    printed = measure(sandbox, *models[0], *models[1], "--tokens", "640")
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if ".safetensors |" in line]
+    assert [row[0] for row in rows] == [str(weights) for _, weights in models]
+    alone = measure(sandbox, *models[1], "--tokens", "640")
+    values = dict(line.split(": ", 1) for line in alone.splitlines() if ": " in line)
+    assert rows[1][2:5] == [values[key] for key in ("Standard error", "Perplexity", "Bits per byte")]
+    assert float(rows[1][5].split(" ± ")[0]) == pytest.approx(float(rows[1][1]) - float(rows[0][1]), abs=2e-4)
+    assert not (models[0][1].parent / "test-loss.json").exists(), "no checkpoint, nothing is left beside it"
+
+
+def test_one_pass_reads_the_data_once(sandbox: Sandbox) -> None:
+    write_texts(sandbox, "bytes")
+    reads = []
+
+    class Counted(Sequences):
+        def read(self, first: int, count: int) -> torch.Tensor:
+            reads.append((first, count))
+            return super().read(first, count)
+
+    sequences = Counted(TokenFile(sandbox.datasets / "test/texts/validation.safetensors"), 0, 16, 0)
+    torch.manual_seed(0)
+    models = [GPTModel(GPTConfig(**{**MODEL, "vocab_size": 257})).eval() for _ in range(3)]
+    losses = sequence_losses(models, sequences, 10, 4)
+    assert reads == [(0, 4), (4, 4), (8, 2)]
+    assert torch.equal(losses[2], sequence_losses(models[2:], sequences, 10, 3)[0])
+
+
+def test_the_loss_of_a_checkpoint_is_kept_beside_it(sandbox: Sandbox) -> None:
+    write_texts(sandbox, "bytes")
+    files = write_model(sandbox.path / "checkpoint")
+    (sandbox.path / "checkpoint/meta.json").write_text("{}")
+    printed = measure(sandbox, *files, "--tokens", "320")
+    kept = read_test_loss(sandbox.path / "checkpoint")
+    assert f"Loss against our test dataset: {kept.loss:.3f}" in printed
+    assert (kept.dataset, kept.tokens, kept.context_length) == ("test/texts", 320, 16)
+
+
+def test_models_that_do_not_go_together(sandbox: Sandbox) -> None:
+    write_texts(sandbox, "bytes")
+    models = write_model(sandbox.path / "one") + write_model(sandbox.path / "two", context_length=8)
+    options = ("--dataset", "test/texts", "--start-token", "0", "--tokens", "320")
+    for arguments, message in (
+        (models, r"context lengths differ \(8, 16\); --context-length 8"),
+        (models[:3], "model.json at the end is alone"),
+        ((*models, "--context-length", "16"), "can be 8 at most, not 16"),
+        ((*models[:2], "--tokens", "9999"), r"which make \d+ sequences .* asks for 624"),
+    ):
+        with pytest.raises(InputError, match=message):
+            main.main([str(sandbox.datasets), *options, *map(str, arguments)], standalone_mode=False)
+    main.main(
+        [*map(str, (sandbox.datasets, *models, *options)), "--context-length", "8"], standalone_mode=False
+    )
