@@ -25,6 +25,7 @@ import click
 import numpy as np
 import torch
 
+from checkpointing import replace_text
 from config import InputError, TrainConfig, read_config, require, require_plain_name, run_command
 from gpt import GPTConfig, GPTModel
 from reporting import read_metrics, read_status, xkcd_figure
@@ -75,17 +76,8 @@ class RunSummary:
 
     @property
     def validation_share(self) -> float | None:
-        """The part of the run's time that went into validation.
-
-        A validation's time is what lies between its line of the metrics and the one before, less the step's.
-        """
-        spent, before = 0.0, {"seconds": 0.0, "tokens": 0}
-        for line in self.metrics:
-            if "val_loss" in line:
-                speed = line.get("tokens_per_second")
-                step = (line["tokens"] - before["tokens"]) / speed if speed else 0.0
-                spent += max(0.0, line["seconds"] - before["seconds"] - step)
-            before = line
+        """The part of the run's time that went into validation."""
+        spent = sum(line.get("validation_seconds", 0.0) for line in self.metrics)
         return spent / self.seconds if self.seconds else None
 
     def curve(self, key: str) -> Points:
@@ -240,9 +232,7 @@ def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, s
     }
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = re.sub("@([A-Z]+)@", lambda match: values[match[1]], template)
-    unfinished = path.with_name(path.name + ".incomplete")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    replace_text(path, page)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from checkpointing import replace_text
 from config import InputError, RunError, require, require_plain_name, run_command
 from gpt import GPTModel, load_model
 from loss import IGNORED, chunked_cross_entropy
@@ -90,15 +91,8 @@ def fetch_records(folder: Path, url: str) -> list[Record]:
         raise InputError(f"{url} could not be fetched ({error}); --data FILE takes a copy of it") from None
     records = parse_records(text, url)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, text.decode("utf-8"))
+    replace_text(path, text.decode("utf-8"))
     return records
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step, so that it is whole or not there."""
-    unfinished = path.with_name(path.name + ".incomplete")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 def split_records(records: list[Record]) -> tuple[list[Record], list[Record], list[Record]]:
@@ -307,7 +301,7 @@ def generate_command(
         {**{field: record[field] for field in FIELDS}, "model_response": response.strip()}
         for record, response in zip(test, responses, strict=True)
     ]
-    write_text(results, json.dumps(answered, indent=1, ensure_ascii=False) + "\n")
+    replace_text(results, json.dumps(answered, indent=1, ensure_ascii=False) + "\n")
     print(f"Written to {results}")
 
 
@@ -629,7 +623,7 @@ def judge_command(
             | {title: dict(zip(names, values[:, index], strict=True)) for title, values in found.items()}
             for index, question in enumerate(questions)
         ]
-        write_text(scores, json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
+        replace_text(scores, json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

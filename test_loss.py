@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpointing import META_FILE
+from checkpointing import META_FILE, replace_text
 from config import InputError, RunError, read_json_object, require, run_command
 from data import Sequences, TokenFile, check_tokenizer, fetch_dataset
 from gpt import GPTModel, load_model
@@ -63,10 +63,8 @@ def read_test_loss(folder: Path) -> MeasuredLoss | None:
 
 def write_test_loss(folder: Path, result: MeasuredLoss) -> None:
     """Keep a checkpoint's loss beside it, in one step; a folder that cannot be written to is no failure."""
-    unfinished = folder / f"{TEST_LOSS_FILE}.incomplete"
     try:
-        unfinished.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(folder / TEST_LOSS_FILE)
+        replace_text(folder / TEST_LOSS_FILE, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
     except OSError as error:
         print(f"Warning: {folder / TEST_LOSS_FILE} could not be written: {error.strerror}")
 

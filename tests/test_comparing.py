@@ -100,7 +100,7 @@ def test_the_share_of_validation_follows_from_the_metrics(tmp_path: Path) -> Non
     folder = sandbox.write_run(train=VALIDATE)
     # 1 s of validation, then steps of 2 s; after the second 3 s of validation and 4 s of saving.
     lines = [
-        {"step": 0, "tokens": 0, "val_loss": 4.0, "seconds": 1.0},
+        {"step": 0, "tokens": 0, "val_loss": 4.0, "validation_seconds": 1.0, "seconds": 1.0},
         {"step": 1, "tokens": 64, "train_loss": 4.0, "tokens_per_second": 32.0, "seconds": 3.0},
         {
             "step": 2,
@@ -108,6 +108,7 @@ def test_the_share_of_validation_follows_from_the_metrics(tmp_path: Path) -> Non
             "train_loss": 3.0,
             "tokens_per_second": 32.0,
             "val_loss": 3.0,
+            "validation_seconds": 3.0,
             "seconds": 8.0,
         },
         {"step": 3, "tokens": 192, "train_loss": 2.0, "tokens_per_second": 32.0, "seconds": 14.0},
