@@ -17,7 +17,7 @@ from tqdm import tqdm
 from config import InputError, RunError, require, run_command
 from data import Sequences, TokenFile, check_tokenizer, fetch_dataset
 from gpt import GPTModel, load_model
-from prepare_datasets import get_tokenizer
+from tokenizer import get_tokenizer
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 
 from config import require, run_command
 from gpt import generate, load_model
-from prepare_datasets import get_tokenizer
+from tokenizer import get_tokenizer
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
