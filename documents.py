@@ -81,7 +81,7 @@ def cut_into_pieces(path: Path, text_column: str) -> Iterator[Piece]:
         yield Piece(path, size if path.suffix == ".txt" else 3 * size)  # compressed text: a guess
 
 
-def make_shards(pieces: Iterable[Piece]) -> list[tuple[Piece, ...]]:
+def make_shards(pieces: Iterable[Piece]) -> list[list[Piece]]:
     """Pieces in their order, small ones together: a matter of the source alone, not of the workers."""
     shards: list[list[Piece]] = []
     room = 0
@@ -91,7 +91,7 @@ def make_shards(pieces: Iterable[Piece]) -> list[tuple[Piece, ...]]:
             room = SHARD_BYTES // 2
         shards[-1].append(piece)
         room -= max(piece.size, SHARD_BYTES // 20_000)  # a file takes its time even if it is tiny
-    return [tuple(shard) for shard in shards]
+    return shards
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -15,18 +15,18 @@ import concurrent.futures
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -54,13 +54,16 @@ from tokenizer import (
     EnginesDisagree,
     GigatokenEncoder,
     GigatokenSetup,
-    encode_with_tiktoken,
     get_tokenizer,
     set_up_engine,
+    tiktoken_encoder,
 )
 
 SPLITS = ("train", "validation")
+PART_FILES = (*SPLITS, "lengths")
 CONTEXT_LENGTH = 1024  # of GPT-2, for --stats
+
+Encoder = Callable[[bytes], np.ndarray]  # from text in UTF-8 to tokens
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -76,11 +79,11 @@ class Counts:
     tokens: int = 0
     bytes: int = 0
 
-    def add(self, documents: int, tokens: int, size: int) -> None:
-        """Count more; less, where a number is below zero."""
-        self.documents += documents
-        self.tokens += tokens
-        self.bytes += size
+    def add(self, other: "Counts") -> None:
+        """Count what another counted."""
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.bytes += other.bytes
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,20 @@ class Part:
     counts: dict[str, Counts] = field(default_factory=lambda: {split: Counts() for split in SPLITS})
     last: Counts = field(default_factory=Counts)  # of the last document for training
     replaced: int = 0  # invalid UTF-8 sequences
-    checksums: dict[str, int] = field(default_factory=dict)  # CRC-32 by file name
+    sha256: dict[str, str] = field(default_factory=dict)  # by file name
     doubts: str = ""  # why gigatoken was not used
+
+    @property
+    def total(self) -> Counts:
+        """Of both splits."""
+        total = Counts()
+        for counts in self.counts.values():
+            total.add(counts)
+        return total
 
     def save(self) -> None:
         """Write record.json."""
+        self.sha256 = {name: file_sha256(self.folder / name) for name in PART_FILES}
         values = asdict(self)
         del values["folder"]
         (self.folder / "record.json").write_text(json.dumps(values), encoding="utf-8")
@@ -116,42 +128,22 @@ class Part:
         """A part that an earlier start finished; None if there is none with this key, or it is damaged."""
         try:
             values = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-            if values["key"] != key:
-                return None
             values["counts"] = {split: Counts(**counts) for split, counts in values["counts"].items()}
             part = cls(folder, **(values | {"last": Counts(**values["last"])}))
-            found = {name: _file_checksum(folder / name) for name in part.checksums}
-            return part if found == part.checksums else None
+            found = {name: file_sha256(folder / name) for name in PART_FILES} if part.key == key else {}
         except (OSError, ValueError, TypeError, KeyError):
             return None
+        return part if found == part.sha256 else None
 
 
-def _file_checksum(path: Path) -> int:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
-        return functools.reduce(
-            lambda checksum, block: zlib.crc32(block, checksum), iter(lambda: file.read(1 << 20), b""), 0
-        )
-
-
-class ChecksummedFile:
-    """A file that is being written, and the CRC-32 of what is in it."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=1 << 20)
-        self.checksum = 0
-
-    def write(self, data: bytes) -> None:
-        """Append `data`."""
-        self.checksum = zlib.crc32(data, self.checksum)
-        self._file.write(data)
-
-    def close(self) -> None:
-        """Write what is still held."""
-        self._file.close()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def encode_shard(
-    number: int, shard: tuple[Piece, ...], parts_dir: Path, settings: Settings, setup: GigatokenSetup | None
+    number: int, shard: list[Piece], parts_dir: Path, settings: Settings, setup: GigatokenSetup | None
 ) -> tuple[Part, bool]:
     """Encode a shard into a folder of its own under `parts_dir`; whether that was there before.
 
@@ -162,92 +154,85 @@ def encode_shard(
     if part := Part.load(folder, key):
         return part, True
     unfinished = parts_dir / f"{number:06d}.{os.getpid()}"
-    for path in (folder, unfinished):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.mkdir()
+    tokenizer = get_tokenizer(settings.tokenizer)
+    with_tiktoken = tiktoken_encoder(settings.tokenizer)
     try:
-        part = Part(unfinished, key)
-        tokenizer = get_tokenizer(settings.tokenizer)
-        with_tiktoken = functools.partial(encode_with_tiktoken, tokenizer)
         try:
+            part = Part(unfinished, key)
             encode = GigatokenEncoder(tokenizer, setup) if setup else with_tiktoken
             encode_documents(shard, part, settings, encode, tokenizer.eot_token)
         except EnginesDisagree as error:
             part = Part(unfinished, key, doubts=str(error))
             encode_documents(shard, part, settings, with_tiktoken, tokenizer.eot_token)
         part.save()
-        part.folder = unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    part.folder = unfinished.rename(folder)
     return part, False
 
 
 def encode_documents(
-    shard: tuple[Piece, ...],
-    part: Part,
-    settings: Settings,
-    encode: Callable[[bytes], np.ndarray],
-    end_of_text: int,
+    shard: list[Piece], part: Part, settings: Settings, encode: Encoder, end_of_text: int
 ) -> None:
     """Encode the documents of a shard into the files of `part`, and count."""
-    part.folder.mkdir(exist_ok=True)
     end = np.uint16(end_of_text).tobytes()
+    documents = itertools.chain.from_iterable(read_documents(piece, settings.text_column) for piece in shard)
     with contextlib.ExitStack() as stack:
-        files = {name: ChecksummedFile(part.folder / name) for name in (*SPLITS, "lengths")}
-        for file in files.values():
-            stack.callback(file.close)
-        for piece in shard:
-            for document in read_documents(piece, settings.text_column):
-                validates = in_validation(document, settings.validation_fraction)
-                split = "validation" if validates else "train"
-                size, length = 0, 1
-                for text in document:
-                    tokens = encode(text)
-                    files[split].write(tokens.astype(np.uint16).tobytes())
-                    size += len(text)
-                    length += len(tokens)
-                    _progress.add(0, len(tokens), len(text))
-                files[split].write(end)
-                files["lengths"].write(length.to_bytes(4, "little"))
-                part.counts[split].add(1, length, size)
-                if not validates:
-                    part.last = Counts(1, length, size)
-                part.replaced += document.replaced
-                _progress.add(1, 1, 0)
-    part.checksums = {name: file.checksum for name, file in files.items()}
+        files = {name: stack.enter_context((part.folder / name).open("wb")) for name in PART_FILES}
+        for document in documents:
+            split = "validation" if in_validation(document, settings.validation_fraction) else "train"
+            counts = Counts(documents=1, tokens=1)
+            for text in document:
+                tokens = encode(text)
+                files[split].write(tokens.astype(np.uint16).tobytes())
+                counts.add(Counts(0, len(tokens), len(text)))
+                _progress.add(Counts(0, len(tokens), len(text)))
+            files[split].write(end)
+            files["lengths"].write(counts.tokens.to_bytes(4, "little"))
+            part.counts[split].add(counts)
+            part.last = counts if split == "train" else part.last
+            part.replaced += document.replaced
+            _progress.add(Counts(documents=1, tokens=1))
+    _progress.tell()
 
 
-class Progress(Counts):
-    """What this worker has encoded since it last told the others."""
+class WorkerProgress:
+    """Tells the main process what a worker has encoded, once in a megabyte."""
 
     def __init__(self, shared: Any) -> None:
-        super().__init__()
-        self._shared = shared  # documents, tokens and bytes of all workers, in shared memory
+        self._shared, self._untold = shared, Counts()
 
-    def add(self, documents: int, tokens: int, size: int) -> None:
-        """Count more, and tell the others of it once in a megabyte."""
-        super().add(documents, tokens, size)
-        if self.bytes > 1 << 20:
-            with self._shared.get_lock():
-                for index, amount in enumerate((self.documents, self.tokens, self.bytes)):
-                    self._shared[index] += amount
-            self.__init__(self._shared)
+    def add(self, counts: Counts) -> None:
+        """Count what was encoded."""
+        self._untold.add(counts)
+        if self._untold.bytes > 1 << 20:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell what has not been told."""
+        with self._shared.get_lock():
+            for index, amount in enumerate((self._untold.documents, self._untold.tokens, self._untold.bytes)):
+                self._shared[index] += amount
+        self._untold = Counts()
 
 
-_progress: Progress
+_progress: WorkerProgress  # of this process, if it is a worker
 
 
 def _start_worker(shared: Any) -> None:
-    """Prepare a worker process: where it counts, and that it ends when the main process is killed."""
+    """Prepare a worker process. It ends with the main process, which is also the one to hear of Ctrl-C."""
     global _progress
-    _progress = Progress(shared)
-    parent = multiprocessing.parent_process()
+    _progress = WorkerProgress(shared)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class ProgressLine:
@@ -284,7 +269,7 @@ class ProgressLine:
 
 
 def encode_all(
-    shards: list[tuple[Piece, ...]],
+    shards: list[list[Piece]],
     parts_dir: Path,
     settings: Settings,
     setup: GigatokenSetup | None,
@@ -293,10 +278,10 @@ def encode_all(
 ) -> list[Part]:
     """Encode all shards with a pool of workers, showing progress; parts come in the shards' order."""
     context = multiprocessing.get_context("spawn")
-    shared = context.Array("q", 3)
+    shared = context.Array("q", 3)  # documents, tokens and bytes that all workers have encoded
     sizes = [sum(piece.size for piece in shard) for shard in shards]
     progress = ProgressLine(sum(sizes), shared)
-    kept = 0
+    parts, kept = {}, 0
     with (
         ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (shared,)) as pool,
         contextlib.closing(progress),
@@ -304,29 +289,32 @@ def encode_all(
         # Large ones first, so that no worker is left with a long one at the end.
         order = sorted(range(len(shards)), key=lambda i: -sizes[i])
         jobs = {pool.submit(encode_shard, i, shards[i], parts_dir, settings, setup): i for i in order}
-        parts, waiting = {}, set(jobs)
+        waiting = set(jobs)
         try:
             while waiting:
                 finished, waiting = concurrent.futures.wait(waiting, timeout=0.2)
                 for job in finished:
-                    part, was_there = job.result()
-                    parts[jobs[job]] = part
+                    number = jobs[job]
+                    parts[number], was_there = job.result()
                     kept += was_there
-                    size = sum(counts.bytes for counts in part.counts.values())
-                    progress.expected += (0 if was_there else size) - sizes[jobs[job]]
-                    if part.doubts:
-                        tqdm.write(f"{part.doubts}; encoded shard {jobs[job]} with tiktoken", sys.stderr)
+                    progress.expected += (0 if was_there else parts[number].total.bytes) - sizes[number]
+                    if parts[number].doubts:
+                        tqdm.write(
+                            f"{parts[number].doubts}; encoded shard {number} with tiktoken", sys.stderr
+                        )
                 progress.show()
         except BrokenProcessPool:
             raise RunError("a worker was killed, perhaps for want of memory; try fewer --workers") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
     if kept:
         print(f"{kept} of {len(shards)} shards were there from an earlier start")
     engine = "tiktoken" if setup is None else "gigatoken"
     print(f"Encoded {shared[1]:,} tokens with {engine} at {progress.tokens_per_second:,.0f} tokens/s")
-    return [parts[i] for i in range(len(shards))]
+    return [parts[number] for number in range(len(shards))]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -345,7 +333,7 @@ def lay_out(parts: list[Part], fraction: float) -> dict[str, tuple[Counts, list[
     totals = {split: Counts() for split in SPLITS}
     for part in parts:
         for split, counts in part.counts.items():
-            totals[split].add(counts.documents, counts.tokens, counts.bytes)
+            totals[split].add(counts)
     segments = {
         split: [(part.folder / split, 0, part.counts[split].tokens) for part in parts] for split in SPLITS
     }
@@ -362,8 +350,8 @@ def lay_out(parts: list[Part], fraction: float) -> dict[str, tuple[Counts, list[
         path, start, stop = segments["train"][index]
         segments["train"][index] = (path, start, stop - tokens)
         segments["validation"] = [(path, stop - tokens, stop)]
-        train.add(-1 if train.documents > 1 else 0, -tokens, -size)
-        validation.add(1, tokens, size)
+        validation.add(Counts(1, tokens, size))
+        train.add(Counts(-1 if train.documents > 1 else 0, -tokens, -size))
     return {split: (totals[split], segments[split]) for split in SPLITS}
 
 
@@ -400,12 +388,13 @@ def count_ends(path: Path, counts: Counts, encoding: tiktoken.Encoding) -> int:
     ends = largest = 0
     try:
         with safe_open(path, framework="np") as file:
-            tokens = file.get_slice("tokens")
-            whole = tokens.get_shape() == [counts.tokens]
-            for start in range(0, counts.tokens, 1 << 20):
-                block = tokens[start : min(start + (1 << 20), counts.tokens)]
-                ends += int(np.count_nonzero(block == encoding.eot_token))
-                largest = max(largest, int(block.max()))
+            whole = file.get_slice("tokens").get_shape() == [counts.tokens]
+        with path.open("rb") as file:  # not mapped: its pages would count as this process's memory
+            file.seek(-2 * counts.tokens, os.SEEK_END)
+            while block := file.read(1 << 20):
+                tokens = np.frombuffer(block, dtype="<u2")
+                ends += int(np.count_nonzero(tokens == encoding.eot_token))
+                largest = max(largest, int(tokens.max()))
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path}: cannot be read back: {error}") from None
     if not whole or largest >= encoding.n_vocab:
@@ -417,13 +406,18 @@ def write_dataset(
     folder: Path, parts: list[Part], settings: Settings, encoding: tiktoken.Encoding
 ) -> dict[str, Any]:
     """Write the token files of both splits, check them, and return what meta.json says of them."""
-    splits = lay_out(parts, settings.validation_fraction)
+    try:
+        splits = lay_out(parts, settings.validation_fraction)
+    except InputError:
+        for part in parts:  # of no use with any other source
+            shutil.rmtree(part.folder)
+        raise
     sha256, ends = {}, 0
     for split, (counts, segments) in splits.items():
         path = folder / f"{split}.safetensors"
         sha256[path.name] = join_segments(segments, path)
         ends += count_ends(path, counts, encoding)
-    if ends != sum(counts.documents for part in parts for counts in part.counts.values()):
+    if ends != sum(part.total.documents for part in parts):
         raise RunError(
             f"{folder}: documents were lost on the way; is the disk sound? Run the same command again"
         )
@@ -595,8 +589,7 @@ def unfinished_folder(output_dir: Path) -> Iterator[Path]:
             raise InputError(
                 f"{output_dir}: another process is preparing it; wait for it or end it"
             ) from None
-        for path in (folder / "parts").glob("*.*"):  # of processes that were killed
-            shutil.rmtree(path)
+        remove_unfinished(folder / "parts")
         try:
             yield folder
         except OSError as error:
@@ -607,8 +600,15 @@ def unfinished_folder(output_dir: Path) -> Iterator[Path]:
                 "and run the same command again: finished shards are kept"
             ) from None
         finally:
+            remove_unfinished(folder / "parts")
             if output_dir.exists() or not any((folder / "parts").iterdir()):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unfinished(parts_dir: Path) -> None:
+    """Remove what workers leave behind that were killed: folders NUMBER.PROCESS."""
+    for path in parts_dir.glob("*.*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -698,8 +698,7 @@ def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
     for key, value in wanted.items():
         require(meta.get(key) == value, f"{folder}: holds another data set, of {key} '{meta.get(key)}'")
     for name, sha256 in meta.get("sha256", {}).items():
-        with (folder / name).open("rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        whole = (folder / name).exists() and file_sha256(folder / name) == sha256
         require(whole, f"{folder / name}: is damaged; remove {folder} and prepare it again")
 
 
@@ -723,6 +722,7 @@ def prepare(
     else:
         paths, revision = download(source, pattern, revision) if pattern else (find_files(Path(source)), None)
         pieces = [piece for path in paths for piece in cut_into_pieces(path, settings.text_column)]
+    require(bool(pieces), f"{source}: holds no documents to train on")
     parts = encode_all(make_shards(pieces), folder / "parts", settings, setup, workers=workers)
     finished = folder / "finished"
     shutil.rmtree(finished, ignore_errors=True)

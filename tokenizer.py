@@ -1,10 +1,11 @@
 """GPT-2's tokenizer and one of bytes, and the two libraries that encode with them."""
 
 import base64
+import functools
 import importlib.util
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,45 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 def encode_with_tiktoken(tokenizer: tiktoken.Encoding, text: bytes) -> np.ndarray:
     """The tokens of a text in UTF-8. `<|endoftext|>` in it is text like any other, never the token."""
     return tokenizer.encode_to_numpy(text.decode(), allowed_special=set(), disallowed_special=())
+
+
+WHITE_SPACE = [chr(c) for c in (*range(0x9, 0xE), 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B))]
+WHITE_SPACE += "\u2028\u2029\u202f\u205f\u3000"
+_FIRST_BYTES = bytes({character.encode()[0] for character in WHITE_SPACE if not character.isascii()})
+_OTHER_BYTES = bytes({byte for character in WHITE_SPACE for byte in character.encode()} - set(_FIRST_BYTES))
+_TO_SPACES = bytes.maketrans(_OTHER_BYTES, b" " * len(_OTHER_BYTES))
+
+
+def may_hold_long_space(text: bytes) -> bool:
+    """Whether three white-space characters may follow one another in the text, or two end it.
+
+    Always true if it is so, and seldom else: in UTF-8 every byte of white space becomes a space or vanishes.
+    """
+    spaces = text.translate(_TO_SPACES, delete=_FIRST_BYTES)
+    return b"   " in spaces or spaces.endswith(b"  ")
+
+
+class TiktokenEncoder:
+    """Encodes texts with GPT-2's tokenizer from tiktoken, 1.4 times as fast as it does by itself.
+
+    GPT-2's pattern looks ahead to leave the last of several white-space characters to the word behind. That
+    keeps tiktoken from its fastest regular expressions. Without `\\s++$|\\s+(?!\\S)` the pattern gives each
+    white-space character a token of its own or leaves it to the word behind, which is the same where no more
+    than two follow one another: as in most texts that are not code.
+    """
+
+    SIMPLE_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
+
+    def __init__(self, tokenizer: tiktoken.Encoding) -> None:
+        ranks = {tokenizer.decode_single_token_bytes(rank): rank for rank in range(tokenizer.eot_token)}
+        self._tokenizer = tokenizer
+        self._simple = tiktoken.Encoding(
+            "gpt2-simple", pat_str=self.SIMPLE_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    def __call__(self, text: bytes) -> np.ndarray:
+        """The tokens of a text in UTF-8."""
+        return encode_with_tiktoken(self._tokenizer if may_hold_long_space(text) else self._simple, text)
 
 
 class EnginesDisagree(Exception):
@@ -123,6 +163,15 @@ class GigatokenEncoder:
         if text.isascii() or not text.translate(None, delete=self._harmless):
             return False
         return not self._differing.isdisjoint(self._suspects.findall(text))
+
+
+@functools.cache
+def tiktoken_encoder(name: str) -> Callable[[bytes], np.ndarray]:
+    """What encodes texts in UTF-8 with tiktoken and the tokenizer of that name."""
+    tokenizer = get_tokenizer(name)
+    return (
+        TiktokenEncoder(tokenizer) if name == "gpt2" else functools.partial(encode_with_tiktoken, tokenizer)
+    )
 
 
 def set_up_engine(engine: str, tokenizer: tiktoken.Encoding, folder: Path) -> GigatokenSetup | None:

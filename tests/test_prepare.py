@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -23,7 +25,15 @@ from huggingface_hub import DatasetCard
 from safetensors.numpy import load_file
 
 from documents import TextFile, in_validation, safe_cut
-from tokenizer import GigatokenEncoder, encode_with_tiktoken, get_tokenizer, set_up_engine
+from tokenizer import (
+    WHITE_SPACE,
+    GigatokenEncoder,
+    TiktokenEncoder,
+    encode_with_tiktoken,
+    get_tokenizer,
+    may_hold_long_space,
+    set_up_engine,
+)
 
 OUTPUTS = ("train.safetensors", "validation.safetensors", "meta.json")
 NASTY = [
@@ -137,6 +147,22 @@ def test_every_document_is_as_tiktoken_encodes_it(tmp_path: Path, engine: str) -
     for split, tokens in expected.items():
         found = load_file(tmp_path / f"out/{split}.safetensors")["tokens"]
         assert np.array_equal(found, np.array(tokens, np.uint16)), split
+
+
+@needs_gpt2
+def test_the_simple_pattern_serves_where_it_is_used() -> None:
+    tokenizer = get_tokenizer("gpt2")
+    encode, rng, simple = TiktokenEncoder(tokenizer), random.Random(6), 0
+    runs = ["".join(run) for length in (1, 2, 3) for run in itertools.product(WHITE_SPACE, repeat=length)]
+    texts = [
+        template.format(run) for run in rng.sample(runs, 3000) for template in ("a{}b", "{}'s 1", "\u201c{}")
+    ]
+    texts += [random_characters(rng, 50) + nasty_text(rng, 8) for _ in range(5000)]
+    for text in texts:
+        simple += not may_hold_long_space(text.encode())
+        assert encode(text.encode()).tolist() == tokenizer.encode_ordinary(text), ascii(text)
+    assert simple > 2000
+    assert all(re.fullmatch(r"\s", c) for c in WHITE_SPACE)
 
 
 @needs_gpt2
@@ -371,7 +397,7 @@ def test_sources_that_are_no_good(tmp_path: Path) -> None:
         (numbers, [], "column 'text' is int64, not text"),
         (broken, [], "broken.parquet: no whole parquet file"),
         (cut, [], "cut.parquet: no whole parquet file"),
-        (empty, [], "the source holds no documents to train on"),
+        (empty, [], "holds no documents to train on"),
         (tmp_path / "empty.txt", [], "no text for validation beside that for training"),
         (tmp_path / "folder", [], "holds no .parquet, .jsonl"),
         (second, [], 'line 20001 is no JSON object with a text "text"'),
