@@ -138,6 +138,7 @@ def test_every_document_is_as_tiktoken_encodes_it(tmp_path: Path, engine: str) -
     (folder / "d.txt").write_bytes(invalid)
     out = prepare(folder, tmp_path / "out", "--engine", engine, "--validation-fraction", "0.2")
     assert "Invalid UTF-8 was replaced by 3 characters U+FFFD" in out and f"with {engine}" in out
+    assert "unlike" not in out
 
     encoding = get_tokenizer("gpt2")
     expected: dict[str, list[int]] = {"train": [], "validation": []}
@@ -332,19 +333,31 @@ def interrupted(corpus: Path, output: Path) -> Iterator[list[Path]]:
     yield sorted(parts(output))
 
 
-def test_parts_that_no_longer_fit_are_made_again(corpus: Path, tmp_path: Path) -> None:
+def test_damaged_parts_are_made_again(corpus: Path, tmp_path: Path) -> None:
     with interrupted(corpus, tmp_path / "out") as finished:
         damaged = finished[0] / "train"
         data = bytearray(damaged.read_bytes())
         data[len(data) // 2] ^= 1
         damaged.write_bytes(data)
         (finished[1] / "record.json").write_text("{")
-    with (corpus / "c000.txt").open("a") as file:
-        file.write("changed since")
-    (corpus / "c001.txt").unlink()
     done = run_script(*small_shards(corpus, tmp_path / "out", "--tokenizer", "bytes"))
     assert done.returncode == 0, done.stderr
     prepare(corpus, tmp_path / "afresh", "--tokenizer", "bytes")
+    assert sha256(tmp_path / "out") == sha256(tmp_path / "afresh")
+
+
+@pytest.mark.parametrize("change", ["files", "options"])
+def test_parts_of_other_input_are_made_again(corpus: Path, tmp_path: Path, change: str) -> None:
+    with interrupted(corpus, tmp_path / "out"):
+        options = ["--tokenizer", "bytes"]
+    if change == "files":
+        write_parquet(corpus / "a.parquet", [f"another text {i} " * 30 for i in range(1000)])
+        write_jsonl(corpus / "b.jsonl", [f"yet another text {i} " * 30 for i in range(1000)])
+    else:
+        options += ["--validation-fraction", "0.5"]
+    done = run_script(*small_shards(corpus, tmp_path / "out", *options))
+    assert done.returncode == 0, done.stderr
+    prepare(corpus, tmp_path / "afresh", *options)
     assert sha256(tmp_path / "out") == sha256(tmp_path / "afresh")
 
 
