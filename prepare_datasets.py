@@ -422,13 +422,11 @@ def write_dataset(
             f"{folder}: documents were lost on the way; is the disk sound? Run the same command again"
         )
     return {
-        "tokenizer": settings.tokenizer,
+        **asdict(settings),
         "vocab_size": encoding.n_vocab,
         "token_dtype": "uint16",
         "end_of_text": encoding.eot_token,
         "splits": {split: asdict(counts) for split, (counts, _) in splits.items()},
-        "validation_fraction": settings.validation_fraction,
-        "text_column": settings.text_column,
         "replaced": sum(part.replaced for part in parts),
         "sha256": sha256,
         "versions": {"python": platform.python_version(), "tiktoken": importlib.metadata.version("tiktoken")},
@@ -663,12 +661,12 @@ def main(
         require_dataset_id(source)
     if repo_id:
         check_push(repo_id)
-    if output_dir.exists() and repo_id:
-        check_prepared(output_dir, {"source": source, "tokenizer": tokenizer})
+    settings = Settings(tokenizer, validation_fraction, text_column)
+    if repo_id and (output_dir / "meta.json").exists():
+        check_prepared(output_dir, {"source": source, "files": files, **asdict(settings)})
         print(f"{output_dir}: already prepared")
     else:
         require_empty(output_dir)
-        settings = Settings(tokenizer, validation_fraction, text_column)
         with unfinished_folder(output_dir) as folder:
             require_empty(output_dir)  # now that nobody else can fill it
             prepare(

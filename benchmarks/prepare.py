@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -30,7 +31,6 @@ import pyarrow
 import pyarrow.parquet
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -116,6 +116,7 @@ class Runs:
     """What the runs of one side took."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)  # of all processes and threads
     largest: int = 0  # bytes of memory of the largest process
     together: int = 0
 
@@ -133,9 +134,15 @@ def memory_of_tree(process: int) -> list[int]:
     return sizes
 
 
+def children_cpu_seconds() -> float:
+    """What the processes that this one has started, and theirs, have computed so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def measure(command: list[str], runs: Runs) -> None:
     """Run a command to its end and add to `runs` what it took."""
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), children_cpu_seconds()
     with subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             sizes = memory_of_tree(process.pid)
@@ -143,6 +150,7 @@ def measure(command: list[str], runs: Runs) -> None:
             runs.together = max(runs.together, sum(sizes))
             time.sleep(0.1)
     runs.seconds.append(time.perf_counter() - start)
+    runs.cpu_seconds.append(children_cpu_seconds() - cpu_start)
     if process.returncode:
         sys.exit(f"{command[0]} failed")
 
@@ -176,8 +184,9 @@ def main(
         results = {name: Runs() for name in sides}
         tokens: set[int] = set()
         hashes: set[str] = set()
-        for _, (name, command) in tqdm(list(itertools.product(range(rounds), sides.items())), disable=None):
+        for _, (name, command) in itertools.product(range(rounds), sides.items()):
             measure(command, results[name])
+            print(f"{name}: {results[name].seconds[-1]:.1f} s", file=sys.stderr, flush=True)
             if output.is_dir():
                 meta = json.loads((output / "meta.json").read_text())
                 tokens.add(sum(split["tokens"] for split in meta["splits"].values()))
@@ -204,7 +213,9 @@ def report(results: dict[str, Runs], tokens: int) -> None:
         speeds = [tokens / seconds / 1e6 for seconds in runs.seconds]
         ratios = [one / other for one, other in zip(base, runs.seconds, strict=True)]
         cells = [f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (speeds, ratios)]
-        print(f"| {name} | {' | '.join(cells)} | {runs.largest >> 20}, {runs.together >> 20} |")
+        print(
+            f"| {name} | {' | '.join(cells)} | {statistics.median(runs.cpu_seconds):.1f} | {runs.largest >> 20}, {runs.together >> 20} |"
+        )
 
 
 if __name__ == "__main__":
