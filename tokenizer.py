@@ -71,9 +71,11 @@ class TiktokenEncoder:
 
     def __init__(self, tokenizer: tiktoken.Encoding) -> None:
         ranks = {tokenizer.decode_single_token_bytes(rank): rank for rank in range(tokenizer.eot_token)}
+        # Without any special token tiktoken looks for an empty one, and finds it everywhere: slowly.
+        special = {"<|endoftext|>": tokenizer.eot_token}
         self._tokenizer = tokenizer
         self._simple = tiktoken.Encoding(
-            "gpt2-simple", pat_str=self.SIMPLE_PATTERN, mergeable_ranks=ranks, special_tokens={}
+            "gpt2-simple", pat_str=self.SIMPLE_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
 
     def __call__(self, text: bytes) -> np.ndarray:
