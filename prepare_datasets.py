@@ -3,31 +3,31 @@
 
     python prepare_datasets.py python-docs datasets/local/python-docs --tokenizer bytes
     python prepare_datasets.py my-texts/ datasets/me/my-texts --stats       .parquet, .jsonl(.gz, .zst), .txt
-    python prepare_datasets.py fineweb/sample/10BT datasets/me/fineweb-10b --workers 8
+    python prepare_datasets.py HuggingFaceFW/fineweb datasets/me/fineweb-10b --files 'sample/10BT/*'
 
-Each input file is encoded by one worker, straight to disk, and the parts are joined in the files' order. So
-the same text gives the same bytes whatever the number of workers, and memory does not grow with the data.
+The input is cut into shards of about 64 MB of text, each encoded by one worker straight to disk, and the
+results are joined in the input's order. So the same text gives the same bytes whatever the number of workers,
+memory does not grow with the data, and what was interrupted goes on behind its last finished shard: all that
+is unfinished stands in OUTPUT_DIR.incomplete, and OUTPUT_DIR appears when it is whole.
 """
 
-import ast
 import concurrent.futures
 import contextlib
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
-import io
+import itertools
 import json
 import multiprocessing
 import os
 import platform
-import random
 import shutil
+import signal
 import sys
-import sysconfig
-import tempfile
+import threading
 import time
-import warnings
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -39,147 +39,35 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from config import InputError, RunError, require, run_command
+from config import InputError, RunError, read_json_object, require, require_dataset_id, run_command
+from documents import (
+    FILE_TYPES,
+    PYTHON_DOCS,
+    Piece,
+    cut_into_pieces,
+    find_files,
+    in_validation,
+    make_shards,
+    read_documents,
+)
+from tokenizer import (
+    EnginesDisagree,
+    GigatokenEncoder,
+    GigatokenSetup,
+    get_tokenizer,
+    set_up_engine,
+    tiktoken_encoder,
+)
 
 SPLITS = ("train", "validation")
-FILE_TYPES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
-PYTHON_DOCS = "python-docs"
+PART_FILES = (*SPLITS, "lengths")
+CONTEXT_LENGTH = 1024  # of GPT-2, for --stats
+
+Encoder = Callable[[bytes], np.ndarray]  # from text in UTF-8 to tokens
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Tokenizers
-# ------------------------------------------------------------------------------------------------------------
-
-
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer "gpt2" (50,257 tokens), or "bytes": the 256 bytes and end-of-text, which needs no file.
-
-    Raises InputError if the GPT-2 vocabulary is neither cached nor to be had.
-    """
-    if name == "bytes":
-        ranks = {bytes([value]): value for value in range(256)}
-        return tiktoken.Encoding(
-            "bytes", pat_str=r"[\s\S]{1,64}", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
-        )
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever the network thinks of
-        raise InputError(
-            "the GPT-2 vocabulary is not here and could not be downloaded "
-            f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder where tiktoken has cached it, "
-            "or use "
-            "the tokenizer 'bytes'"
-        ) from None
-
-
-def encode_document(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """The tokens of one document and the end-of-text token after it, uint16.
-
-    The text `<|endoftext|>` in a document is text like any other, never the token.
-    """
-    tokens = tokenizer.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-    return np.append(tokens.astype(np.uint16), np.uint16(tokenizer.eot_token))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Documents
-# ------------------------------------------------------------------------------------------------------------
-
-
-def find_files(source: Path) -> list[Path]:
-    """The text files of a folder (recursively, sorted by path), or the one that was named."""
-    if source.is_file():
-        files = [source]
-    else:
-        require(source.is_dir(), f"{source}: no such file or folder; the source may also be '{PYTHON_DOCS}'")
-        files = sorted(
-            path for path in source.rglob("*") if path.is_file() and path.name.endswith(FILE_TYPES)
-        )
-    named = ", ".join(FILE_TYPES)
-    require(bool(files), f"{source}: holds no {named} files")
-    require(files[0].name.endswith(FILE_TYPES), f"{source}: is of no known type; known are {named}")
-    return files
-
-
-def read_documents(path: Path, text_column: str) -> Iterator[str]:
-    """The documents of one file: rows of .parquet, lines of .jsonl, a whole .txt. Raises InputError."""
-    try:
-        if path.suffix == ".parquet":
-            yield from _parquet_documents(path, text_column)
-        elif path.suffix == ".txt":
-            yield path.read_bytes().decode("utf-8", errors="replace")
-        else:
-            yield from _jsonl_documents(path, text_column)
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-
-
-def _parquet_documents(path: Path, text_column: str) -> Iterator[str]:
-    import pyarrow  # comes with `datasets`
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        require(
-            text_column in names, f"{path}: has no column '{text_column}'; --text-column is one of {names}"
-        )
-        kind = file.schema_arrow.field(text_column).type
-        strings = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
-        require(
-            any(is_kind(kind) for is_kind in strings), f"{path}: column '{text_column}' is {kind}, not text"
-        )
-        for batch in file.iter_batches(batch_size=256, columns=[text_column]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: no whole parquet file: {' '.join(str(error).split())}") from None
-
-
-def _jsonl_documents(path: Path, text_column: str) -> Iterator[str]:
-    import pyarrow  # reads gzip and zstandard by a file's ending
-
-    with pyarrow.input_stream(str(path)) as stream:
-        for number, line in enumerate(io.BufferedReader(stream), start=1):
-            if line.strip():
-                try:
-                    text = json.loads(line)[text_column]
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    text = None
-                if not isinstance(text, str):
-                    raise InputError(f'{path}: line {number} is no JSON object with a text "{text_column}"')
-                yield text
-
-
-def python_docs() -> list[str]:
-    """The text that every Python carries: the language reference and the standard library's docstrings.
-
-    Deduplicated, and in an order that is fixed for one version of Python.
-    """
-    from pydoc_data.topics import topics
-
-    documents = {text.strip() for text in topics.values()}
-    library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(library.rglob("*.py")):
-        if not {"test", "tests", "site-packages", "dist-packages"} & set(path.relative_to(library).parts):
-            documents |= set(_docstrings(path))
-    ordered = sorted(documents - {""})
-    random.Random(0).shuffle(ordered)
-    return ordered
-
-
-def _docstrings(path: Path) -> Iterator[str]:
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of invalid escapes in old modules
-            tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # broken on purpose, like some modules of lib2to3
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield (ast.get_docstring(node) or "").strip()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Encoding, one input file per worker
+# Encoding, one shard per worker at a time
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -191,145 +79,285 @@ class Counts:
     tokens: int = 0
     bytes: int = 0
 
-
-@dataclass
-class Part:
-    """What one input became: a file of raw uint16 tokens per split, and what is in them."""
-
-    path: Path  # without .train or .validation
-    counts: dict[str, Counts] = field(default_factory=lambda: {split: Counts() for split in SPLITS})
-    replaced: int = 0  # characters put in place of invalid UTF-8
-    last_train_document: int = 0  # tokens
-
-    def file(self, name: str) -> Path:
-        """The file of raw tokens of a split, or of the documents' "lengths"."""
-        return self.path.with_name(f"{self.path.name}.{name}")
+    def add(self, other: "Counts") -> None:
+        """Count what another counted."""
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.bytes += other.bytes
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to encode, the same for every input."""
+    """How to encode, the same for every shard."""
 
     tokenizer: str
     validation_fraction: float
     text_column: str
 
 
-def in_validation(text: bytes, fraction: float) -> bool:
-    """Whether a document is for validation: a matter of its text alone, so copies never lie on both sides."""
-    return zlib.crc32(text, 0x9E3779B9) < fraction * 2**32  # started so that empty documents are for training
+@dataclass
+class Part:
+    """A finished shard: a folder with the raw uint16 tokens of each split, the documents' lengths in tokens
+    (uint32), and record.json, which holds the rest of this."""
+
+    folder: Path
+    key: list[Any]  # what it was made of, and how
+    counts: dict[str, Counts] = field(default_factory=lambda: {split: Counts() for split in SPLITS})
+    last: Counts = field(default_factory=Counts)  # of the last document for training
+    replaced: int = 0  # invalid UTF-8 sequences
+    sha256: dict[str, str] = field(default_factory=dict)  # by file name
+    doubts: str = ""  # why gigatoken was not used
+
+    @property
+    def total(self) -> Counts:
+        """Of both splits."""
+        total = Counts()
+        for counts in self.counts.values():
+            total.add(counts)
+        return total
+
+    def save(self) -> None:
+        """Write record.json."""
+        self.sha256 = {name: file_sha256(self.folder / name) for name in PART_FILES}
+        values = asdict(self)
+        del values["folder"]
+        (self.folder / "record.json").write_text(json.dumps(values), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, key: list[Any]) -> "Part | None":
+        """A part that an earlier start finished; None if there is none with this key, or it is damaged."""
+        try:
+            values = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+            values["counts"] = {split: Counts(**counts) for split, counts in values["counts"].items()}
+            part = cls(folder, **(values | {"last": Counts(**values["last"])}))
+            found = {name: file_sha256(folder / name) for name in PART_FILES} if part.key == key else {}
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return part if found == part.sha256 else None
 
 
-def encode_input(source: Path | None, part_path: Path, settings: Settings) -> Part:
-    """Encode one input file (None: the Python documentation) into the part files of `part_path`."""
-    tokenizer, part = get_tokenizer(settings.tokenizer), Part(part_path)
-    documents = python_docs() if source is None else read_documents(source, settings.text_column)
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def encode_shard(
+    number: int, shard: list[Piece], parts_dir: Path, settings: Settings, setup: GigatokenSetup | None
+) -> tuple[Part, bool]:
+    """Encode a shard into a folder of its own under `parts_dir`; whether that was there before.
+
+    The folder gets its name when it is whole. Raises InputError.
+    """
+    key = [asdict(settings), *(piece.identity() for piece in shard)]
+    folder = parts_dir / f"{number:06d}"
+    if part := Part.load(folder, key):
+        return part, True
+    unfinished = parts_dir / f"{number:06d}.{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.mkdir()
+    tokenizer = get_tokenizer(settings.tokenizer)
+    with_tiktoken = tiktoken_encoder(settings.tokenizer)
+    try:
+        try:
+            part = Part(unfinished, key)
+            encode = GigatokenEncoder(tokenizer, setup) if setup else with_tiktoken
+            encode_documents(shard, part, settings, encode, tokenizer.eot_token)
+        except EnginesDisagree as error:
+            part = Part(unfinished, key, doubts=str(error))
+            encode_documents(shard, part, settings, with_tiktoken, tokenizer.eot_token)
+        part.save()
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    part.folder = unfinished.rename(folder)
+    return part, False
+
+
+def encode_documents(
+    shard: list[Piece], part: Part, settings: Settings, encode: Encoder, end_of_text: int
+) -> None:
+    """Encode the documents of a shard into the files of `part`, and count."""
+    end = np.uint16(end_of_text).tobytes()
+    documents = itertools.chain.from_iterable(read_documents(piece, settings.text_column) for piece in shard)
     with contextlib.ExitStack() as stack:
-        train, validation, lengths = (
-            stack.enter_context(part.file(name).open("wb")) for name in (*SPLITS, "lengths")
-        )
+        files = {name: stack.enter_context((part.folder / name).open("wb")) for name in PART_FILES}
         for document in documents:
-            text = document.encode("utf-8", errors="surrogatepass")
-            if b"\xed" in text:  # may be half a surrogate pair, which \u escapes in JSON can make
-                document = document.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")
-                text = document.encode("utf-8")
-            tokens = encode_document(document, tokenizer)
-            split = "validation" if in_validation(text, settings.validation_fraction) else "train"
-            tokens.tofile(validation if split == "validation" else train)
-            counts = part.counts[split]
-            counts.documents += 1
-            counts.tokens += len(tokens)
-            counts.bytes += len(text)
-            if split == "train":
-                part.last_train_document = len(tokens)
-            lengths.write(len(tokens).to_bytes(4, "little"))
-            _report_progress(len(text), len(tokens))
-            if source is not None and source.suffix == ".txt":
-                part.replaced = document.count("\ufffd") - source.read_bytes().count("\ufffd".encode())
-    return part
+            split = "validation" if in_validation(document, settings.validation_fraction) else "train"
+            counts = Counts(documents=1, tokens=1)
+            for text in document:
+                tokens = encode(text)
+                files[split].write(tokens.astype(np.uint16).tobytes())
+                counts.add(Counts(0, len(tokens), len(text)))
+                _progress.add(Counts(0, len(tokens), len(text)))
+            files[split].write(end)
+            files["lengths"].write(counts.tokens.to_bytes(4, "little"))
+            part.counts[split].add(counts)
+            part.last = counts if split == "train" else part.last
+            part.replaced += document.replaced
+            _progress.add(Counts(documents=1, tokens=1))
+    _progress.tell()
 
 
-_progress: Any = None  # documents, bytes and tokens done by all workers; shared memory
+class WorkerProgress:
+    """Tells the main process what a worker has encoded, once in a megabyte."""
+
+    def __init__(self, shared: Any) -> None:
+        self._shared, self._untold = shared, Counts()
+
+    def add(self, counts: Counts) -> None:
+        """Count what was encoded."""
+        self._untold.add(counts)
+        if self._untold.bytes > 1 << 20:
+            self.tell()
+
+    def tell(self) -> None:
+        """Tell what has not been told."""
+        with self._shared.get_lock():
+            for index, amount in enumerate((self._untold.documents, self._untold.tokens, self._untold.bytes)):
+                self._shared[index] += amount
+        self._untold = Counts()
 
 
-def _share_progress(progress: Any) -> None:
+_progress: WorkerProgress  # of this process, if it is a worker
+
+
+def _start_worker(shared: Any) -> None:
+    """Prepare a worker process. It ends with the main process, which is also the one to hear of Ctrl-C."""
     global _progress
-    _progress = progress
+    _progress = WorkerProgress(shared)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _report_progress(size: int, tokens: int) -> None:
-    with _progress.get_lock():
-        for index, amount in enumerate((1, size, tokens)):
-            _progress[index] += amount
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-def encode_all(sources: list[Path | None], parts_dir: Path, settings: Settings, workers: int) -> list[Part]:
-    """Encode all inputs with a pool of workers, showing progress; parts come in the inputs' order."""
+class ProgressLine:
+    """Bytes, documents, tokens, tokens/s and ETA: a bar on a terminal, else a line every 15 seconds."""
+
+    def __init__(self, expected: int, shared: Any) -> None:
+        self._shared = shared
+        self._started = self._last_line = time.monotonic()
+        self._bar = tqdm(total=expected, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+        self.expected = expected  # bytes of text, about
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all workers since the start."""
+        return self._shared[1] / (time.monotonic() - self._started)
+
+    def show(self) -> None:
+        """Say how far the workers are."""
+        documents, tokens, size = self._shared[:]
+        done = f"{documents:,} documents, {tokens:,} tokens, {self.tokens_per_second:,.0f} tokens/s"
+        if not self._bar.disable:
+            self._bar.total = max(self.expected, size)
+            self._bar.set_postfix_str(done, refresh=False)
+            self._bar.update(size - self._bar.n)
+        elif time.monotonic() - self._last_line > 15:
+            self._last_line = time.monotonic()
+            seconds = (self._last_line - self._started) * max(0, self.expected / max(1, size) - 1)
+            of = f"{size / 1e6:,.0f} of about {self.expected / 1e6:,.0f} MB"
+            print(f"encoding: {of}, {done}, ETA {tqdm.format_interval(seconds)}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Put the bar away."""
+        self._bar.close()
+
+
+def encode_all(
+    shards: list[list[Piece]],
+    parts_dir: Path,
+    settings: Settings,
+    setup: GigatokenSetup | None,
+    *,
+    workers: int,
+) -> list[Part]:
+    """Encode all shards with a pool of workers, showing progress; parts come in the shards' order."""
     context = multiprocessing.get_context("spawn")
-    progress = context.Array("q", 3)
-    # Large files first, so that no worker is left with a long one at the end.
-    order = sorted(range(len(sources)), key=lambda i: -sources[i].stat().st_size if sources[i] else 0)
-    shown = sys.stderr.isatty()
+    shared = context.Array("q", 3)  # documents, tokens and bytes that all workers have encoded
+    sizes = [sum(piece.size for piece in shard) for shard in shards]
+    progress = ProgressLine(sum(sizes), shared)
+    parts, kept = {}, 0
     with (
-        ProcessPoolExecutor(min(workers, len(sources)), context, _share_progress, (progress,)) as pool,
-        tqdm(unit="B", unit_scale=True, desc="encoding", disable=not shown) as bar,
+        ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (shared,)) as pool,
+        contextlib.closing(progress),
     ):
-        jobs = {
-            index: pool.submit(encode_input, sources[index], parts_dir / f"{index:06d}", settings)
-            for index in order
-        }
-        last_line, waiting = time.monotonic(), set(jobs.values())
-        while waiting:
-            finished, waiting = concurrent.futures.wait(waiting, timeout=0.2)
-            documents, size, tokens = progress[:]
-            done = f"{documents:,} documents, {tokens:,} tokens"
-            bar.set_postfix_str(done, refresh=False)
-            bar.update(size - bar.n)
-            if not shown and time.monotonic() - last_line > 15:
-                last_line = time.monotonic()
-                print(f"encoding: {size / 1e6:,.0f} MB, {done}", file=sys.stderr, flush=True)
-            try:
+        # Large ones first, so that no worker is left with a long one at the end.
+        order = sorted(range(len(shards)), key=lambda i: -sizes[i])
+        jobs = {pool.submit(encode_shard, i, shards[i], parts_dir, settings, setup): i for i in order}
+        waiting = set(jobs)
+        try:
+            while waiting:
+                finished, waiting = concurrent.futures.wait(waiting, timeout=0.2)
                 for job in finished:
-                    job.result()
-            except BrokenProcessPool:
-                raise RunError(
-                    "a worker was killed, perhaps for want of memory; try fewer --workers"
-                ) from None
-            except InputError:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return [jobs[index].result() for index in range(len(sources))]
+                    number = jobs[job]
+                    parts[number], was_there = job.result()
+                    kept += was_there
+                    progress.expected += (0 if was_there else parts[number].total.bytes) - sizes[number]
+                    if parts[number].doubts:
+                        tqdm.write(
+                            f"{parts[number].doubts}; encoded shard {number} with tiktoken", sys.stderr
+                        )
+                progress.show()
+        except BrokenProcessPool:
+            raise RunError("a worker was killed, perhaps for want of memory; try fewer --workers") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+    if kept:
+        print(f"{kept} of {len(shards)} shards were there from an earlier start")
+    engine = "tiktoken" if setup is None else "gigatoken"
+    print(f"Encoded {shared[1]:,} tokens with {engine} at {progress.tokens_per_second:,.0f} tokens/s")
+    return [parts[number] for number in range(len(shards))]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The data set
 # ------------------------------------------------------------------------------------------------------------
 
+Segment = tuple[Path, int, int]  # a file of raw tokens, and which of them
 
-def move_to_validation(parts: list[Part], fraction: float) -> None:
-    """Where no document happened to fall to validation, move the last one there; of a single one, its end.
 
-    A text in one file is one document: without this it would have nothing to be validated on.
+def lay_out(parts: list[Part], fraction: float) -> dict[str, tuple[Counts, list[Segment]]]:
+    """What each split consists of. Raises InputError where the documents do not make two splits.
+
+    Where no document happened to fall to validation, the last one goes there; of a single one, its end. (A
+    text in one file is one document: without this it would have nothing to be validated on.)
     """
-    part = next(part for part in reversed(parts) if part.counts["train"].documents)
-    counts, validation = part.counts["train"], part.counts["validation"]
-    alone = sum(part.counts["train"].documents for part in parts) == 1
-    tokens = max(1, int(counts.tokens * fraction)) if alone else part.last_train_document
-    data = np.fromfile(part.file("train"), dtype=np.uint16)
-    data[-tokens:].tofile(part.file("validation"))
-    os.truncate(part.file("train"), (len(data) - tokens) * 2)
-    size = round(counts.bytes * tokens / counts.tokens)
-    counts.tokens, counts.bytes, counts.documents = (
-        counts.tokens - tokens,
-        counts.bytes - size,
-        counts.documents - (not alone),
-    )
-    validation.tokens, validation.bytes, validation.documents = tokens, size, 1
+    totals = {split: Counts() for split in SPLITS}
+    for part in parts:
+        for split, counts in part.counts.items():
+            totals[split].add(counts)
+    segments = {
+        split: [(part.folder / split, 0, part.counts[split].tokens) for part in parts] for split in SPLITS
+    }
+    train, validation = (totals[split] for split in SPLITS)
+    require(train.documents > 0, "the source holds no documents to train on")
+    if validation.documents == 0:
+        index = max(i for i, part in enumerate(parts) if part.counts["train"].documents)
+        last = parts[index].last
+        tokens, size = last.tokens, last.bytes
+        if train.documents == 1:
+            tokens = max(1, int(tokens * fraction))
+            size = round(size * tokens / last.tokens)
+        require(tokens < train.tokens, "the source holds no text for validation beside that for training")
+        path, start, stop = segments["train"][index]
+        segments["train"][index] = (path, start, stop - tokens)
+        segments["validation"] = [(path, stop - tokens, stop)]
+        validation.add(Counts(1, tokens, size))
+        train.add(Counts(-1 if train.documents > 1 else 0, -tokens, -size))
+    return {split: (totals[split], segments[split]) for split in SPLITS}
 
 
-def join_parts(parts: list[Part], split: str, path: Path) -> str:
-    """Write the parts of a split as one safetensors file, a stream with nothing held; return its SHA-256."""
-    size = 2 * sum(part.counts[split].tokens for part in parts)
+def join_segments(segments: list[Segment], path: Path) -> str:
+    """Write segments as one safetensors file, a stream with nothing held; return its SHA-256."""
+    size = 2 * sum(stop - start for _, start, stop in segments)
     description = {"tokens": {"dtype": "U16", "shape": [size // 2], "data_offsets": [0, size]}}
     header = json.dumps(description, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the format's alignment of what follows
@@ -341,31 +369,244 @@ def join_parts(parts: list[Part], split: str, path: Path) -> str:
             out.write(data)
 
         write(len(header).to_bytes(8, "little") + header)
-        for part in parts:
-            with part.file(split).open("rb") as file:
-                while block := file.read(1 << 20):
+        for source, start, stop in segments:
+            with source.open("rb") as file:
+                file.seek(2 * start)
+                left = 2 * (stop - start)
+                while block := file.read(min(left, 1 << 20)):
                     write(block)
+                    left -= len(block)
         out.flush()
         os.fsync(out.fileno())
-    require(path.stat().st_size == 8 + len(header) + size, f"{path}: came out with a wrong size")
     return digest.hexdigest()
 
 
-def draw_lengths(parts: list[Part], path: Path, title: str) -> tuple[float, float]:
-    """Draw a histogram of the documents' lengths in tokens, in xkcd style; return their mean and median."""
+def count_ends(path: Path, counts: Counts, encoding: tiktoken.Encoding) -> int:
+    """Read a finished file back and count its end-of-text tokens. Raises RunError if it is not as counted."""
+    from safetensors import SafetensorError, safe_open
+
+    ends = largest = 0
+    try:
+        with safe_open(path, framework="np") as file:
+            whole = file.get_slice("tokens").get_shape() == [counts.tokens]
+        with path.open("rb") as file:  # not mapped: its pages would count as this process's memory
+            file.seek(-2 * counts.tokens, os.SEEK_END)
+            while block := file.read(1 << 20):
+                tokens = np.frombuffer(block, dtype="<u2")
+                ends += int(np.count_nonzero(tokens == encoding.eot_token))
+                largest = max(largest, int(tokens.max()))
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: cannot be read back: {error}") from None
+    if not whole or largest >= encoding.n_vocab:
+        raise RunError(f"{path}: came out damaged; is the disk sound? Run the same command again")
+    return ends
+
+
+def write_dataset(
+    folder: Path, parts: list[Part], settings: Settings, encoding: tiktoken.Encoding
+) -> dict[str, Any]:
+    """Write the token files of both splits, check them, and return what meta.json says of them."""
+    try:
+        splits = lay_out(parts, settings.validation_fraction)
+    except InputError:
+        for part in parts:  # of no use with any other source
+            shutil.rmtree(part.folder)
+        raise
+    sha256, ends = {}, 0
+    for split, (counts, segments) in splits.items():
+        path = folder / f"{split}.safetensors"
+        sha256[path.name] = join_segments(segments, path)
+        ends += count_ends(path, counts, encoding)
+    if ends != sum(part.total.documents for part in parts):
+        raise RunError(
+            f"{folder}: documents were lost on the way; is the disk sound? Run the same command again"
+        )
+    return {
+        **asdict(settings),
+        "vocab_size": encoding.n_vocab,
+        "token_dtype": "uint16",
+        "end_of_text": encoding.eot_token,
+        "splits": {split: asdict(counts) for split, (counts, _) in splits.items()},
+        "replaced": sum(part.replaced for part in parts),
+        "sha256": sha256,
+        "versions": {"python": platform.python_version(), "tiktoken": importlib.metadata.version("tiktoken")},
+    }
+
+
+def draw_lengths(parts: list[Part], path: Path, title: str) -> str:
+    """Draw a histogram of the documents' lengths in tokens, in xkcd style; return the figures in words."""
     from reporting import xkcd_figure  # here, because it brings torch, which the workers need not hold
 
-    lengths = np.concatenate([np.fromfile(part.file("lengths"), dtype="<u4") for part in parts])
-    mean, median = float(lengths.mean()), float(np.median(lengths))
+    lengths = np.concatenate([np.fromfile(part.folder / "lengths", dtype="<u4") for part in parts])
+    mean, median, total = float(lengths.mean()), float(np.median(lengths)), int(lengths.sum(dtype=np.int64))
+    lost = 1 - np.minimum(lengths, CONTEXT_LENGTH).sum(dtype=np.int64) / total
     with xkcd_figure((10, 6)) as figure:
         axes = figure.subplots()
         axes.hist(lengths, bins=np.geomspace(1, lengths.max() + 1, 60))
         axes.set(xscale="log", title=title, xlabel="tokens in a document", ylabel="documents")
         axes.axvline(mean, color="tab:red", label=f"mean {mean:,.0f}")
         axes.axvline(median, color="tab:green", label=f"median {median:,.0f}")
+        axes.axvline(CONTEXT_LENGTH, color="tab:gray", label=f"cropping here would lose {lost:.1%}")
         axes.legend()
         figure.savefig(path, dpi=90)
-    return mean, median
+    return (
+        f"Tokens per document: mean {mean:,.1f}, median {median:,.0f}; {total:,} tokens in all\n"
+        f"Cropping every document to {CONTEXT_LENGTH:,} tokens would lose {lost:.1%} of them"
+    )
+
+
+def card(name: str, meta: dict[str, Any]) -> str:
+    """The data set's card for the Hub: YAML between two rules, then Markdown."""
+    from huggingface_hub import DatasetCardData
+
+    header = DatasetCardData(
+        pretty_name=name,
+        task_categories=["text-generation"],
+        tags=["tokens", meta["tokenizer"], "safetensors"],
+        source_datasets=[meta["source"]] if meta["revision"] else None,
+    )
+    revision = f" at revision `{meta['revision']}`" if meta["revision"] else ""
+    rows = "".join(
+        f"| {split} | {counts['documents']:,} | {counts['tokens']:,} | {counts['bytes']:,} | "
+        f"`{meta['sha256'][f'{split}.safetensors']}` |\n"
+        for split, counts in meta["splits"].items()
+    )
+    return f"""---
+{header.to_yaml()}
+---
+
+# {name}
+
+{meta["description"]}. The source is `{meta["source"]}`{revision}, the tokenizer `{meta["tokenizer"]}` with a
+vocabulary of {meta["vocab_size"]:,}.
+
+| split | documents | tokens | bytes of text | SHA-256 of the file |
+| --- | --- | --- | --- | --- |
+{rows}
+Each file holds one 1-D uint16 tensor named `tokens`: documents one after another, each followed by
+`<|endoftext|>`, token {meta["end_of_text"]}. The checksum of its text decides whether a document is for
+validation, as {meta["validation_fraction"]:.3g} of all are. `meta.json` says the same to programs.
+
+```python
+from safetensors.numpy import load_file
+
+tokens = load_file("train.safetensors")["tokens"]
+```
+"""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The Hub
+# ------------------------------------------------------------------------------------------------------------
+
+
+def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Path], str]:
+    """The files of a Hub data set that match a pattern, and the commit that they are of.
+
+    They are kept in the Hub's own cache, once for all processes; where all are there, the Hub is not asked.
+    Raises InputError, naming the data set, where that fails.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import filter_repo_objects
+
+    options = {"repo_type": "dataset", "revision": revision, "allow_patterns": pattern}
+    try:
+        try:
+            folder = Path(snapshot_download(dataset, local_files_only=True, **options))
+        except LocalEntryNotFoundError:
+            folder = Path(snapshot_download(dataset, **options))
+    except Exception as error:  # whatever a network, a proxy or the Hub can think of
+        raise InputError(
+            f"{dataset}: the Hub did not give '{pattern}' ({_first_line(error)}); check name, --files, "
+            "--revision and network, and run the same command again: files that are whole are kept"
+        ) from None
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = [folder / name for name in sorted(filter_repo_objects(names, allow_patterns=pattern))]
+    files = [path for path in files if path.name.endswith(FILE_TYPES)]
+    require(bool(files), f"{dataset}: has no {', '.join(FILE_TYPES)} files that match --files '{pattern}'")
+    return files, folder.name
+
+
+def check_push(repo_id: str) -> None:
+    """Raise InputError unless the Hub knows who is about to upload to `repo_id`."""
+    from huggingface_hub import HfApi
+
+    require_dataset_id(repo_id)
+    try:
+        HfApi().whoami()
+    except Exception as error:  # whatever a network, a proxy or the Hub can think of
+        raise InputError(
+            f"--push {repo_id}: the Hub does not let you in ({_first_line(error)}); try `hf auth login`"
+        ) from None
+
+
+def push(folder: Path, repo_id: str) -> None:
+    """Upload a data set to the Hub. Raises RunError; the same command then uploads what is missing."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
+        result = api.upload_folder(
+            repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="Upload tokens"
+        )
+    except Exception as error:  # whatever a network, a proxy or the Hub can think of
+        raise RunError(
+            f"{folder} is whole, but could not be uploaded to {repo_id} ({_first_line(error)}); the same "
+            "command with --push goes on"
+        ) from None
+    print(f"Uploaded to {repo_id}: {result.commit_url}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def unfinished_folder(output_dir: Path) -> Iterator[Path]:
+    """OUTPUT_DIR.incomplete for this process alone; kept for the next start if it holds finished parts.
+
+    Raises InputError if another process prepares the same data set, or the folder cannot be written to.
+    """
+    folder = output_dir.with_name(output_dir.name + ".incomplete")
+    try:
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made or written to: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"{output_dir}: another process is preparing it; wait for it or end it"
+            ) from None
+        remove_unfinished(folder / "parts")
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise InputError(
+                f"{folder}: cannot be written: {error.strerror}; make room, about 4 bytes for each token, "
+                "and run the same command again: finished shards are kept"
+            ) from None
+        finally:
+            remove_unfinished(folder / "parts")
+            if output_dir.exists() or not any((folder / "parts").iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unfinished(parts_dir: Path) -> None:
+    """Remove what workers leave behind that were killed: folders NUMBER.PROCESS."""
+    for path in parts_dir.glob("*.*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -376,89 +617,131 @@ def draw_lengths(parts: list[Part], path: Path, title: str) -> tuple[float, floa
     "--validation-fraction", type=float, default=0.01, show_default=True, help="Share of the documents."
 )
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), help="Default: one per core.")
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "tiktoken", "gigatoken"]),
+    default="auto",
+    show_default=True,
+    help="What encodes; the tokens are the same. auto: gigatoken where it is installed.",
+)
 @click.option("--text-column", default="text", show_default=True, help="Of .parquet and .jsonl files.")
+@click.option("--files", metavar="PATTERN", help="SOURCE is a Hub data set; take its files of such names.")
+@click.option("--revision", help="A commit, tag or branch of the Hub data set.")
 @click.option("--stats", is_flag=True, help="Also draw a histogram of document lengths.")
+@click.option("--push", "repo_id", metavar="OWNER/NAME", help="Then upload the data set to the Hub.")
 def main(
     source: str,
     output_dir: Path,
     tokenizer: str,
     validation_fraction: float,
     workers: int,
+    engine: str,
     text_column: str,
+    files: str | None,
+    revision: str | None,
+    repo_id: str | None,
     *,
     stats: bool,
 ) -> None:
     """Encode SOURCE into the data set OUTPUT_DIR: train.safetensors, validation.safetensors and meta.json.
 
-    SOURCE is a folder or file of .parquet, .jsonl or .txt, or the word python-docs.
+    SOURCE is a folder or file of .parquet, .jsonl or .txt, the word python-docs, or a Hub data set's
+    OWNER/NAME with --files.
     """
     require(
         0 < validation_fraction < 1,
         f"--validation-fraction must be between 0 and 1, not {validation_fraction}",
     )
-    outputs = ("train.safetensors", "validation.safetensors", "meta.json")
-    have = [name for name in outputs if (output_dir / name).exists()]
-    require(not have, f"{output_dir}: already holds {' and '.join(have)}; remove it or choose another folder")
     require(bool(source) and str(output_dir) != ".", "SOURCE and OUTPUT_DIR must be named")
-    sources = [None] if source == PYTHON_DOCS else find_files(Path(source))
-    encoding = get_tokenizer(tokenizer)
+    require(files is not None or revision is None, "--revision goes with --files, for a Hub data set")
+    require(
+        engine != "gigatoken" or tokenizer == "gpt2", "--engine gigatoken goes with the tokenizer gpt2 only"
+    )
+    if files is not None:
+        require_dataset_id(source)
+    if repo_id:
+        check_push(repo_id)
     settings = Settings(tokenizer, validation_fraction, text_column)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=output_dir))
-    except OSError as error:
-        raise InputError(f"{output_dir}: cannot be made or written to: {error.strerror}") from None
-    try:
-        parts = encode_all(sources, unfinished, settings, workers)
-        require(
-            any(part.counts["train"].tokens for part in parts), f"{source}: holds no documents to train on"
-        )
-        if not any(part.counts["validation"].documents for part in parts):
-            move_to_validation(parts, validation_fraction)
-        meta = describe(source, settings, encoding, parts)
-        for split in SPLITS:
-            meta["sha256"][f"{split}.safetensors"] = join_parts(
-                parts, split, unfinished / f"{split}.safetensors"
+    if repo_id and (output_dir / "meta.json").exists():
+        check_prepared(output_dir, {"source": source, "files": files, **asdict(settings)})
+        print(f"{output_dir}: already prepared")
+    else:
+        require_empty(output_dir)
+        with unfinished_folder(output_dir) as folder:
+            require_empty(output_dir)  # now that nobody else can fill it
+            prepare(
+                source,
+                output_dir,
+                folder,
+                settings,
+                engine=engine,
+                workers=workers,
+                hub=(files, revision),
+                stats=stats,
             )
-        (unfinished / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        if stats:
-            chart = "document-lengths.png"
-            mean, median = draw_lengths(parts, unfinished / chart, f"{output_dir.name}: document lengths")
-            (unfinished / chart).replace(output_dir / chart)
-            print(f"Tokens per document: mean {mean:,.1f}, median {median:,.0f}; see {output_dir / chart}")
-        for name in outputs:
-            (unfinished / name).replace(output_dir / name)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    if replaced := sum(part.replaced for part in parts):
-        print(f"Invalid UTF-8 was replaced by {replaced:,} characters U+FFFD")
-    for split, counts in meta["splits"].items():
-        print(
-            f"{output_dir / split}.safetensors: {counts['documents']:,} documents, {counts['tokens']:,} "
-            "tokens"
-        )
+    if repo_id:
+        push(output_dir, repo_id)
 
 
-def describe(
-    source: str, settings: Settings, encoding: tiktoken.Encoding, parts: list[Part]
-) -> dict[str, Any]:
-    """What meta.json says of the data set."""
-    totals = {
-        split: {key: sum(getattr(part.counts[split], key) for part in parts) for key in asdict(Counts())}
-        for split in SPLITS
-    }
-    return {
+def require_empty(output_dir: Path) -> None:
+    """Raise InputError if there is anything in the folder that a data set is to be written to."""
+    require(output_dir.is_dir() or not output_dir.exists(), f"{output_dir}: is a file, not a folder")
+    have = sorted(path.name for path in output_dir.iterdir())[:3] if output_dir.exists() else []
+    require(not have, f"{output_dir}: already holds {' and '.join(have)}; remove it or choose another folder")
+
+
+def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
+    """Raise InputError unless the folder holds a whole data set, made as `wanted` says."""
+    meta = read_json_object(folder / "meta.json")
+    for key, value in wanted.items():
+        require(meta.get(key) == value, f"{folder}: holds another data set, of {key} '{meta.get(key)}'")
+    for name, sha256 in meta.get("sha256", {}).items():
+        whole = (folder / name).exists() and file_sha256(folder / name) == sha256
+        require(whole, f"{folder / name}: is damaged; remove {folder} and prepare it again")
+
+
+def prepare(
+    source: str,
+    output_dir: Path,
+    folder: Path,
+    settings: Settings,
+    *,
+    engine: str,
+    workers: int,
+    hub: tuple[str | None, str | None],
+    stats: bool,
+) -> None:
+    """Prepare a data set in the folder OUTPUT_DIR.incomplete, then give it its name. Raises InputError."""
+    pattern, revision = hub
+    encoding = get_tokenizer(settings.tokenizer)
+    setup = set_up_engine(engine, encoding, folder)
+    if source == PYTHON_DOCS:
+        pieces = [Piece(None, size=2_000_000)]
+    else:
+        paths, revision = download(source, pattern, revision) if pattern else (find_files(Path(source)), None)
+        pieces = [piece for path in paths for piece in cut_into_pieces(path, settings.text_column)]
+    require(bool(pieces), f"{source}: holds no documents to train on")
+    parts = encode_all(make_shards(pieces), folder / "parts", settings, setup, workers=workers)
+    finished = folder / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    finished.mkdir()
+    meta = {
         "description": f"{source} as tokens: one tensor 'tokens' per split, end-of-text after each document",
-        "tokenizer": settings.tokenizer,
-        "vocab_size": encoding.n_vocab,
-        "token_dtype": "uint16",
-        "end_of_text": encoding.eot_token,
-        "splits": totals,
-        "validation_fraction": settings.validation_fraction,
         "source": source,
-        "sha256": {},
-        "versions": {"python": platform.python_version(), "tiktoken": importlib.metadata.version("tiktoken")},
+        "files": pattern,
+        "revision": revision,
+        **write_dataset(finished, parts, settings, encoding),
     }
+    (finished / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    (finished / "README.md").write_text(card(output_dir.name, meta), encoding="utf-8")
+    if stats:
+        print(draw_lengths(parts, finished / "document-lengths.png", f"{output_dir.name}: document lengths"))
+    finished.replace(output_dir)
+    if meta["replaced"]:
+        print(f"Invalid UTF-8 was replaced by {meta['replaced']:,} characters U+FFFD")
+    for split, counts in meta["splits"].items():
+        path = output_dir / f"{split}.safetensors"
+        print(f"{path}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ from checkpointing import replace_text
 from config import InputError, RunError, require, require_plain_name, run_command
 from gpt import GPTModel, load_model
 from loss import IGNORED, chunked_cross_entropy
-from prepare_datasets import get_tokenizer
 from test_smoke import continuations
+from tokenizer import get_tokenizer
 
 DATA_FILE = "instruction-data.json"
 DATA_URL = (

@@ -27,7 +27,7 @@ from checkpointing import META_FILE, replace_text
 from config import InputError, RunError, read_json_object, require, run_command
 from data import Sequences, TokenFile, check_tokenizer, fetch_dataset
 from gpt import GPTModel, load_model
-from prepare_datasets import get_tokenizer
+from tokenizer import get_tokenizer
 
 TEST_LOSS_FILE = "test-loss.json"
 

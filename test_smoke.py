@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from config import require, run_command
 from gpt import GPTModel, generate, load_model
-from prepare_datasets import get_tokenizer
+from tokenizer import get_tokenizer
 
 # Rows continued at once. One row of GPT-2 small, full, holds 75 MB of keys and values.
 BATCH_SIZE = 32

@@ -1,4 +1,4 @@
-"""What saving costs a run: the stall of training per checkpoint, the slower steps while one is written, and the
+"""What saving costs a run: the stall of training per checkpoint, slower steps while one is written, and the
 time from SIGTERM to a durable checkpoint.
 
     python benchmarks/saving.py original --microbatch 1 --interval 6

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from config import TrainConfig
 from data import Sequences, TokenFile, plan_batches
 from ddp_train import learning_rate_at
-from prepare_datasets import get_tokenizer, in_validation
+from documents import in_validation
+from tokenizer import get_tokenizer
 
 TEXTS = [
     *("Hello, world", "", "  two\n\nlines ", "smile \N{GRINNING FACE} \u4f60\u597d \u0000\u0007 control"),
@@ -73,7 +74,7 @@ def test_every_document_is_encoded_as_tiktoken_does(tmp_path: Path, tokenizer: s
     encoding = get_tokenizer(tokenizer)
     expected = {"train": [], "validation": []}
     for text in [*TEXTS, "the last document"]:
-        split = "validation" if in_validation(text.encode(), 0.2) else "train"
+        split = "validation" if in_validation([text.encode()], 0.2) else "train"
         expected[split].append(encoding.encode_ordinary(text))
     assert documents(tmp_path / "out", tokenizer) == expected
     assert 0.1 < len(expected["validation"]) / len(TEXTS) < 0.3

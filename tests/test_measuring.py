@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from config import InputError
 from data import Sequences, TokenFile
 from gpt import GPTConfig, GPTModel
-from prepare_datasets import encode_document, get_tokenizer
 from test_loss import main, read_test_loss, sequence_losses
+from tokenizer import get_tokenizer
 
 TEXTS = ["The quick brown fox.\n", "Größe, 語言 and язык 👩‍👩‍👧", "def f(x):\n\treturn x ** 2\n"] * 12
 
@@ -38,7 +38,9 @@ def measure(sandbox: Sandbox, *arguments: str | Path) -> str:
 
 def write_texts(sandbox: Sandbox, tokenizer_name: str) -> torch.Tensor:
     tokenizer = get_tokenizer(tokenizer_name)
-    tokens = torch.cat([torch.from_numpy(encode_document(text, tokenizer).astype("int64")) for text in TEXTS])
+    tokens = torch.tensor(
+        [t for text in TEXTS for t in (*tokenizer.encode_ordinary(text), tokenizer.eot_token)]
+    )
     write_dataset(sandbox.datasets / "test/texts", validation=tokens.numpy().astype("uint16"))
     return tokens
 

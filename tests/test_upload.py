@@ -19,9 +19,10 @@ from test_bad_input import refused
 from test_measuring import write_model
 
 import upload_model
+from documents import python_docs
 from gpt import GPTConfig, GPTModel, generate, load_tensors
 from huggingface import from_huggingface, to_huggingface
-from prepare_datasets import get_tokenizer, python_docs
+from tokenizer import get_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

@@ -166,7 +166,7 @@ def kill_once(sandbox: Sandbox, dice: random.Random, *, in_save: bool) -> bool:
     training.wait_until(lambda: status.exists() and status.stat().st_mtime_ns > started)
     if in_save:
         training.wait_until(lambda: last_step(sandbox, "tortured") >= before and saving(sandbox, "tortured"))
-        time.sleep(dice.uniform(0, 0.003))
+        time.sleep(dice.uniform(0, 0.0015))
     else:
         time.sleep(dice.uniform(0, 0.5))
     with contextlib.suppress(ProcessLookupError):

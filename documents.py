@@ -1,0 +1,302 @@
+"""Where text comes from: files, the shards that they are cut into, and the documents of a shard."""
+
+import ast
+import codecs
+import contextlib
+import io
+import itertools
+import json
+import platform
+import random
+import sysconfig
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from config import InputError, require
+
+FILE_TYPES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
+PYTHON_DOCS = "python-docs"
+SHARD_BYTES = 64_000_000  # of text, about
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shards: which documents belong together
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file or a part of one. `start` and `stop` are row groups of .parquet, bytes of .jsonl."""
+
+    path: Path | None  # None: the Python documentation
+    size: int  # bytes of text, about
+    start: int = 0
+    stop: int = 0
+
+    def identity(self) -> list[Any]:
+        """What tells this piece from any other, and from itself before its file was changed."""
+        if self.path is None:
+            return [PYTHON_DOCS, platform.python_version()]
+        status = self.path.stat()
+        return [str(self.path.resolve()), status.st_size, status.st_mtime_ns, self.start, self.stop]
+
+
+def find_files(source: Path) -> list[Path]:
+    """The text files of a folder (recursively, sorted by path), or the one that was named."""
+    if source.is_file():
+        files = [source]
+    else:
+        hint = f"the source may also be '{PYTHON_DOCS}', or OWNER/NAME on the Hub with --files 'PATTERN'"
+        require(source.is_dir(), f"{source}: no such file or folder; {hint}")
+        files = sorted(
+            path for path in source.rglob("*") if path.is_file() and path.name.endswith(FILE_TYPES)
+        )
+    named = ", ".join(FILE_TYPES)
+    require(bool(files), f"{source}: holds no {named} files")
+    require(files[0].name.endswith(FILE_TYPES), f"{source}: is of no known type; known are {named}")
+    return files
+
+
+def cut_into_pieces(path: Path, text_column: str) -> Iterator[Piece]:
+    """A file as pieces of at most SHARD_BYTES, as far as its format can be cut. Raises InputError."""
+    size = path.stat().st_size
+    if path.suffix == ".parquet":
+        with _parquet_file(path, text_column) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        start = size = 0
+        for i, group in enumerate(groups):
+            size += _column_size(group, text_column)
+            if size >= SHARD_BYTES or i == len(groups) - 1:
+                yield Piece(path, size, start, i + 1)
+                start, size = i + 1, 0
+    elif path.suffix == ".jsonl":
+        count = max(1, size // SHARD_BYTES)
+        cuts = [size * i // count for i in range(count + 1)]
+        yield from (Piece(path, stop - start, start, stop) for start, stop in itertools.pairwise(cuts))
+    else:
+        yield Piece(path, size if path.suffix == ".txt" else 3 * size)  # compressed text: a guess
+
+
+def make_shards(pieces: Iterable[Piece]) -> list[list[Piece]]:
+    """Pieces in their order, small ones together: a matter of the source alone, not of the workers."""
+    shards: list[list[Piece]] = []
+    room = 0
+    for piece in pieces:
+        if room <= 0:
+            shards.append([])
+            room = SHARD_BYTES // 2
+        shards[-1].append(piece)
+        room -= max(piece.size, SHARD_BYTES // 20_000)  # a file takes its time even if it is tiny
+    return shards
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Documents: each one text in UTF-8, in fragments that give the same tokens when they are encoded one by one
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Text:
+    """A document in memory: one fragment of valid UTF-8."""
+
+    content: bytes
+    replaced: int = 0  # invalid sequences that U+FFFD stands for
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self.content
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Text":
+        """A document that should be UTF-8."""
+        try:
+            return cls(data) if data.isascii() or data.decode() else cls(b"")
+        except UnicodeDecodeError:
+            text = data.decode(errors="replace")
+            return cls(text.encode(), text.count("\ufffd") - data.count("\ufffd".encode()))
+
+    @classmethod
+    def from_str(cls, text: str) -> "Text":
+        r"""A document that may hold halves of surrogate pairs, which \u escapes in JSON can make."""
+        try:
+            return cls(text.encode())
+        except UnicodeEncodeError:
+            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")
+            return cls(whole.encode(), whole.count("\ufffd") - text.count("\ufffd"))
+
+
+def read_documents(piece: Piece, text_column: str) -> "Iterator[Text | TextFile]":
+    """The documents of a piece: rows of .parquet, lines of .jsonl, a whole .txt. Raises InputError."""
+    path = piece.path
+    if path is None:
+        yield from map(Text.from_str, python_docs())
+        return
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet_texts(piece, text_column)
+        elif path.suffix == ".txt":
+            yield TextFile(path)
+        else:
+            yield from _jsonl_texts(piece, text_column)
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+@contextlib.contextmanager
+def _parquet_file(path: Path, text_column: str) -> Iterator[Any]:
+    """A pyarrow.parquet.ParquetFile that has a text column of that name. Raises InputError."""
+    import pyarrow  # comes with `datasets`
+    import pyarrow.parquet
+
+    try:
+        # A small buffer, in place of whole columns of a row group.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+            names = file.schema_arrow.names
+            require(
+                text_column in names,
+                f"{path}: has no column '{text_column}'; --text-column is one of {names}",
+            )
+            kind = file.schema_arrow.field(text_column).type
+            strings = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
+            require(
+                any(is_kind(kind) for is_kind in strings),
+                f"{path}: column '{text_column}' is {kind}, not text",
+            )
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: no whole parquet file: {' '.join(str(error).split())}") from None
+
+
+def _column_size(row_group: Any, name: str) -> int:
+    columns = (row_group.column(i) for i in range(row_group.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
+
+
+def _parquet_texts(piece: Piece, text_column: str) -> Iterator[Text]:
+    import pyarrow
+
+    with _parquet_file(piece.path, text_column) as file:
+        groups = range(piece.start, piece.stop)
+        rows = sum(file.metadata.row_group(i).num_rows for i in groups)
+        # About a megabyte at a time, so that long documents do not add up.
+        batch_size = min(1024, max(1, rows * 1_000_000 // max(1, piece.size)))
+        for batch in file.iter_batches(
+            batch_size, row_groups=groups, columns=[text_column], use_threads=False
+        ):
+            texts = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
+            yield from (Text.from_bytes(text) for text in texts if text is not None)
+
+
+def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text]:
+    for number, line in enumerate(_lines(piece), start=1):
+        if line.strip():
+            try:
+                text = json.loads(line)[text_column]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                text = None
+            if not isinstance(text, str):
+                number += _lines_before(piece)
+                raise InputError(f'{piece.path}: line {number} is no JSON object with a text "{text_column}"')
+            yield Text.from_str(text)
+
+
+def _lines(piece: Piece) -> Iterator[bytes]:
+    """The lines of a .jsonl; of a part of one those that begin in it."""
+    if piece.path.suffix != ".jsonl":
+        import pyarrow  # reads gzip and zstandard by a file's ending
+
+        with pyarrow.input_stream(str(piece.path)) as stream:
+            yield from io.BufferedReader(stream)
+        return
+    with piece.path.open("rb") as file:
+        place = piece.start
+        if place:
+            file.seek(place - 1)
+            place += len(file.readline()) - 1  # the rest of a line that begins before
+        while place < piece.stop and (line := file.readline()):
+            place += len(line)
+            yield line
+
+
+def _lines_before(piece: Piece) -> int:
+    before = replace(piece, start=0, stop=piece.start)
+    return sum(1 for _ in _lines(before)) if piece.start else 0
+
+
+class TextFile:
+    """A .txt file as one document, read a megabyte at a time. Invalid UTF-8 becomes U+FFFD and is counted."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.replaced = 0  # invalid sequences seen when the file was last gone through
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.replaced = 0
+        codecs.register_error("replace and count", self._replace)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace and count")
+        size, text = 1 << 20, ""
+        with self._path.open("rb") as file:
+            while data := file.read(size):
+                text += decoder.decode(data)
+                cut = safe_cut(text)
+                if cut:
+                    yield text[:cut].encode()
+                    text = text[cut:]
+                size = 2 * size if cut == 0 else 1 << 20
+        yield (text + decoder.decode(b"", final=True)).encode()
+
+    def _replace(self, error: UnicodeError) -> tuple[str, int]:
+        self.replaced += 1
+        return "\ufffd", error.end
+
+
+def safe_cut(text: str) -> int:
+    """The last place where `text` can be cut in two that give the tokens of the whole; 0: there is none.
+
+    GPT-2's words begin with at most one space and then hold no more, so one begins wherever a space or a line
+    break follows anything else. What comes before ends in no space, and looks at nothing behind it.
+    """
+    cut = len(text)
+    while (cut := max(text.rfind(" ", 0, cut), text.rfind("\n", 0, cut))) > 0:
+        if not text[cut - 1].isspace():
+            return cut
+    return 0
+
+
+def python_docs() -> list[str]:
+    """The text that every Python carries: the language reference and the standard library's docstrings.
+
+    Deduplicated, and in an order that is fixed for one version of Python.
+    """
+    from pydoc_data.topics import topics
+
+    documents = {text.strip() for text in topics.values()}
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if not {"test", "tests", "site-packages", "dist-packages"} & set(path.relative_to(library).parts):
+            documents |= set(_docstrings(path))
+    ordered = sorted(documents - {""})
+    random.Random(0).shuffle(ordered)
+    return ordered
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of invalid escapes in old modules
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # broken on purpose, like some modules of lib2to3
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield (ast.get_docstring(node) or "").strip()
+
+
+def in_validation(document: Iterable[bytes], fraction: float) -> bool:
+    """Whether a document is for validation: a matter of its text alone, so copies never lie on both sides."""
+    checksum = 0x9E3779B9  # a start that puts empty documents among those for training
+    for fragment in document:
+        checksum = zlib.crc32(fragment, checksum)
+    return checksum < fraction * 2**32
