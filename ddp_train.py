@@ -326,6 +326,7 @@ def train_steps(
     """The training loop: until the last step is taken and all that is due is done, or a signal came."""
     config, plan, world = run.config, run.plan, run.world
     queued = QueuedSteps(run, state, reporter)
+    behind = 0 if world.device.type == "cpu" else 1
     while True:
         if not state.settled:
             queued.read()
@@ -344,7 +345,7 @@ def train_steps(
         state.step += 1
         state.settled = not (run.validates_after(state.step) or run.saves_after(state.step))
         queued.add(state.step, numbers)
-        if queued.read(but=1):
+        if queued.read(but=behind):
             queued.read()
             return
         saver.check()
@@ -352,7 +353,7 @@ def train_steps(
 
 
 class QueuedSteps:
-    """Steps that are on their way through the device. The host reads the numbers of one when the next is
+    """Steps that are on their way through the device. The host may read the numbers of one when the next is
     queued, so that the device never runs dry."""
 
     def __init__(self, run: Run, state: TrainState, reporter: Reporter) -> None:
@@ -731,6 +732,12 @@ def begin(run: Run, checkpoint: str | None, allow_change: bool) -> TrainState | 
     if settled and step >= run.plan.steps:
         if world.is_first:
             print(f"{run.directory.name} is finished: {name} is of the last of {run.plan.steps:,} steps")
+            if read_status(run.directory).get("status") != "finished":  # killed when all but this was done
+                position = {"step": step, "seconds": found.meta["seconds"], "speaks": True}
+                reporter = Reporter(run.directory, run.config, run.plan, **position)
+                reporter.loss, reporter.checkpoint = found.meta["train_loss"], name
+                reporter.chart(final=True)
+                reporter.close("finished", step)
         return None
     if world.is_first:
         print_plan(

@@ -32,7 +32,8 @@ class Reporter:
         self, run_dir: Path, config: TrainConfig, plan: BatchPlan, *, step: int, seconds: float, speaks: bool
     ) -> None:
         self.run_dir, self.config, self.plan, self.speaks = run_dir, config, plan, speaks
-        self.step_seconds: float | None = None  # smoothed
+        self.step_seconds: float | None = None  # smoothed over `_timed` steps
+        self._timed = 0
         self.loss: float | None = None
         self.started = time.monotonic() - seconds
         self.checkpoint: str | None = None  # the last that is on the disk
@@ -92,7 +93,9 @@ class Reporter:
         """Log a finished training step (`values` hold at least train_loss) and show where the run stands."""
         if not self.speaks:
             return
-        self.step_seconds = 0.95 * (self.step_seconds or step_seconds) + 0.05 * step_seconds
+        self._timed += 1
+        weight = max(0.05, 1 / self._timed)  # first a mean of all, for the first step is a slow one
+        self.step_seconds = (1 - weight) * (self.step_seconds or 0.0) + weight * step_seconds
         speed = self.plan.tokens_per_step / max(step_seconds, 1e-9)
         self.loss = values["train_loss"] if math.isfinite(values["train_loss"]) else None
         self.log(step, {**values, "tokens_per_second": round(speed, 1)})

@@ -101,7 +101,9 @@ def test_a_checkpoint_can_be_named(sandbox: Sandbox) -> None:
     assert "Going on after step 3" in sandbox.train("tiny", first)
     assert_same_tensors(before, sandbox.final_tensors())
     assert "is finished" in sandbox.train("tiny", "latest")
+    (sandbox.run_dir("tiny") / "status.json").write_text('{"status": "running"}')
     assert "is finished" in sandbox.train("tiny", "--resume")
+    assert sandbox.status()["status"] == "finished", "as if it had not been killed when all but this was done"
 
 
 def test_sigterm_to_one_process_checkpoints_all_and_the_run_goes_on_to_the_same_bits(

@@ -1,0 +1,64 @@
+"""What a run spends beside its training steps: logging, validation, checkpoints, charts.
+
+    python benchmarks/overhead.py demo datasets
+
+Times the logging of a step by itself, then trains the run RUN in a temporary folder to its end and adds up
+what its metrics.jsonl says.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from config import TrainConfig, read_config, run_command
+from data import plan_batches
+from gpt import GPTConfig
+from reporting import Reporter, read_metrics
+
+
+def seconds_per_log(run_dir: Path, folder: Path) -> float:
+    """How long it takes to log a step, on average of 20,000."""
+    config = read_config(TrainConfig, run_dir / "train.json")
+    plan = plan_batches(config, read_config(GPTConfig, run_dir / "model.json").context_length, 1, None)
+    reporter = Reporter(folder, config, plan, step=0, seconds=0.0, speaks=True)
+    start = time.perf_counter()
+    for step in range(1, 20_001):
+        values = {"train_loss": 3.1415926, "grad_norm": 0.57721566, "learning_rate": 0.0004}
+        reporter.step(step, values, step_seconds=0.1)
+    return (time.perf_counter() - start) / 20_000
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("run")
+@click.argument("datasets_dir", type=click.Path(path_type=Path))
+def main(run: str, datasets_dir: Path) -> None:
+    """Measure what RUN, a folder of runs/, spends beside its training steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = seconds_per_log(ROOT / "runs" / run, Path(folder))
+        run_dir = Path(folder) / "runs" / run
+        run_dir.mkdir(parents=True)
+        for name in ("model.json", "train.json"):
+            shutil.copy(ROOT / "runs" / run / name, run_dir)
+        command = ["ddp_train.py", run, str(datasets_dir.resolve()), "--runs-dir", f"{folder}/runs"]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        lines = read_metrics(run_dir / "metrics.jsonl")
+    total, steps = lines[-1]["seconds"], lines[-1]["step"]
+    shares = {
+        "logging": log * steps,
+        "validation": sum(line.get("validation_seconds", 0.0) for line in lines),
+        "checkpoints, the stall": sum(line.get("checkpoint_seconds", 0.0) for line in lines),
+    }
+    print(f"\n{total:.1f} s, {steps:,} steps, {log * 1e6:.0f} µs to log each")
+    for name, seconds in shares.items():
+        print(f"{name + ':':24}{seconds:6.2f} s, {seconds / total:.2%}")
+
+
+if __name__ == "__main__":
+    run_command(main)
