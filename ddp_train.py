@@ -275,6 +275,10 @@ class Run:
         return step == self.plan.steps or (step > 0 and interval is not None and step % interval == 0)
 
 
+class Diverged(RunError):
+    """Numbers are none; `way_back` says what is left."""
+
+
 def train(run: Run, state: TrainState) -> int:
     """Train to the last step, or until a signal asks to stop: then all processes checkpoint the same step.
 
@@ -294,8 +298,10 @@ def train(run: Run, state: TrainState) -> int:
                     checkpoint(run, state, reporter, saver, scheduled=False)
                 saver.finish()
         except Exception as error:
+            if isinstance(error, Diverged):  # now that the last save has come to its end
+                error = RunError(f"{error}; {way_back(run)}")
             reporter.close("failed", state.step, error=" ".join(str(error).split()))
-            raise
+            raise error
         reporter.checkpoint = saver.saved
         # torchrun ends the other processes as soon as one has left: none may before all is saved.
         run.world.gather(None)
@@ -401,9 +407,7 @@ class QueuedSteps:
             return
         what = f"the training loss is {loss}, the gradient norm {grad_norm} at step {step}"
         if self.state.skipped >= MOST_SKIPPED_IN_A_ROW:
-            raise RunError(
-                f"{what}, and {self.state.skipped} steps in a row were skipped; {way_back(self.run)}"
-            )
+            raise Diverged(f"{what}, and {self.state.skipped} steps in a row were skipped")
         self.reporter.say(f"Skipped: {what}; the weights stay as they were")
 
 
@@ -421,7 +425,7 @@ def settle(
         if loss is None:
             return False
         if not math.isfinite(loss):
-            raise RunError(f"the validation loss is {loss} at step {state.step}; {way_back(run)}")
+            raise Diverged(f"the validation loss is {loss} at step {state.step}")
         state.val_loss = loss
         reporter.log(state.step, {"val_loss": loss, "validation_seconds": round(time.monotonic() - start, 3)})
         reporter.say(f"step {state.step:,}: val loss {loss:.4f}")
@@ -451,7 +455,7 @@ def checkpoint(
         is_best = is_best and (not validates or run.validates_after(state.step))
         state.best_loss = measured if is_best else state.best_loss
     if not nn.utils.get_total_norm(state.model.tensors().values(), math.inf).isfinite():
-        raise RunError(f"the weights are no numbers after step {state.step}; {way_back(run)}")
+        raise Diverged(f"the weights are no numbers after step {state.step}")
     rng = run.world.gather(checkpointing.rng_state(run.world.device))
     if not run.world.is_first:
         return
