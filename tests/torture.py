@@ -177,7 +177,8 @@ def kill_once(sandbox: Sandbox, dice: random.Random, *, in_save: bool) -> bool:
 
 
 def torture(folder: Path, kills: int, seed: int) -> dict[str, int]:
-    """Kill and resume a run until `kills` were survived; as often as it ends meanwhile, begin it anew.
+    """Kill and resume a run until `kills` were survived, half of that number inside a save; as often as it
+    ends meanwhile, begin it anew.
 
     Each time its end must be that of the undisturbed run. Returns what was survived.
     """
@@ -187,9 +188,13 @@ def torture(folder: Path, kills: int, seed: int) -> dict[str, int]:
     train(sandbox, "calm")
     dice = random.Random(seed)
     counts = {"kills": 0, "inside a save": 0, "runs": 0}
-    while counts["kills"] < kills:
+
+    def enough() -> bool:
+        return counts["kills"] >= kills and 2 * counts["inside a save"] >= kills
+
+    while not enough():
         sandbox.write_run("tortured", TORTURED_MODEL, TORTURED_TRAIN)
-        while counts["kills"] < kills:
+        while not enough():
             if not kill_once(sandbox, dice, in_save=2 * counts["inside a save"] <= counts["kills"]):
                 break
             counts["kills"] += 1
