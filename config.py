@@ -58,10 +58,14 @@ class TrainConfig:
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
     decay_all_parameters: bool = True  # false: only matrices, not embeddings, norms and biases
-    optimizer: Literal["adamw"] = "adamw"
-    schedule_learning_rate: bool = False  # linear warm-up, then cosine to a tenth
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the hidden matrices, AdamW on the rest
+    muon_learning_rate: float = 0.02  # of the hidden matrices; learning_rate is that of the rest
+    schedule_learning_rate: bool = False  # true: "lr_schedule": "cosine"
+    lr_schedule: Literal["constant", "cosine", "wsd"] | None = None  # null: as schedule_learning_rate says
     warmup_period_percent: float = 0.0
+    decay_period_percent: float = 60.0  # of "wsd"
     clipping_max_norm: float | None = None
+    document_masking: bool = False  # tokens attend to their own document alone
     use_amp: bool = True  # false: precision "fp32"
     precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = "auto"
     compile: bool | Literal["auto"] = "auto"
@@ -96,13 +100,16 @@ class TrainConfig:
             tokens == -1 or tokens > 0, f"min_train_tokens must be more than 0, or -1 for all, not {tokens}"
         )
         require(self.random_seed < 2**63, f"random_seed must be below 2^63, not {self.random_seed}")
-        require(self.learning_rate > 0, f"learning_rate must be more than 0, not {self.learning_rate}")
+        for key in ("learning_rate", "muon_learning_rate"):
+            require(getattr(self, key) > 0, f"{key} must be more than 0, not {getattr(self, key)}")
         require(
             all(0 <= beta < 1 for beta in self.betas),
             f"betas must be at least 0 and below 1, not {self.betas}",
         )
-        percent = self.warmup_period_percent
-        require(0 <= percent <= 100, f"warmup_period_percent must be from 0 to 100, not {percent}")
+        for key in ("warmup_period_percent", "decay_period_percent"):
+            percent = getattr(self, key)
+            require(0 <= percent <= 100, f"{key} must be from 0 to 100, not {percent}")
+        self._check_schedule()
         require(
             self.use_amp or self.precision in ("auto", "fp32"),
             f'precision "{self.precision}" is at odds with "use_amp": false, which means "fp32"; drop one',
@@ -111,6 +118,27 @@ class TrainConfig:
             self.validation_interval is None or self.validation_batches > 0,
             "validation_batches must be at least 1 where validation_interval is set",
         )
+
+    def _check_schedule(self) -> None:
+        require(
+            not self.schedule_learning_rate or self.schedule == "cosine",
+            f'lr_schedule "{self.lr_schedule}" is at odds with "schedule_learning_rate": true, which means '
+            '"cosine"; drop one',
+        )
+        warmup, decay = self.warmup_period_percent, self.decay_period_percent
+        require(
+            self.lr_schedule != "constant" or warmup == 0,
+            'lr_schedule "constant" has no warm-up; "wsd" with "decay_period_percent": 0 has one',
+        )
+        require(
+            self.schedule != "wsd" or warmup + decay <= 100,
+            f"warmup_period_percent {warmup:g} and decay_period_percent {decay:g} make more than 100",
+        )
+
+    @property
+    def schedule(self) -> str:
+        """How the learning rate goes: "constant", "cosine" or "wsd"."""
+        return self.lr_schedule or ("cosine" if self.schedule_learning_rate else "constant")
 
     @property
     def splits(self) -> list[str]:

@@ -58,7 +58,7 @@ from data import (
     same_on_all_nodes,
 )
 from distributed import StopSignal, World, join_world, lost_processes_explained
-from gpt import GPTConfig, GPTModel, load_tensors
+from gpt import GPTConfig, GPTModel
 from loss import NextTokenLoss, compile_if_wanted
 from memory import (
     is_out_of_memory,
@@ -68,8 +68,9 @@ from memory import (
     memory_in_use,
     release_memory,
 )
-from optimizer import allocate_state, learning_rate_at, make_optimizer, step_if
+from optimizer import allocate_state, learning_rate_at, make_optimizer, set_learning_rate, step_if
 from reporting import Reporter, print_plan, read_status, set_earlier_results_aside
+from weights import load_tensors
 
 # So many steps in a row may be skipped. Float16 begins with a scale of 65,536 = 2^16, halved at each.
 MOST_SKIPPED_IN_A_ROW = 16
@@ -142,7 +143,7 @@ def make_state(config: TrainConfig, model_config: GPTConfig, world: World) -> Tr
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.manual_seed(config.random_seed)
     model = GPTModel(model_config).to(world.device)
-    loss = NextTokenLoss(model)
+    loss = NextTokenLoss(model, document_masking=config.document_masking)
 
     def try_out(module: nn.Module) -> None:
         tokens = torch.zeros(config.microbatch_size, model_config.context_length + 1, dtype=torch.int64)
@@ -153,7 +154,7 @@ def make_state(config: TrainConfig, model_config: GPTConfig, world: World) -> Tr
             model.zero_grad()
 
     compile_if_wanted(loss, config, world, try_out)
-    optimizer = make_optimizer(model, config, world.device)
+    optimizer = make_optimizer(model, config, world, precision)
     allocate_state(optimizer)
     parallel = loss
     if world.size > 1:
@@ -207,8 +208,7 @@ def train_step(
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, grad_norm)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_learning_rate(state.optimizer, learning_rate)
     asked = torch.full_like(mean_loss, float(asked_to_stop))
     mean_loss, asked = state.world.sum(torch.stack([mean_loss / state.world.size, asked]))
     finite = mean_loss.isfinite() & grad_norm.isfinite()

@@ -109,6 +109,23 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def share(self, shares: list[list[Tensor]]) -> None:
+        """Send the tensors of `shares[rank]`, all of one type, from each process to all others, in place."""
+        if self.size == 1:
+            return
+        flat = [torch.cat([tensor.flatten() for tensor in share]) if share else None for share in shares]
+        works = [
+            dist.broadcast(tensors, src=rank, async_op=True)
+            for rank, tensors in enumerate(flat)
+            if tensors is not None
+        ]
+        for work in works:
+            work.wait()
+        for rank, (share, tensors) in enumerate(zip(shares, flat, strict=True)):
+            if share and rank != self.rank:
+                for tensor, values in zip(share, tensors.split([t.numel() for t in share]), strict=True):
+                    tensor.copy_(values.view_as(tensor))
+
 
 def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     """Find this process's device and join the others; they wait `timeout` for one another within a step.

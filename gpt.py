@@ -1,22 +1,19 @@
-"""The GPT-2 model of the published runs, and the files that hold its weights.
+"""The GPT-2 model of the published runs, and how it continues a text.
 
 Shapes in comments: B sequences, T tokens each, C = emb_dim, H heads of D = C / H, V = vocab_size. Parameter
-names are those of the published models, so that their files load; Hugging Face's GPT-2 files load too.
+names are those of the published models, so that their files load (weights.py).
 """
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from config import InputError, RunError, read_config, require
-from huggingface import from_huggingface
+from config import RunError, require
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,11 @@ class GPTConfig:
         require(width % heads == 0, f"emb_dim {width} must be a multiple of n_heads {heads}")
         require(0.0 <= rate < 1.0, f"drop_rate must be at least 0 and below 1, not {rate}")
 
+    @property
+    def end_of_text(self) -> int:
+        """The token that stands behind each document."""
+        return {"gpt2": 50_256, "bytes": 256}[self.tokenizer]
+
 
 class LayerNorm(nn.Module):
     """Layer normalisation, with the parameter names of the published models."""
@@ -65,16 +67,16 @@ class Cache:
     def __init__(self, padding: Tensor, size: int) -> None:
         self.padding, self.size, self.length = padding, size, 0
         self.layers: dict[nn.Module, Tensor] = {}  # keys and values, (2, B, H, size, D)
-        self.visible: Tensor | None = None  # (B, 1, T, S): whether a new token, of T, attends to one of all S
 
-    def read_on(self, count: int) -> Tensor:
-        """Count `count` more tokens a row as read, and return their positions (B, T)."""
+    def read_on(self, count: int) -> tuple[Tensor, Tensor]:
+        """Count `count` more tokens a row as read. Return their positions (B, T), and which of all S tokens
+        each of them attends to, (B, 1, T, S)."""
         self.length += count
         columns = torch.arange(self.length, device=self.padding.device)
         new, first = columns[-count:, None], self.padding[:, None, None]
         # What stands for nothing attends to itself: a softmax over no tokens would be no number.
-        self.visible = ((columns <= new) & (columns >= first) | (columns == new))[:, None]
-        return (columns[-count:] - self.padding[:, None]).clamp(min=0)
+        visible = ((columns <= new) & (columns >= first) | (columns == new))[:, None]
+        return (columns[-count:] - self.padding[:, None]).clamp(min=0), visible
 
     def extend(self, layer: nn.Module, new: Tensor) -> Tensor:
         """Add a layer's keys and values (2, B, H, T, D) of the new tokens; return those of all S tokens."""
@@ -82,6 +84,28 @@ class Cache:
             self.layers[layer] = new.new_empty(*new.shape[:3], self.size, new.shape[4])
         self.layers[layer][:, :, :, self.length - new.shape[3] : self.length] = new
         return self.layers[layer][:, :, :, : self.length]
+
+
+# Which tokens each token attends to, where not all before it: (B, 1, T, S), or in blocks for FlexAttention.
+Visible = Tensor | BlockMask
+
+
+def within_documents(tokens: Tensor, end_of_text: int, *, in_blocks: bool) -> tuple[Tensor, Visible]:
+    """For tokens (B, T) that attend to their own document alone: their positions in it (B, T), and the mask.
+
+    An end-of-text closes the document before it as a target, and opens the one behind it as an input: it is
+    what the first token is predicted from. So nothing that a document's loss is made of is in another one.
+    """
+    B, T = tokens.shape
+    index = torch.arange(T, device=tokens.device)
+    starts = torch.where(tokens == end_of_text, index, 0).cummax(dim=1).values  # of each token's document
+    if in_blocks:
+
+        def attends(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) & (k >= starts[b, q])
+
+        return index - starts, create_block_mask(attends, B, None, T, T, device=tokens.device)
+    return index - starts, ((index <= index[:, None]) & (index >= starts[:, :, None]))[:, None]
 
 
 class Attention(nn.Module):
@@ -95,7 +119,7 @@ class Attention(nn.Module):
         self.W_value = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, visible: Visible | None = None, cache: Cache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, C = x.shape
         projections = (self.W_query, self.W_key, self.W_value)
@@ -110,10 +134,12 @@ class Attention(nn.Module):
         qkv = qkv.view(B, T, 3, self.n_heads, C // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         k, v = cache.extend(self, torch.stack((k, v))) if cache else (k, v)  # then (B, H, S, D)
-        y = self._attend(q, k, v, cache.visible if cache else None)  # (B, H, T, D)
+        y = self._attend(q, k, v, visible)  # (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None) -> Tensor:
+        if isinstance(visible, BlockMask):
+            return flex_attention(q, k, v, block_mask=visible)
         how = visible, self.drop_rate * self.training, visible is None  # mask, dropout, whether causal
         if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
             # On CPUs the backward pass of short bf16 attention takes three times as long as in float32.
@@ -153,9 +179,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(config.emb_dim)
         self.drop_shortcut = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, visible: Visible | None = None, cache: Cache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.drop_shortcut(self.att(self.norm1(x), cache))
+        x = x + self.drop_shortcut(self.att(self.norm1(x), visible, cache))
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
@@ -191,13 +217,22 @@ class GPTModel(nn.Module):
         """Map tokens (B, T) to logits (B, T, V)."""
         return self.out_head(self.features(tokens))
 
-    def features(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def features(
+        self, tokens: Tensor, cache: Cache | None = None, *, document_masking: bool = False
+    ) -> Tensor:
         """Map tokens (B, T), which follow on those in the cache, to what the head reads, (B, T, C)."""
-        length = tokens.shape[1]
-        positions = cache.read_on(length) if cache else torch.arange(length, device=tokens.device)
+        length, visible = tokens.shape[1], None
+        if cache:
+            positions, visible = cache.read_on(length)
+        elif document_masking:
+            # FlexAttention skips what is masked, where it is compiled for a GPU; it knows no dropout.
+            in_blocks = tokens.is_cuda and torch.compiler.is_compiling() and self.config.drop_rate == 0
+            positions, visible = within_documents(tokens, self.config.end_of_text, in_blocks=in_blocks)
+        else:
+            positions = torch.arange(length, device=tokens.device)
         x = self.drop_emb(self.tok_emb(tokens) + self.pos_emb(positions))
         for block in self.trf_blocks:
-            x = block(x, cache)
+            x = block(x, visible, cache)
         return self.final_norm(x)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -210,51 +245,6 @@ class GPTModel(nn.Module):
         matrices = self.out_head.weight.numel()
         matrices += sum(p.numel() for p in self.trf_blocks.parameters() if p.dim() == 2)
         return 6 * matrices + 12 * self.config.n_layers * self.config.emb_dim * self.config.context_length
-
-
-def load_model(model_json: Path, weights: Path) -> GPTModel:
-    """The model that `model_json` describes with the weights of a safetensors file, for evaluation, on the
-    accelerator if there is one. Raises InputError."""
-    model = GPTModel(read_config(GPTConfig, model_json))
-    load_weights(model, weights)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(device).eval()
-
-
-def load_weights(model: GPTModel, path: Path) -> None:
-    """Fill `model` from a safetensors file: ours, the published runs', or a Hugging Face GPT-2's.
-
-    Raises InputError, naming the file and the tensor, for a damaged file or one of a model of another shape.
-    """
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: no readable safetensors file: {error}") from None
-    load_tensors(model, tensors, str(path))
-
-
-def load_tensors(model: GPTModel, tensors: dict[str, Tensor], source: str) -> None:
-    """Fill `model` from tensors by name; `source` says in errors where they came from. Raises InputError."""
-    if any(name.endswith("attn.c_attn.weight") for name in tensors):
-        tensors = from_huggingface(tensors, qkv_bias=model.config.qkv_bias)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("att.mask")}
-    # A tied model's file may hold either of the two names, and either serves both.
-    head, embedding = tensors.get("out_head.weight"), tensors.get("tok_emb.weight")
-    tensors |= {"out_head.weight": embedding if head is None else head} if embedding is not None else {}
-    tensors |= {"tok_emb.weight": head} if embedding is None and head is not None else {}
-    both = head is not None and embedding is not None
-    if model.config.tie_weights and both and not torch.equal(head, embedding):
-        raise InputError(f"{source}: out_head.weight differs from tok_emb.weight; set tie_weights to false")
-    wanted = model.state_dict()
-    for name, parameter in wanted.items():
-        require(name in tensors, f"{source}: has no tensor '{name}'; the model is configured otherwise")
-        found, right = tuple(tensors[name].shape), tuple(parameter.shape)
-        require(found == right, f"{source}: {name} has shape {found}, the model's config makes it {right}")
-    for name in tensors:
-        require(name in wanted, f"{source}: tensor '{name}' has no place in a model configured so")
-    model.load_state_dict(tensors)
 
 
 @torch.no_grad()

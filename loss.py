@@ -8,6 +8,7 @@ and forgets it; the backward pass only scales what is there. (The idea is that o
 et al. 2024, and of Liger Kernel, Hsu et al. 2024, in plain PyTorch.)
 """
 
+import functools
 import math
 import os
 import tempfile
@@ -36,10 +37,11 @@ DEFAULT_CHUNK_LOGITS = 1 << 28
 class NextTokenLoss(nn.Module):
     """The model with its loss, the unit that exchanges gradients."""
 
-    def __init__(self, model: GPTModel) -> None:
+    def __init__(self, model: GPTModel, *, document_masking: bool = False) -> None:
         super().__init__()
         self.model = model
-        self._features: Callable[[Tensor], Tensor] = model.features
+        self._eager_features = functools.partial(model.features, document_masking=document_masking)
+        self._features: Callable[[Tensor], Tensor] = self._eager_features
         self._chunk: ChunkFunction = chunk_loss_and_gradients
 
     def compile(self) -> None:
@@ -47,7 +49,7 @@ class NextTokenLoss(nn.Module):
         if self.model.out_head.weight.device.type == "cpu":
             # Keep 60% of the activations, make cheap ones again: as fast on a CPU, in a tenth less memory.
             torch._functorch.config.activation_memory_budget = 0.6
-        self._features = torch.compile(self.model.features, dynamic=False)
+        self._features = torch.compile(self._eager_features, dynamic=False)
         self._chunk = torch.compile(chunk_loss_and_gradients, dynamic=False)
 
     @property
@@ -57,7 +59,7 @@ class NextTokenLoss(nn.Module):
 
     def uncompile(self) -> None:
         """Undo `compile`."""
-        self._features, self._chunk = self.model.features, chunk_loss_and_gradients
+        self._features, self._chunk = self._eager_features, chunk_loss_and_gradients
 
     def forward(self, sequences: Tensor) -> Tensor:
         """Map sequences (B, T + 1) to the mean cross-entropy in nats per token, a scalar."""

@@ -37,10 +37,11 @@ from tqdm import tqdm
 
 from checkpointing import replace_text
 from config import InputError, RunError, require, require_plain_name, run_command
-from gpt import GPTModel, load_model
+from gpt import GPTModel
 from loss import IGNORED, chunked_cross_entropy
 from test_smoke import continuations
 from tokenizer import get_tokenizer
+from weights import load_model
 
 DATA_FILE = "instruction-data.json"
 DATA_URL = (

@@ -26,8 +26,9 @@ from tqdm import tqdm
 from checkpointing import META_FILE, replace_text
 from config import InputError, RunError, read_json_object, require, run_command
 from data import Sequences, TokenFile, check_tokenizer, fetch_dataset
-from gpt import GPTModel, load_model
+from gpt import GPTModel
 from tokenizer import get_tokenizer
+from weights import load_model
 
 TEST_LOSS_FILE = "test-loss.json"
 

@@ -16,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from config import require, run_command
-from gpt import GPTModel, generate, load_model
+from gpt import GPTModel, generate
 from tokenizer import get_tokenizer
+from weights import load_model
 
 # Rows continued at once. One row of GPT-2 small, full, holds 75 MB of keys and values.
 BATCH_SIZE = 32

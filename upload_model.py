@@ -25,10 +25,10 @@ import torch
 
 from checkpointing import META_FILE
 from config import InputError, RunError, read_json_object, require, require_plain_name, run_command
-from gpt import GPTConfig, GPTModel, load_model
-from huggingface import to_huggingface
+from gpt import GPTConfig, GPTModel
 from test_loss import read_test_loss
 from tokenizer import get_tokenizer
+from weights import load_model, to_huggingface
 
 CHART = "training-run-chart.png"
 # What the model card takes from a checkpoint's meta.json.

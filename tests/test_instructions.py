@@ -24,8 +24,9 @@ from test_measuring import write_model
 
 import test_ift
 from config import InputError
-from gpt import GPTModel, load_model
+from gpt import GPTModel
 from test_ift import FineTuning
+from weights import load_model
 
 torch.set_num_threads(1)
 KEY = "sk-secret-0123456789"

@@ -13,7 +13,8 @@ from conftest import MODEL, ROOT, Sandbox, needs_gpt2, random_tokens, run_script
 from safetensors.torch import load_file, save_file
 
 from config import InputError, TrainConfig, read_config
-from gpt import GPTConfig, GPTModel, generate, load_weights
+from gpt import GPTConfig, GPTModel, generate
+from weights import load_weights
 
 SMALL = GPTConfig(**MODEL)
 

@@ -75,12 +75,21 @@ def test_splitting_a_batch_otherwise_changes_rounding_only(sandbox: Sandbox) -> 
     assert sandbox.metrics("one", "val_loss") == pytest.approx(sandbox.metrics("two", "val_loss"), rel=1e-4)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_resumed_run_ends_with_the_same_bits(sandbox: Sandbox, processes: int) -> None:
-    sandbox.write_run("whole", DROPOUT, {**SCHEDULE, "checkpoint_interval": 3})
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [
+        (1, {}),
+        (2, {}),
+        (1, {"optimizer": "muon", "precision": "fp16"}),
+        (2, {"optimizer": "muon", "document_masking": True}),
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_bits(sandbox: Sandbox, processes: int, changes: dict) -> None:
+    settings = {**SCHEDULE, "checkpoint_interval": 3, **changes}
+    sandbox.write_run("whole", DROPOUT, settings)
     sandbox.train("whole", processes=processes)
     # What is on the disk of a run that was stopped after its first checkpoint: metrics have gone further.
-    sandbox.write_run("resumed", DROPOUT, {**SCHEDULE, "checkpoint_interval": 3})
+    sandbox.write_run("resumed", DROPOUT, settings)
     shutil.copytree(sandbox.run_dir("whole"), sandbox.run_dir("resumed"), dirs_exist_ok=True, symlinks=True)
     for path in sandbox.checkpoints("resumed")[1:]:
         shutil.rmtree(path)

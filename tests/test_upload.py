@@ -20,9 +20,9 @@ from test_measuring import write_model
 
 import upload_model
 from documents import python_docs
-from gpt import GPTConfig, GPTModel, generate, load_tensors
-from huggingface import from_huggingface, to_huggingface
+from gpt import GPTConfig, GPTModel, generate
 from tokenizer import get_tokenizer
+from weights import from_huggingface, load_tensors, to_huggingface
 
 transformers = pytest.importorskip("transformers")
 

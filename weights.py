@@ -1,7 +1,17 @@
-"""A Hugging Face GPT-2's tensors under this project's names, and the other way round."""
+"""Files of weights: ours, the published runs' and Hugging Face's, whose names are others.
 
+They all load; a Hugging Face GPT-2's tensors are put under this project's names, and the other way round.
+"""
+
+from pathlib import Path
+
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+
+from config import InputError, read_config, require
+from gpt import GPTConfig, GPTModel
 
 # Hugging Face's names for our parameters: outside the blocks, and inside block N behind `h.N.`
 HUGGINGFACE_NAMES = {
@@ -20,6 +30,51 @@ HUGGINGFACE_BLOCK_NAMES = {
 }
 for _n in (1, 2):
     HUGGINGFACE_BLOCK_NAMES |= {f"ln_{_n}.weight": f"norm{_n}.scale", f"ln_{_n}.bias": f"norm{_n}.shift"}
+
+
+def load_model(model_json: Path, weights: Path) -> GPTModel:
+    """The model that `model_json` describes with the weights of a safetensors file, for evaluation, on the
+    accelerator if there is one. Raises InputError."""
+    model = GPTModel(read_config(GPTConfig, model_json))
+    load_weights(model, weights)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def load_weights(model: GPTModel, path: Path) -> None:
+    """Fill `model` from a safetensors file: ours, the published runs', or a Hugging Face GPT-2's.
+
+    Raises InputError, naming the file and the tensor, for a damaged file or one of a model of another shape.
+    """
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: no readable safetensors file: {error}") from None
+    load_tensors(model, tensors, str(path))
+
+
+def load_tensors(model: GPTModel, tensors: dict[str, Tensor], source: str) -> None:
+    """Fill `model` from tensors by name; `source` says in errors where they came from. Raises InputError."""
+    if any(name.endswith("attn.c_attn.weight") for name in tensors):
+        tensors = from_huggingface(tensors, qkv_bias=model.config.qkv_bias)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("att.mask")}
+    # A tied model's file may hold either of the two names, and either serves both.
+    head, embedding = tensors.get("out_head.weight"), tensors.get("tok_emb.weight")
+    tensors |= {"out_head.weight": embedding if head is None else head} if embedding is not None else {}
+    tensors |= {"tok_emb.weight": head} if embedding is None and head is not None else {}
+    both = head is not None and embedding is not None
+    if model.config.tie_weights and both and not torch.equal(head, embedding):
+        raise InputError(f"{source}: out_head.weight differs from tok_emb.weight; set tie_weights to false")
+    wanted = model.state_dict()
+    for name, parameter in wanted.items():
+        require(name in tensors, f"{source}: has no tensor '{name}'; the model is configured otherwise")
+        found, right = tuple(tensors[name].shape), tuple(parameter.shape)
+        require(found == right, f"{source}: {name} has shape {found}, the model's config makes it {right}")
+    for name in tensors:
+        require(name in wanted, f"{source}: tensor '{name}' has no place in a model configured so")
+    model.load_state_dict(tensors)
 
 
 def from_huggingface(tensors: dict[str, Tensor], *, qkv_bias: bool) -> dict[str, Tensor]:

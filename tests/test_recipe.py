@@ -1,0 +1,225 @@
+"""What a recipe is made of: Muon beside AdamW, schedules of the learning rate, attention within documents."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import MODEL, TRAIN, Sandbox
+from test_training import assert_same_tensors
+
+from config import TrainConfig
+from distributed import World
+from gpt import GPTConfig, GPTModel, within_documents
+from loss import NextTokenLoss
+from optimizer import allocate_state, learning_rate_at, make_optimizer, set_learning_rate, share_out, step_if
+
+MUON = {"optimizer": "muon", "lr_schedule": "wsd", "warmup_period_percent": 10}
+BYTES = {**MODEL, "vocab_size": 257, "tokenizer": "bytes"}
+END = 256
+ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), control=None)
+
+
+def config(**changes: object) -> TrainConfig:
+    return TrainConfig(**{**TRAIN, **changes})
+
+
+def model_with_gradients(**changes: object) -> GPTModel:
+    torch.manual_seed(1)
+    model = GPTModel(GPTConfig(**{**MODEL, **changes}))
+    NextTokenLoss(model)(torch.randint(64, (4, 17))).backward()
+    return model
+
+
+# Muon
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest(precision: str) -> None:
+    """Against both of torch's optimisers, by hand, over three steps of any gradients. Torch's Muon multiplies
+    in bf16, so of the 0.02 that a weight moves a few hundredths are rounding."""
+    settings = config(optimizer="muon", weight_decay=0.1, decay_all_parameters=False)
+    ours, theirs = model_with_gradients(qkv_bias=True), model_with_gradients(qkv_bias=True)
+    optimizer = make_optimizer(ours, settings, ALONE, precision)
+    of_theirs = dict(theirs.named_parameters())
+    hidden = {n for n, p in of_theirs.items() if n.startswith("trf_blocks.") and n.endswith("weight")}
+    assert all(of_theirs[name].dim() == 2 for name in hidden)
+    assert len(hidden) == 2 * 6
+    by_hand = [
+        torch.optim.Muon([of_theirs[name] for name in hidden], lr=0.02, weight_decay=0.1),
+        torch.optim.AdamW([of_theirs["out_head.weight"]], lr=0.01, weight_decay=0.1),
+        torch.optim.AdamW(
+            [p for n, p in of_theirs.items() if n not in hidden | {"out_head.weight"}],
+            lr=0.01,
+            weight_decay=0.0,
+        ),
+    ]
+    for _ in range(3):
+        for name, parameter in ours.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            of_theirs[name].grad = parameter.grad.clone()
+        set_learning_rate(optimizer, 0.01)
+        optimizer.step()
+        for each in by_hand:
+            each.step()
+    for name, parameter in ours.named_parameters():
+        tolerance = {"fp32": 1e-3, "bf16": 2e-4}[precision] if name in hidden else 1e-6
+        torch.testing.assert_close(
+            parameter, of_theirs[name], rtol=0, atol=tolerance, msg=lambda said, name=name: f"{name}: {said}"
+        )
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+def test_every_parameter_has_one_optimiser(tie_weights: bool) -> None:
+    model = GPTModel(GPTConfig(**{**MODEL, "tie_weights": tie_weights}))
+    optimizer = make_optimizer(model, config(optimizer="muon"), ALONE, "fp32")
+    stepped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(stepped) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_state_that_is_allocated_ahead_changes_no_weight_and_no_later_step() -> None:
+    at_once, ahead = model_with_gradients(), model_with_gradients()
+    before = {name: tensor.clone() for name, tensor in ahead.tensors().items()}
+    gradients = [parameter.grad.clone() for parameter in ahead.parameters()]
+    optimizers = [
+        make_optimizer(model, config(optimizer="muon"), ALONE, "fp32") for model in (at_once, ahead)
+    ]
+    allocate_state(optimizers[1])
+    assert_same_tensors(before, ahead.tensors())
+    for parameter, gradient in zip(ahead.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    for optimizer in optimizers:
+        optimizer.step()
+    assert_same_tensors(at_once.tensors(), ahead.tensors())
+
+
+def test_muon_leaves_everything_as_it_is_where_gradients_are_no_numbers() -> None:
+    model = model_with_gradients()
+    optimizer = make_optimizer(model, config(optimizer="muon"), ALONE, "fp32")
+    allocate_state(optimizer)
+    before = {name: tensor.clone() for name, tensor in model.tensors().items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    step_if(torch.tensor(False), optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    assert_same_tensors(before, model.tensors())
+    assert not any(value.any() for state in optimizer.state.values() for value in state.values())
+
+
+def test_muons_work_is_shared_out_evenly_and_each_matrix_given_to_one_process() -> None:
+    with torch.device("meta"):
+        small = GPTModel(GPTConfig(50_257, 1024, 768, 12, 12, drop_rate=0.0, qkv_bias=False))
+    matrices = [p for p in small.trf_blocks.parameters() if p.dim() == 2]
+    costs = {id(matrix): matrix.numel() * min(matrix.shape) for matrix in matrices}
+    shares = share_out(matrices, list(costs.values()), 8)
+    assert sorted(id(matrix) for share in shares for matrix in share) == sorted(costs)
+    loads = [sum(costs[id(matrix)] for matrix in share) for share in shares]
+    assert max(loads) <= 1.05 * sum(loads) / 8
+
+
+def test_muon_on_two_processes_equals_muon_on_one(sandbox: Sandbox) -> None:
+    """The same global batches in float32: 20 losses, and the weights behind them."""
+    steps = {**MUON, "min_train_tokens": 20 * 8 * 16, "epochs": 2, "clipping_max_norm": 1.0}
+    for run, processes in (("one", 1), ("two", 2)):
+        sandbox.write_run(run, train=steps)
+        sandbox.train(run, processes=processes)
+    assert len(sandbox.metrics("one")) == 20
+    assert sandbox.metrics("one") == pytest.approx(sandbox.metrics("two"), rel=1e-5)
+    one, two = sandbox.final_tensors("one"), sandbox.final_tensors("two")
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-2, atol=1e-4, msg=name)
+
+
+# The learning rate
+
+
+def rates(**changes: object) -> list[float]:
+    settings = config(learning_rate=1.0, **changes)
+    return [learning_rate_at(step, 100, settings) for step in range(100)]
+
+
+def test_wsd_warms_up_stays_and_falls_in_a_line_to_zero_behind_the_last_step() -> None:
+    wsd = rates(lr_schedule="wsd", warmup_period_percent=10, decay_period_percent=20)
+    assert wsd[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert wsd[10:80] == [1.0] * 70
+    assert wsd[80:] == pytest.approx([left / 21 for left in range(20, 0, -1)])
+
+
+def test_a_schedule_has_two_names_where_the_published_runs_had_one() -> None:
+    cosine = rates(schedule_learning_rate=True, warmup_period_percent=5)
+    assert rates(lr_schedule="cosine", warmup_period_percent=5) == cosine
+    assert rates(lr_schedule="constant") == rates() == [1.0] * 100
+    assert rates(lr_schedule="wsd", decay_period_percent=0) == [1.0] * 100
+
+
+def test_both_optimisers_follow_the_schedule_each_from_its_own_peak() -> None:
+    settings = config(optimizer="muon", learning_rate=0.004, muon_learning_rate=0.03)
+    optimizer = make_optimizer(GPTModel(GPTConfig(**MODEL)), settings, ALONE, "fp32")
+    set_learning_rate(optimizer, 0.001)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.0075, 0.001])
+
+
+# Attention within documents
+
+
+def sequences_of_documents() -> torch.Tensor:
+    """Rows of 17 tokens: documents of many lengths, empty ones, one at each edge, and no boundary at all."""
+    tokens = torch.randint(0, END, (4, 17), generator=torch.Generator().manual_seed(3))
+    for row, ends in enumerate([[5, 11], [0, 16], [7, 8, 9], []]):
+        tokens[row, ends] = END
+    return tokens
+
+
+def document_by_document(model: GPTModel, sequences: torch.Tensor) -> torch.Tensor:
+    """The mean loss of (B, T + 1) tokens, each document read by itself, from the end-of-text before it on."""
+    losses = []
+    for row in sequences.tolist():
+        starts = sorted({0, *(index for index, token in enumerate(row[:-1]) if token == END)})
+        for start, stop in zip(starts, [*starts[1:], len(row) - 1], strict=True):
+            logits = model(torch.tensor([row[start:stop]]))[0]
+            losses.append(F.cross_entropy(logits, torch.tensor(row[start + 1 : stop + 1]), reduction="none"))
+    return torch.cat(losses).mean()
+
+
+def test_the_masked_loss_and_its_gradients_are_those_of_each_document_by_itself() -> None:
+    torch.manual_seed(0)
+    masked, alone = (GPTModel(GPTConfig(**BYTES)).double() for _ in range(2))
+    alone.load_state_dict(masked.state_dict())
+    loss = NextTokenLoss(masked, document_masking=True)(sequences_of_documents())
+    slow = document_by_document(alone, sequences_of_documents())
+    assert loss.item() == pytest.approx(slow.item(), rel=1e-12)
+    assert NextTokenLoss(masked)(sequences_of_documents()).item() != pytest.approx(loss.item(), rel=1e-4)
+    loss.backward()
+    slow.backward()
+    for (name, one), other in zip(masked.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("masking", [False, True])
+def test_no_gradient_flows_from_one_document_to_another(masking: bool) -> None:
+    model = GPTModel(GPTConfig(**BYTES))
+    read = []
+    model.drop_emb.register_forward_hook(lambda _module, _inputs, output: read.append(output))
+    tokens = torch.arange(16)[None]
+    tokens[0, 7] = END
+    features = model.features(tokens, document_masking=masking)
+    (gradient,) = torch.autograd.grad(features[0, 7:].square().sum(), read[0])
+    assert gradient[0, 7:].abs().sum(-1).gt(0).all()
+    assert gradient[0, :7].any() != masking, "without the mask it does flow, or this would show nothing"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_masks_in_blocks_which_gpus_take_give_the_same_attention(compiled: bool) -> None:
+    """FlexAttention is used on GPUs; here it runs by its formula, and as the compiler traces it."""
+    model = GPTModel(GPTConfig(**BYTES)).double()
+    tokens = sequences_of_documents()[:, :-1]
+
+    def attended(tokens: torch.Tensor, in_blocks: bool) -> torch.Tensor:
+        positions, visible = within_documents(tokens, END, in_blocks=in_blocks)
+        return model.trf_blocks[0].att(model.tok_emb(tokens) + model.pos_emb(positions), visible)
+
+    run = torch.compile(attended, backend="aot_eager", dynamic=False) if compiled else attended
+    # Without a GPU it has no backward pass, and warns that without a compiler it is slow.
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(run(tokens, True), attended(tokens, False))
