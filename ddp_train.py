@@ -652,6 +652,11 @@ def main(
     require_inside(runs_dir, run_dir)
     model_config = read_config(GPTConfig, run_dir / "model.json")
     config = read_config(TrainConfig, run_dir / "train.json")
+    require(
+        not config.document_masking or model_config.end_of_text < model_config.vocab_size,
+        f"document_masking needs the end-of-text token, {model_config.end_of_text}, which a vocab_size of "
+        f"{model_config.vocab_size} leaves out",
+    )
     require(not (find_max_microbatch_size and only_plan), "give either -f or --plan")
     require(
         not (checkpoint and resume), "give either a checkpoint's name or --resume, which finds the newest"

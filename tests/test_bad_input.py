@@ -65,6 +65,23 @@ CONFIGS = {
     "dataset's name": ({}, {"dataset": "tokens"}, "dataset must be OWNER/NAME, not 'tokens'"),
     "dataset above": ({}, {"dataset": "../tokens"}, "the dataset's owner '..' must be a plain name"),
     "absolute dataset": ({}, {"dataset": "/etc/x"}, "the dataset's owner '' must be a plain name"),
+    "schedules at odds": (
+        {},
+        {"schedule_learning_rate": True, "lr_schedule": "wsd"},
+        'lr_schedule "wsd" is at odds with "schedule_learning_rate": true, which means "cosine"; drop one',
+    ),
+    "schedule too long": (
+        {},
+        {"lr_schedule": "wsd", "warmup_period_percent": 50},
+        "warmup_period_percent 50 and decay_period_percent 60 make more than 100",
+    ),
+    "no warm-up": ({}, {"lr_schedule": "constant", "warmup_period_percent": 5}, 'constant" has no warm-up'),
+    "Muon's rate": ({}, {"muon_learning_rate": 0}, "muon_learning_rate must be more than 0, not 0"),
+    "documents without an end": (
+        {},
+        {"document_masking": True},
+        "document_masking needs the end-of-text token, 50256, which a vocab_size of 64 leaves out",
+    ),
     "amp and precision": ({}, {"use_amp": False, "precision": "bf16"}, "at odds with"),
     "no batches": ({}, {"validation_interval": 5}, "validation_batches must be at least 1"),
     "indivisible": (

@@ -81,7 +81,7 @@ def test_splitting_a_batch_otherwise_changes_rounding_only(sandbox: Sandbox) -> 
         (1, {}),
         (2, {}),
         (1, {"optimizer": "muon", "precision": "fp16"}),
-        (2, {"optimizer": "muon", "document_masking": True}),
+        (2, {"optimizer": "muon", "lr_schedule": "wsd", "schedule_learning_rate": False}),
     ],
 )
 def test_a_resumed_run_ends_with_the_same_bits(sandbox: Sandbox, processes: int, changes: dict) -> None:
