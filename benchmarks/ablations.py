@@ -1,0 +1,145 @@
+"""What each change to the demo's recipe does to its loss, time and memory, beside the noise of seeds.
+
+    python benchmarks/ablations.py datasets /tmp/ablations      runs/demo and every runs/demo-*, three seeds
+
+Trains every run with every seed by `ddp_train.py`, `--at-once` of them at a time on their share of the cores,
+and validates each on all of the validation split. Stopped, it goes on with the same command. Steps are timed
+afterwards, in turns on all cores, when nothing trains. Prints a Markdown table.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from config import RunError, TrainConfig, read_config, read_json_object, run_command
+from data import TokenFile, dataset_folder
+from ddp_train import make_state, train_step
+from distributed import join_world
+from gpt import GPTConfig
+
+ROOT = Path(__file__).parent.parent
+RESULT = "ablation.json"  # in the folder of a run that is done
+
+
+def changes(run: str) -> str:
+    """What a run changes in the demo's two files."""
+    said = []
+    for name in ("model", "train"):
+        ours, demo = (read_json_object(ROOT / "runs" / each / f"{name}.json") for each in (run, "demo"))
+        keys = [key for key in (*ours, *(demo.keys() - ours.keys())) if ours.get(key) != demo.get(key)]
+        said += [f"{key} {json.dumps(ours[key]) if key in ours else 'left out'}" for key in keys]
+    return ", ".join(said)
+
+
+def train(run: str, seed: int, datasets: Path, folder: Path, threads: int) -> None:
+    """Train a run with a seed, or go on with it, and keep its loss and its process's peak memory."""
+    own = folder / f"{run}-{seed}"
+    if (own / RESULT).exists():
+        return
+    own.mkdir(parents=True, exist_ok=True)
+    model, config = (read_json_object(ROOT / "runs" / run / f"{name}.json") for name in ("model", "train"))
+    split = TokenFile(dataset_folder(datasets, config["dataset"]) / "validation.safetensors")
+    batches = (split.count - 1) // model["context_length"] // config["microbatch_size"]
+    config |= {"random_seed": seed, "validation_interval": 1_000_000, "validation_batches": batches}
+    config |= {"checkpoint_interval": 500, "keep_checkpoints": 1}
+    (own / "model.json").write_text(json.dumps(model))
+    (own / "train.json").write_text(json.dumps(config))
+    command = [
+        sys.executable,
+        "ddp_train.py",
+        own.name,
+        str(datasets.resolve()),
+        "--resume",
+        "--runs-dir",
+        folder,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with (own / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise RunError(f"{own.name} failed; see {own / 'output.txt'}")
+    lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
+    loss = [line["val_loss"] for line in lines if "val_loss" in line][-1]
+    (own / RESULT).write_text(json.dumps({"loss": loss, "gibibytes": used.ru_maxrss / 2**20}))
+    print(f"{own.name}: {loss:.4f}", flush=True)
+
+
+def step_times(runs: list[str], rounds: int) -> dict[str, float]:
+    """The median milliseconds of a training step of each run, taken in turns."""
+    world, steps = join_world(), {}
+    for run in runs:
+        model_config = read_config(GPTConfig, ROOT / "runs" / run / "model.json")
+        config = read_config(TrainConfig, ROOT / "runs" / run / "train.json")
+        state = make_state(config, model_config, world)
+        shape = config.microbatch_size, model_config.context_length + 1
+        batch = [torch.randint(model_config.vocab_size, shape) for _ in range(config.accumulation_for(1))]
+        steps[run] = lambda state=state, batch=batch, norm=config.clipping_max_norm: train_step(
+            state, batch, learning_rate=1e-4, max_norm=norm
+        )
+    taken: dict[str, list[float]] = {run: [] for run in runs}
+    for turn in range(rounds + 3):
+        for run, step in steps.items():
+            start = time.perf_counter()
+            step().tolist()
+            if turn >= 3:
+                taken[run].append(1e3 * (time.perf_counter() - start))
+    return {run: statistics.median(each) for run, each in taken.items()}
+
+
+def print_table(
+    runs: list[str], results: dict[tuple[str, int], dict[str, Any]], times: dict[str, float]
+) -> None:
+    """A row for each run: its change, loss, difference to the demo with the same seed, time and memory."""
+    seeds = sorted({seed for _, seed in results})
+    print(f"\nseeds {', '.join(map(str, seeds))}; mean (least to most) over them\n")
+    print("| run | change | validation loss | less the demo's | step, ms | ratio | peak GiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for run in runs:
+        losses = [results[run, seed]["loss"] for seed in seeds]
+        lesser = [results[run, seed]["loss"] - results["demo", seed]["loss"] for seed in seeds]
+        mean = f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
+        less = f"{statistics.mean(lesser):+.3f} ({min(lesser):+.3f} to {max(lesser):+.3f})"
+        memory = max(results[run, seed]["gibibytes"] for seed in seeds)
+        cells = run, changes(run), mean, less if run != "demo" else "", f"{times[run]:.1f}"
+        print(f"| {' | '.join(cells)} | {times[run] / times['demo']:.2f} | {memory:.2f} |")
+
+
+@click.command()
+@click.argument("datasets_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="From 42 on.")
+@click.option(
+    "--at-once", type=click.IntRange(min=1), default=2, show_default=True, help="Trainings at a time."
+)
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="Timed steps of each."
+)
+def main(datasets_dir: Path, folder: Path, seeds: int, at_once: int, rounds: int) -> None:
+    """Train runs/demo and runs/demo-* on DATASETS_DIR's data, in FOLDER, and compare them."""
+    runs = ["demo", *sorted(path.parent.name for path in (ROOT / "runs").glob("demo-*/train.json"))]
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    todo = [(run, seed) for seed, run in product(range(42, 42 + seeds), runs)]
+    with ThreadPoolExecutor(at_once) as pool:
+        for done in [pool.submit(train, *each, datasets_dir, folder.resolve(), threads) for each in todo]:
+            done.result()
+    results = {(run, seed): read_json_object(folder / f"{run}-{seed}" / RESULT) for run, seed in todo}
+    print_table(runs, results, step_times(runs, rounds))
+
+
+if __name__ == "__main__":
+    run_command(main)

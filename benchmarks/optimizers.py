@@ -1,0 +1,114 @@
+"""What an update of all weights costs: AdamW, torch's Muon, and ours, alone and shared out over processes.
+
+    python benchmarks/optimizers.py demo original
+    torchrun --nproc_per_node=2 benchmarks/optimizers.py demo original
+
+On random gradients, in turns, warm; medians in milliseconds. In the last column the same as a share of what a
+training step of one microbatch takes without it.
+"""
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from config import TrainConfig, read_config, run_command
+from ddp_train import choose_precision, make_state, train_step
+from distributed import World, join_world
+from gpt import GPTConfig, GPTModel
+from optimizer import make_optimizer
+
+RUNS = Path(__file__).parent.parent / "runs"
+
+
+def milliseconds(step: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def torch_muon(model: GPTModel, config: TrainConfig, world: World, precision: str) -> Callable[[], None]:
+    """The update by torch's Muon and AdamW as they come."""
+    hidden = [p for p in model.trf_blocks.parameters() if p.dim() == 2]
+    apart = {id(parameter) for parameter in hidden}
+    muon = torch.optim.Muon(hidden, lr=config.muon_learning_rate)
+    adamw = torch.optim.AdamW(
+        [p for p in model.parameters() if id(p) not in apart],
+        fused=world.device.type in ("cpu", "cuda"),
+    )
+
+    def step() -> None:
+        muon.step()
+        adamw.step()
+
+    return step
+
+
+def measure(run: str, world: World, rounds: int) -> dict[str, list[float]]:
+    """The milliseconds of each side's updates of a run's model, and of a step without one, by round."""
+    model_config = read_config(GPTConfig, RUNS / run / "model.json")
+    config = read_config(TrainConfig, RUNS / run / "train.json")
+    precision, alone = choose_precision(config, world.device), dataclasses.replace(world, rank=0, size=1)
+    muon, adamw = (dataclasses.replace(config, optimizer=name) for name in ("muon", "adamw"))
+    model = GPTModel(model_config).to(world.device)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    sides: dict[str, Callable[[], object]] = {
+        "AdamW": make_optimizer(model, adamw, alone, precision).step,
+        "torch's Muon": torch_muon(model, config, world, precision),
+        "Muon": make_optimizer(model, muon, alone, precision).step,
+    }
+    if world.size > 1:
+        sides[f"Muon, shared by {world.size}"] = make_optimizer(model, muon, world, precision).step
+    state = make_state(dataclasses.replace(config, compile=False), model_config, alone)
+    state.optimizer.step = lambda: None
+    shape = config.microbatch_size, model_config.context_length + 1
+    tokens = torch.randint(model_config.vocab_size, shape, device=world.device)
+    sides["step without"] = lambda: train_step(state, [tokens], learning_rate=0.0, max_norm=None)
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, step in sides.items():
+            world.gather(None)
+            taken = milliseconds(step, world.device)
+            if turn:
+                times[name].append(taken)
+    return times
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=11, show_default=True)
+def main(runs: tuple[str, ...], rounds: int) -> None:
+    """Measure the optimisers on the models of RUNS."""
+    world = join_world()
+    for run in runs:
+        times = measure(run, world, rounds)
+        without = statistics.median(times.pop("step without"))
+        if world.is_first:
+            print(f"\n{run}: {world.size} x {world.device_name}, {torch.get_num_threads()} threads each")
+            print(f"a step of one microbatch without its update: {without:.1f} ms\n")
+            print("| update by | ms (min to max) | of the step |")
+            print("| --- | --- | --- |")
+            for name, each in times.items():
+                middle = statistics.median(each)
+                print(
+                    f"| {name} | {middle:.1f} ({min(each):.1f} to {max(each):.1f}) | {middle / without:.0%} |"
+                )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_command(main)
