@@ -47,10 +47,11 @@ class MeasuredLoss:
     standard_error: float | None  # of the loss, over sequences; None for a single one
     bits_per_byte: float | None  # None where the vocabulary is not here, or the tokens stand for no text
     measured: str  # when
+    document_masking: bool = False
 
     def same_data(self, other: "MeasuredLoss") -> bool:
         """Whether both were measured on the same sequences."""
-        keys = ("dataset", "split", "start_token", "tokens", "context_length")
+        keys = ("dataset", "split", "start_token", "tokens", "context_length", "document_masking")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
 
@@ -71,7 +72,9 @@ def write_test_loss(folder: Path, result: MeasuredLoss) -> None:
 
 
 @torch.no_grad()
-def sequence_losses(models: list[GPTModel], sequences: Sequences, count: int, batch_size: int) -> Tensor:
+def sequence_losses(
+    models: list[GPTModel], sequences: Sequences, count: int, *, batch_size: int, document_masking: bool
+) -> Tensor:
     """Each model's mean loss of each of the first `count` sequences, in nats per token: float64, on the CPU,
     (models, count). The data are read once."""
     losses = torch.zeros(len(models), count, dtype=torch.float64)
@@ -79,7 +82,7 @@ def sequence_losses(models: list[GPTModel], sequences: Sequences, count: int, ba
         batch = sequences.read(first, min(batch_size, count - first)).long()
         for model, row in zip(models, losses, strict=True):
             tokens = batch.to(model.tok_emb.weight.device)
-            features = model.features(tokens[:, :-1])
+            features = model.features(tokens[:, :-1], document_masking=document_masking)
             # One sequence after another: the logits of a batch of GPT-2's would take gigabytes.
             for index, (x, targets) in enumerate(zip(features, tokens[:, 1:], strict=True), start=first):
                 row[index] = F.cross_entropy(model.out_head(x), targets, reduction="none").double().mean()
@@ -179,6 +182,7 @@ def print_table(weights: list[Path], results: list[MeasuredLoss], losses: Tensor
 @click.option(
     "--context-length", type=click.IntRange(1), help="Tokens per sequence; default: the models' own."
 )
+@click.option("--document-masking", is_flag=True, help="Have tokens attend to their own document alone.")
 def main(
     datasets_dir: Path,
     models: tuple[Path, ...],
@@ -188,6 +192,7 @@ def main(
     tokens: int,
     batch_size: int,
     context_length: int | None,
+    document_masking: bool,
 ) -> None:
     """Measure the loss of the models in MODEL_SAFETENSORS, ours or Hugging Face GPT-2's."""
     pairs = pair_up(models)
@@ -210,7 +215,9 @@ def main(
     tokenizers = {model.config.tokenizer for model in loaded}
     require(len(tokenizers) == 1, "the models' tokenizers differ; measure them apart, on a data set each")
 
-    losses = sequence_losses(loaded, sequences, count, batch_size)
+    losses = sequence_losses(
+        loaded, sequences, count, batch_size=batch_size, document_masking=document_masking
+    )
     size, no_bytes = 0, ""
     try:
         size = count_bytes(sequences, count, tokenizers.pop())
@@ -224,6 +231,7 @@ def main(
         "tokens": count * length,
         "context_length": length,
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "document_masking": document_masking,
     }
     results = []
     for (_, weights), row in zip(pairs, losses, strict=True):

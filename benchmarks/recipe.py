@@ -6,8 +6,8 @@ nanoGPT's recipe (github karpathy/nanoGPT, "I only have a macbook"): 4 layers of
 batches of 12, 2,000 steps of AdamW from 1e-3 to 1e-4, float32, not compiled, with its estimates of the loss
 every 250 steps. Then `ddp_train.py` trains runs/demo on the same text, in about a third of the seconds that
 this took, and in about all of them. Of nanoGPT's side the training loop alone is timed, of ours the whole
-command, from Python's start to the last checkpoint and chart. Both are validated on all of the last tenth, each
-at its own context.
+command, from Python's start to the last checkpoint and chart. Both are validated on all of the last tenth,
+each at its own context.
 """
 
 import json
