@@ -101,9 +101,11 @@ def test_one_pass_reads_the_data_once(sandbox: Sandbox) -> None:
     sequences = Counted(TokenFile(sandbox.datasets / "test/texts/validation.safetensors"), 0, 16, 0)
     torch.manual_seed(0)
     models = [GPTModel(GPTConfig(**{**MODEL, "vocab_size": 257})).eval() for _ in range(3)]
-    losses = sequence_losses(models, sequences, 10, 4)
+    losses = sequence_losses(models, sequences, 10, batch_size=4, document_masking=False)
     assert reads == [(0, 4), (4, 4), (8, 2)]
-    assert torch.equal(losses[2], sequence_losses(models[2:], sequences, 10, 3)[0])
+    assert torch.equal(
+        losses[2], sequence_losses(models[2:], sequences, 10, batch_size=3, document_masking=False)[0]
+    )
 
 
 def test_the_loss_of_a_checkpoint_is_kept_beside_it(sandbox: Sandbox) -> None:

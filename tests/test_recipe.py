@@ -3,10 +3,11 @@
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODEL, TRAIN, Sandbox
+from conftest import MODEL, TRAIN, Sandbox, random_tokens, run_script, write_dataset
 from test_training import assert_same_tensors
 
 from config import TrainConfig
@@ -14,6 +15,7 @@ from distributed import World
 from gpt import GPTConfig, GPTModel, within_documents
 from loss import NextTokenLoss
 from optimizer import allocate_state, learning_rate_at, make_optimizer, set_learning_rate, share_out, step_if
+from test_loss import read_test_loss
 
 MUON = {"optimizer": "muon", "lr_schedule": "wsd", "warmup_period_percent": 10}
 BYTES = {**MODEL, "vocab_size": 257, "tokenizer": "bytes"}
@@ -223,3 +225,28 @@ def test_masks_in_blocks_which_gpus_take_give_the_same_attention(compiled: bool)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(run(tokens, True), attended(tokens, False))
+
+
+def test_a_masked_run_is_validated_and_measured_within_documents(sandbox: Sandbox) -> None:
+    documents = [np.append(random_tokens(3 + seed % 9, 256, seed), END) for seed in range(300)]
+    tokens = np.concatenate(documents).astype(np.uint16)
+    write_dataset(sandbox.datasets / "test/tokens", tokens, tokens)
+    validate = {"document_masking": True, "validation_interval": 8, "validation_batches": 9}
+    sandbox.write_run(model=BYTES, train=validate)
+    sandbox.train()
+    weights = sandbox.checkpoints()[-1] / "model.safetensors"
+
+    def measured(*options: str) -> float:
+        command = [
+            "test_loss.py",
+            sandbox.datasets,
+            sandbox.run_dir("tiny") / "model.json",
+            weights,
+            *options,
+        ]
+        data = ["--dataset", "test/tokens", "--start-token", "0", "--tokens", str(9 * 2 * 16)]
+        assert run_script(*command, *data).returncode == 0
+        return read_test_loss(weights.parent).loss
+
+    assert measured("--document-masking") == pytest.approx(sandbox.metrics(key="val_loss")[-1], rel=1e-5)
+    assert measured() != pytest.approx(measured("--document-masking"), rel=1e-3)
