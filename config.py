@@ -172,6 +172,27 @@ class TrainConfig:
         return accumulation
 
 
+def optimizer_in_words(train: dict[str, Any]) -> str:
+    """How a run's weights are updated, from the values of its train.json, for people.
+
+    Checkpoints that are older than a key do without it.
+    """
+    said = f"{train['optimizer']}, learning rate {train['learning_rate']:g}"
+    if train["optimizer"] == "muon":
+        said += f", of the hidden matrices {train['muon_learning_rate']:g}"
+    schedule = train.get("lr_schedule") or ("cosine" if train["schedule_learning_rate"] else "constant")
+    falls = {
+        "constant": "constant",
+        "cosine": f"warm-up {train['warmup_period_percent']:g}%, cosine to a tenth",
+        "wsd": f"warm-up {train['warmup_period_percent']:g}%, a fall to zero over the last "
+        f"{train.get('decay_period_percent', 0):g}%",
+    }
+    first, second = train["betas"]
+    return (
+        f"{said}, {falls[schedule]}, weight decay {train['weight_decay']:g}, betas {first:g} and {second:g}"
+    )
+
+
 def read_config(config_class: type[Config], path: Path) -> Config:
     """Read a JSON object from `path` into the dataclass `config_class`.
 

@@ -1,5 +1,6 @@
 """What a run writes while it trains: progress bar, metrics.jsonl, status.json and the chart."""
 
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from checkpointing import replace_text
-from config import RunError, TrainConfig
+from config import RunError, TrainConfig, optimizer_in_words
 from data import BatchPlan, RunData
 from gpt import GPTConfig, GPTModel
 
@@ -288,6 +289,7 @@ def print_plan(
         "Hardware": hardware,
         "Global batch": f"{plan.global_batch:,} sequences, {plan.tokens_per_step:,} tokens = {split}",
         "Steps": f"{plan.steps:,}, {tokens:,} tokens" if plan.steps else "not known before the data are here",
+        "Optimiser": optimizer_in_words(dataclasses.asdict(config)),
         "FLOPs": f"{tokens * model.flops_per_token():.2e}, {model.flops_per_token():,} per token",
         "Disk": f"{kept} checkpoints, {kept * size / 1e9:.2f} GB; {free / 1e9:.1f} GB are free",
         "ETA": "not known before a first run here",

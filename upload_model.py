@@ -24,7 +24,15 @@ import tiktoken
 import torch
 
 from checkpointing import META_FILE
-from config import InputError, RunError, read_json_object, require, require_plain_name, run_command
+from config import (
+    InputError,
+    RunError,
+    optimizer_in_words,
+    read_json_object,
+    require,
+    require_plain_name,
+    run_command,
+)
 from gpt import GPTConfig, GPTModel
 from test_loss import read_test_loss
 from tokenizer import get_tokenizer
@@ -129,20 +137,6 @@ def read_checkpoint_meta(weights: Path) -> dict[str, Any]:
     return meta if meta.keys() >= CARD_META else {}
 
 
-def learning_rate(train: dict[str, Any]) -> str:
-    """The learning rate of a run's train.json, for people."""
-    said = f"learning rate {train['learning_rate']:g}"
-    if train["optimizer"] == "muon":
-        said += f", of the hidden matrices {train['muon_learning_rate']:g}"
-    # Checkpoints older than "lr_schedule" have the other key alone.
-    schedule = train.get("lr_schedule") or ("cosine" if train["schedule_learning_rate"] else "constant")
-    if schedule == "constant":
-        return f"{said}, constant"
-    said += f", warm-up {train['warmup_period_percent']:g}%, "
-    falls = f"a fall to zero over the last {train.get('decay_period_percent', 0):g}%"
-    return said + ("cosine to a tenth" if schedule == "cosine" else falls)
-
-
 def training_facts(meta: dict[str, Any]) -> dict[str, str]:
     """How a checkpoint was trained, for people: what is known of it."""
     train, facts = meta["train_config"], {}
@@ -150,10 +144,7 @@ def training_facts(meta: dict[str, Any]) -> dict[str, str]:
     length = meta["model_config"]["context_length"]
     facts["Global batch"] = f"{meta['global_batch']:,} sequences of {length:,} tokens"
     facts["Steps"] = f"{meta['global_step']:,} of {meta['total_steps']:,}"
-    facts["Optimiser"] = (
-        f"{train['optimizer']}, {learning_rate(train)}, weight decay {train['weight_decay']:g}, "
-        f"betas {train['betas'][0]:g} and {train['betas'][1]:g}"
-    )
+    facts["Optimiser"] = optimizer_in_words(train)
     if meta["train_loss"] is not None:
         facts["Training loss"] = f"{meta['train_loss']:.3f} nats per token"
     if meta["val_loss"] is not None:

@@ -38,6 +38,7 @@ def changes(run: str) -> str:
     for name in ("model", "train"):
         ours, demo = (read_json_object(ROOT / "runs" / each / f"{name}.json") for each in (run, "demo"))
         keys = [key for key in (*ours, *(demo.keys() - ours.keys())) if ours.get(key) != demo.get(key)]
+        keys = [key for key in keys if not key.startswith("validation_")]
         said += [f"{key} {json.dumps(ours[key]) if key in ours else 'left out'}" for key in keys]
     return ", ".join(said)
 

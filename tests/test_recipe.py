@@ -1,5 +1,6 @@
 """What a recipe is made of: Muon beside AdamW, schedules of the learning rate, attention within documents."""
 
+import dataclasses
 import math
 import warnings
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from conftest import MODEL, TRAIN, Sandbox, random_tokens, run_script, write_dataset
 from test_training import assert_same_tensors
 
-from config import TrainConfig
+from config import TrainConfig, optimizer_in_words
 from distributed import World
 from gpt import GPTConfig, GPTModel, within_documents
 from loss import NextTokenLoss
@@ -159,6 +160,16 @@ def test_both_optimisers_follow_the_schedule_each_from_its_own_peak() -> None:
     optimizer = make_optimizer(GPTModel(GPTConfig(**MODEL)), settings, ALONE, "fp32")
     set_learning_rate(optimizer, 0.001)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.0075, 0.001])
+
+
+def test_a_recipe_can_be_said_of_new_checkpoints_and_of_those_older_than_its_keys() -> None:
+    new = dataclasses.asdict(config(**MUON))
+    of_matrices = "muon, learning rate 0.01, of the hidden matrices 0.02"
+    assert optimizer_in_words(new).startswith(f"{of_matrices}, warm-up 10%, a fall to zero over the last 60%")
+    old = dataclasses.asdict(config(schedule_learning_rate=True, warmup_period_percent=5))
+    for key in ("lr_schedule", "decay_period_percent", "muon_learning_rate"):
+        del old[key]
+    assert optimizer_in_words(old).startswith("adamw, learning rate 0.01, warm-up 5%, cosine to a tenth")
 
 
 # Attention within documents

@@ -275,6 +275,7 @@ def test_plan_says_what_would_happen_and_does_nothing(sandbox: Sandbox) -> None:
         "8 sequences, 128 tokens",
         "accumulation 2",
         "Steps:        8, 1,024 tokens",
+        "Optimiser:    adamw, learning rate 0.01, constant, weight decay 0.1, betas 0.9 and 0.999",
     ):
         assert expected in out
     assert "3 checkpoints" in out and "$2.50 an hour" in out
