@@ -43,7 +43,7 @@ def changes(run: str) -> str:
     return ", ".join(said)
 
 
-def train(run: str, seed: int, datasets: Path, folder: Path, threads: int) -> None:
+def train(run: str, seed: int, datasets: Path, folder: Path, *, threads: int, tokens: int | None) -> None:
     """Train a run with a seed, or go on with it, and keep its loss and its process's peak memory."""
     own = folder / f"{run}-{seed}"
     if (own / RESULT).exists():
@@ -54,6 +54,7 @@ def train(run: str, seed: int, datasets: Path, folder: Path, threads: int) -> No
     batches = (split.count - 1) // model["context_length"] // config["microbatch_size"]
     config |= {"random_seed": seed, "validation_interval": 1_000_000, "validation_batches": batches}
     config |= {"checkpoint_interval": 500, "keep_checkpoints": 1}
+    config |= {"min_train_tokens": tokens} if tokens else {}
     (own / "model.json").write_text(json.dumps(model))
     (own / "train.json").write_text(json.dumps(config))
     command = [
@@ -123,20 +124,22 @@ def print_table(
 @click.argument("datasets_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="From 42 on.")
+@click.option("--tokens", type=click.IntRange(min=1), help="Of each training; default: the runs' own.")
 @click.option(
     "--at-once", type=click.IntRange(min=1), default=2, show_default=True, help="Trainings at a time."
 )
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="Timed steps of each."
 )
-def main(datasets_dir: Path, folder: Path, seeds: int, at_once: int, rounds: int) -> None:
+def main(datasets_dir: Path, folder: Path, seeds: int, tokens: int | None, at_once: int, rounds: int) -> None:
     """Train runs/demo and runs/demo-* on DATASETS_DIR's data, in FOLDER, and compare them."""
     runs = ["demo", *sorted(path.parent.name for path in (ROOT / "runs").glob("demo-*/train.json"))]
     folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // at_once)
     todo = [(run, seed) for seed, run in product(range(42, 42 + seeds), runs)]
     with ThreadPoolExecutor(at_once) as pool:
-        for done in [pool.submit(train, *each, datasets_dir, folder.resolve(), threads) for each in todo]:
+        common = {"datasets": datasets_dir, "folder": folder.resolve(), "threads": threads, "tokens": tokens}
+        for done in [pool.submit(train, *each, **common) for each in todo]:
             done.result()
     results = {(run, seed): read_json_object(folder / f"{run}-{seed}" / RESULT) for run, seed in todo}
     print_table(runs, results, step_times(runs, rounds))
