@@ -380,41 +380,38 @@ def lay_out(parts: list[Part], fraction: float) -> dict[str, tuple[Counts, list[
     return {split: (totals[split], segments[split]) for split in SPLITS}
 
 
-def join_segments(segments: list[Segment], path: Path) -> str:
-    """Write segments as one safetensors file, a stream with nothing held; return its SHA-256."""
+def join_segments(segments: list[Segment], path: Path) -> None:
+    """Write segments as one safetensors file, a stream with nothing held."""
     size = 2 * sum(stop - start for _, start, stop in segments)
     description = {"tokens": {"dtype": "U16", "shape": [size // 2], "data_offsets": [0, size]}}
     header = json.dumps(description, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the format's alignment of what follows
-    digest = hashlib.sha256()
     with path.open("wb") as out:
-
-        def write(data: bytes) -> None:
-            digest.update(data)
-            out.write(data)
-
-        write(len(header).to_bytes(8, "little") + header)
+        out.write(len(header).to_bytes(8, "little") + header)
         for source, start, stop in segments:
             with source.open("rb") as file:
                 file.seek(2 * start)
                 left = 2 * (stop - start)
                 while block := file.read(min(left, 1 << 20)):
-                    write(block)
+                    out.write(block)
                     left -= len(block)
-    return digest.hexdigest()
 
 
-def count_ends(path: Path, counts: Counts, encoding: tiktoken.Encoding) -> int:
-    """Read a finished file back and count its end-of-text tokens. Raises RunError if it is not as counted."""
+def read_back(path: Path, counts: Counts, encoding: tiktoken.Encoding) -> tuple[str, int]:
+    """The SHA-256 of a finished file, and how many end-of-text tokens it holds.
+
+    Raises RunError if it does not hold the tokens that were counted.
+    """
     from safetensors import SafetensorError, safe_open
 
-    ends = largest = 0
+    digest, ends, largest = hashlib.sha256(), 0, 0
     try:
         with safe_open(path, framework="np") as file:
             whole = file.get_slice("tokens").get_shape() == [counts.tokens]
         with path.open("rb") as file:  # not mapped: its pages would count as this process's memory
-            file.seek(-2 * counts.tokens, os.SEEK_END)
+            digest.update(file.read(path.stat().st_size - 2 * counts.tokens))
             while block := file.read(1 << 20):
+                digest.update(block)
                 tokens = np.frombuffer(block, dtype="<u2")
                 ends += int(np.count_nonzero(tokens == encoding.eot_token))
                 largest = max(largest, int(tokens.max()))
@@ -422,7 +419,7 @@ def count_ends(path: Path, counts: Counts, encoding: tiktoken.Encoding) -> int:
         raise RunError(f"{path}: cannot be read back: {error}") from None
     if not whole or largest >= encoding.n_vocab:
         raise RunError(f"{path}: came out damaged; is the disk sound? Run the same command again")
-    return ends
+    return digest.hexdigest(), ends
 
 
 def write_dataset(
@@ -438,8 +435,9 @@ def write_dataset(
     sha256, ends = {}, 0
     for split, (counts, segments) in splits.items():
         path = folder / f"{split}.safetensors"
-        sha256[path.name] = join_segments(segments, path)
-        ends += count_ends(path, counts, encoding)
+        join_segments(segments, path)
+        sha256[path.name], found = read_back(path, counts, encoding)
+        ends += found
     if ends != sum(part.total.documents for part in parts):
         raise RunError(
             f"{folder}: documents were lost on the way; is the disk sound? Run the same command again"
