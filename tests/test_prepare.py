@@ -199,6 +199,26 @@ def test_a_long_text_is_read_in_fragments(tmp_path: Path) -> None:
     assert document.replaced == 3
 
 
+def test_a_long_text_is_one_document(tmp_path: Path) -> None:
+    """Its fragments are encoded in several batches, of which others hold documents before and behind it."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    texts = ["the first", "word " * 700_000, "another", "many words " * 200_000, "the last"]
+    for i, text in enumerate(texts):
+        (folder / f"{i}.txt").write_text(text)
+    out = prepare(folder, tmp_path / "out", "--tokenizer", "bytes", "--stats")
+    tokens = [load_file(tmp_path / "out" / name)["tokens"] for name in OUTPUTS[:2]]
+    assert np.array_equal(
+        np.concatenate(tokens), np.concatenate([[*text.encode(), 256] for text in texts])
+    ), "the last one is for validation, since none else is"
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    counts = {"documents": 1, "tokens": len(texts[-1]) + 1, "bytes": len(texts[-1])}
+    assert meta["splits"]["validation"] == counts
+    assert meta["splits"]["train"]["bytes"] == sum(map(len, texts[:-1]))
+    lengths = [len(text) + 1 for text in texts]
+    assert f"mean {np.mean(lengths):,.1f}, median {np.median(lengths):,.0f}; {sum(lengths):,} tokens" in out
+
+
 @needs_gpt2
 @needs_gigatoken
 def test_gigatoken_agrees_on_all_characters(tmp_path: Path) -> None:
@@ -318,13 +338,20 @@ def test_ten_kills_change_nothing(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_workers_end_with_the_main_process(corpus: Path, tmp_path: Path) -> None:
-    command = [sys.executable, *small_shards(corpus, tmp_path / "out", "--tokenizer", "bytes")]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+    """And one that cannot, for the time being, is not in the way of the next start."""
+    command = small_shards(corpus, tmp_path / "out", "--tokenizer", "bytes", "--workers", "2")
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         while not parts(tmp_path / "out") and process.poll() is None:
             time.sleep(0.01)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         workers = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+        for worker in workers[:1]:
+            os.kill(worker, signal.SIGSTOP)
         process.send_signal(signal.SIGKILL)
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr
+    for worker in workers[:1]:
+        os.kill(worker, signal.SIGCONT)
     deadline = time.monotonic() + 20
     while any(map(is_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -399,6 +426,32 @@ def test_meta_card_and_stats(corpus: Path, tmp_path: Path) -> None:
     lost = 1 - np.minimum(lengths, 1024).sum() / len(tokens)
     assert f"Cropping every document to 1,024 tokens would lose {lost:.1%}" in out
     assert (tmp_path / "my-texts/document-lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+CHECK_DURABILITY = """
+import os, sys
+from pathlib import Path
+import prepare_datasets
+on_disk, fsync, replace = set(), os.fsync, Path.replace
+def record(handle):
+    fsync(handle)
+    on_disk.add(os.fstat(handle).st_ino)
+def check(folder, target):
+    missing = [path.name for path in (folder, *folder.iterdir()) if path.stat().st_ino not in on_disk]
+    assert not missing, missing
+    on_disk.clear()
+    return replace(folder, target)
+os.fsync, Path.replace = record, check
+prepare_datasets.main(sys.argv[1:], standalone_mode=False)
+assert on_disk == {Path(sys.argv[2]).parent.stat().st_ino}, "the folder that has the new name in it"
+"""
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = run_script("-c", CHECK_DURABILITY, corpus, output, "--tokenizer", "bytes", "--stats")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in output.iterdir()} == {*OUTPUTS, "README.md", "document-lengths.png"}
 
 
 # --- what goes wrong
