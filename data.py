@@ -23,7 +23,7 @@ from tqdm import tqdm
 from checkpointing import fingerprint, replace_text
 from config import InputError, TrainConfig, read_json_object, require, require_dataset_id, require_inside
 from gpt import GPTConfig
-from hub import download_file, first_line
+from hub import download_file, reason
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: what its files were found to be
 
@@ -207,7 +207,7 @@ def _download(folder: Path, dataset: str, revision: str | None, names: list[str]
             if name == "meta.json" and isinstance(error, EntryNotFoundError):
                 continue  # older data sets have none
             raise InputError(
-                f"{folder / name} is not there, and the Hub did not give it ({first_line(error)}); check the "
+                f"{folder / name} is not there, and the Hub did not give it ({reason(error)}); check the "
                 f"data set's name '{dataset}' and the network, or prepare it with prepare_datasets.py"
             ) from None
 

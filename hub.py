@@ -4,6 +4,7 @@ A download goes on where an earlier one was cut off, by a kill too: the Hub's ow
 """
 
 import fcntl
+import functools
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -56,7 +57,7 @@ def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Pat
     They are kept in the Hub's own cache, once for all processes; where all are there, the Hub is not asked.
     Raises InputError, naming the data set, where that fails.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import filter_repo_objects
 
@@ -65,31 +66,33 @@ def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Pat
         try:
             folder = Path(snapshot_download(dataset, local_files_only=True, **options))
         except LocalEntryNotFoundError:
-            wanted = snapshot_download(dataset, dry_run=True, **options)
-            missing = [(dataset, file.filename, file.commit_hash) for file in wanted if file.will_download]
+            commit = HfApi().dataset_info(dataset, revision=revision or "main").sha
+            names = HfApi().list_repo_files(dataset, repo_type="dataset", revision=commit)
+            fetch = functools.partial(_download_to_cache, dataset, commit)
             with ThreadPoolExecutor(8) as pool:
-                list(pool.map(_download_to_cache, missing))
+                list(pool.map(fetch, filter_repo_objects(names, allow_patterns=pattern)))
             # Finds these files in the cache, and links them to their names.
             folder = Path(snapshot_download(dataset, **options))
     except Exception as error:  # whatever a network, a proxy or the Hub can think of
         raise InputError(
-            f"{dataset}: the Hub did not give '{pattern}' ({first_line(error)}); check name, --files, "
+            f"{dataset}: the Hub did not give '{pattern}' ({reason(error)}); check name, --files, "
             "--revision and network, and run the same command again: what has come is kept"
         ) from None
     names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return [folder / name for name in sorted(filter_repo_objects(names, allow_patterns=pattern))], folder.name
 
 
-def _download_to_cache(file: tuple[str, str, str]) -> None:
-    """Fetch a file (data set, name, commit) to where the Hub's client keeps its content: blobs/ETAG."""
+def _download_to_cache(dataset: str, commit: str, name: str) -> None:
+    """Fetch a file to where the Hub's client keeps its content, blobs/ETAG, if it is not there."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import repo_folder_name
 
-    dataset, name, commit = file
     url = hf_hub_url(dataset, name, repo_type="dataset", revision=commit)
     theirs = get_hf_file_metadata(url)
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=dataset, repo_type="dataset")
-    download_file(url, folder / "blobs" / theirs.etag, size=theirs.size, etag=theirs.etag)
+    blob = folder / "blobs" / theirs.etag
+    if not blob.exists():
+        download_file(url, blob, size=theirs.size, etag=theirs.etag)
 
 
 def check_push(repo_id: str) -> None:
@@ -101,7 +104,7 @@ def check_push(repo_id: str) -> None:
         HfApi().whoami()
     except Exception as error:  # whatever a network, a proxy or the Hub can think of
         raise InputError(
-            f"--push {repo_id}: the Hub does not let you in ({first_line(error)}); try `hf auth login`"
+            f"--push {repo_id}: the Hub does not let you in ({reason(error)}); try `hf auth login`"
         ) from None
 
 
@@ -117,12 +120,13 @@ def push(folder: Path, repo_id: str) -> None:
         )
     except Exception as error:  # whatever a network, a proxy or the Hub can think of
         raise RunError(
-            f"{folder} is whole, but could not be uploaded to {repo_id} ({first_line(error)}); the same "
+            f"{folder} is whole, but could not be uploaded to {repo_id} ({reason(error)}); the same "
             "command with --push goes on"
         ) from None
     print(f"Uploaded to {repo_id}: {result.commit_url}")
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first, to be part of a line of ours."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def reason(error: Exception) -> str:
+    """What an error says, in part of a line; the Hub's say a status first, and then what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__

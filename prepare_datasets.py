@@ -299,8 +299,8 @@ def encode_all(
     workers: int,
 ) -> list[Part]:
     """Encode all shards with a pool of workers, showing progress; parts come in the shards' order."""
-    # Forked workers have from the start what is loaded here. No thread of ours runs yet, and those of numpy
-    # and pyarrow have been made to stand a fork. On a Mac the system's own libraries do not.
+    # A forked worker has from the start what is loaded here. The threads that numpy and pyarrow keep stand a
+    # fork, and none of ours runs yet. On a Mac the system's own libraries do not stand one.
     tiktoken_encoder(settings.tokenizer)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     shared = context.Array("q", 3)  # documents, tokens and bytes that all workers have encoded
@@ -395,6 +395,15 @@ def join_segments(segments: list[Segment], path: Path) -> None:
                 while block := file.read(min(left, 1 << 20)):
                     out.write(block)
                     left -= len(block)
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file's or a folder's contents to the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_back(path: Path, counts: Counts, encoding: tiktoken.Encoding) -> tuple[str, int]:
@@ -638,15 +647,6 @@ def main(
         push(output_dir, repo_id)
 
 
-def sync(path: Path) -> None:
-    """Have the system write a file's or a folder's contents to the disk now."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def require_empty(output_dir: Path) -> None:
     """Raise InputError if there is anything in the folder that a data set is to be written to."""
     require(output_dir.is_dir() or not output_dir.exists(), f"{output_dir}: is a file, not a folder")
@@ -664,6 +664,24 @@ def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
         require(whole, f"{folder / name}: is damaged; remove {folder} and prepare it again")
 
 
+def find_pieces(
+    source: str, pattern: str | None, revision: str | None, text_column: str
+) -> tuple[list[Piece], str | None]:
+    """What there is to encode, and the commit that it is of if it is from the Hub. Raises InputError."""
+    if source == PYTHON_DOCS:
+        return [Piece(None, size=2_000_000)], None
+    if pattern is None:
+        paths = find_files(Path(source))
+    else:
+        paths, revision = download(source, pattern, revision)
+        paths = [path for path in paths if path.name.endswith(FILE_TYPES)]
+        known = ", ".join(FILE_TYPES)
+        require(bool(paths), f"{source}: has no {known} files that match --files '{pattern}'")
+    pieces = [piece for path in paths for piece in cut_into_pieces(path, text_column)]
+    require(bool(pieces), f"{source}: holds no documents to train on")
+    return pieces, revision
+
+
 def prepare(
     source: str,
     output_dir: Path,
@@ -679,18 +697,7 @@ def prepare(
     pattern, revision = hub
     encoding = get_tokenizer(settings.tokenizer)
     setup = set_up_engine(engine, encoding, folder)
-    if source == PYTHON_DOCS:
-        pieces = [Piece(None, size=2_000_000)]
-    else:
-        if pattern is None:
-            paths = find_files(Path(source))
-        else:
-            paths, revision = download(source, pattern, revision)
-            paths = [path for path in paths if path.name.endswith(FILE_TYPES)]
-            known = ", ".join(FILE_TYPES)
-            require(bool(paths), f"{source}: has no {known} files that match --files '{pattern}'")
-        pieces = [piece for path in paths for piece in cut_into_pieces(path, settings.text_column)]
-    require(bool(pieces), f"{source}: holds no documents to train on")
+    pieces, revision = find_pieces(source, pattern, revision, settings.text_column)
     parts = encode_all(make_shards(pieces), folder / "parts", settings, setup, workers=workers)
     finished = folder / "finished"
     shutil.rmtree(finished, ignore_errors=True)

@@ -296,7 +296,8 @@ def test_what_the_hub_does_not_have(hub: FakeHub, tmp_path: Path) -> None:
     error = refused(hub, tmp_path / "home", *command(tmp_path / "out", files="smaple/*"))
     assert "test/texts: has no .parquet, .jsonl" in error and "that match --files 'smaple/*'" in error
     line = ["prepare_datasets.py", "test/nothing", tmp_path / "out", "--files", "*", "--tokenizer", "bytes"]
-    assert "test/nothing: the Hub did not give '*'" in refused(hub, tmp_path / "home", *line)
+    error = refused(hub, tmp_path / "home", *line)
+    assert "test/nothing: the Hub did not give '*' (404 Client Error. Repository Not Found" in error
     assert not list(tmp_path.glob("out*"))
 
 
