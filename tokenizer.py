@@ -50,6 +50,7 @@ WHITE_SPACE = [chr(c) for c in (*range(0x9, 0xE), 0x20, 0x85, 0xA0, 0x1680, *ran
 WHITE_SPACE += "\u2028\u2029\u202f\u205f\u3000"
 # Separate texts that are encoded together, and parts of one; texts that hold them are encoded by themselves.
 TEXT_END, MARK = b"\x1e", b"\x1f"
+# What a byte is a part of: a word for all but white space of ASCII and the end of a text.
 _WORD, _SPACE, _END = range(3)
 _KINDS = bytes(
     _END if byte == TEXT_END[0] else _SPACE if chr(byte) in WHITE_SPACE[:6] else _WORD for byte in range(256)
