@@ -23,6 +23,7 @@ from tqdm import tqdm
 from checkpointing import fingerprint, replace_text
 from config import InputError, TrainConfig, read_json_object, require, require_dataset_id, require_inside
 from gpt import GPTConfig
+from hub import download_file, reason
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: what its files were found to be
 
@@ -197,43 +198,18 @@ def _download(folder: Path, dataset: str, revision: str | None, names: list[str]
             theirs = get_hf_file_metadata(hf_hub_url(dataset, name, repo_type="dataset", revision=revision))
             revision = theirs.commit_hash or revision
             url = hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
-            _download_file(url, folder / name, theirs.size, theirs.etag or "", revision)
+            found = download_file(url, folder / name, size=theirs.size, etag=theirs.etag)
+            known = {**found, "mtime_ns": (folder / name).stat().st_mtime_ns, "revision": revision}
+            _keep_fingerprints(folder, _known_fingerprints(folder) | {name: known})
         except InputError:
             raise
         except Exception as error:  # whatever a network, a proxy or the Hub can think of
             if name == "meta.json" and isinstance(error, EntryNotFoundError):
                 continue  # older data sets have none
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(
-                f"{folder / name} is not there, and the Hub did not give it ({reason}); check the data set's "
-                f"name '{dataset}' and the network, or prepare it with prepare_datasets.py"
+                f"{folder / name} is not there, and the Hub did not give it ({reason(error)}); check the "
+                f"data set's name '{dataset}' and the network, or prepare it with prepare_datasets.py"
             ) from None
-
-
-def _download_file(url: str, path: Path, size: int | None, etag: str, revision: str | None) -> None:
-    """Fetch one file, from where an earlier try was cut off (hf_hub_download begins anew after a kill).
-
-    Raises InputError if it is not what was announced: a large file's `etag` is its SHA-256.
-    """
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".incomplete-{path.name}-{etag[:16]}")
-    with partial.open("ab") as file:
-        done = file.tell()
-        http_get(url, file, resume_size=done, headers=build_hf_headers(), expected_size=size)
-    found = fingerprint(partial)
-    for what, announced in (("size", size), ("sha256", etag if len(etag) == 64 else None)):
-        if announced not in (None, found[what]):
-            partial.unlink()
-            raise InputError(
-                f"{path}: the Hub announced {what} {announced} and sent {found[what]}; what came was "
-                "removed, start again to fetch it anew"
-            )
-    partial.replace(path)
-    known = {**found, "mtime_ns": path.stat().st_mtime_ns, "revision": revision}
-    _keep_fingerprints(path.parent, _known_fingerprints(path.parent) | {path.name: known})
 
 
 def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

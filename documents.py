@@ -113,7 +113,9 @@ class Text:
     def from_bytes(cls, data: bytes) -> "Text":
         """A document that should be UTF-8."""
         try:
-            return cls(data) if data.isascii() or data.decode() else cls(b"")
+            if not data.isascii():
+                data.decode()
+            return cls(data)
         except UnicodeDecodeError:
             text = data.decode(errors="replace")
             return cls(text.encode(), text.count("\ufffd") - data.count("\ufffd".encode()))

@@ -27,12 +27,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 import numpy as np
@@ -50,7 +50,9 @@ from documents import (
     make_shards,
     read_documents,
 )
+from hub import check_push, download, file_sha256, push
 from tokenizer import (
+    Encoder,
     EnginesDisagree,
     GigatokenEncoder,
     GigatokenSetup,
@@ -61,9 +63,8 @@ from tokenizer import (
 
 SPLITS = ("train", "validation")
 PART_FILES = (*SPLITS, "lengths")
+BATCH_BYTES = 1 << 20  # of text, encoded at once
 CONTEXT_LENGTH = 1024  # of GPT-2, for --stats
-
-Encoder = Callable[[bytes], np.ndarray]  # from text in UTF-8 to tokens
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -136,12 +137,6 @@ class Part:
         return part if found == part.sha256 else None
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def encode_shard(
     number: int, shard: list[Piece], parts_dir: Path, settings: Settings, setup: GigatokenSetup | None
 ) -> tuple[Part, bool]:
@@ -178,54 +173,81 @@ def encode_documents(
     shard: list[Piece], part: Part, settings: Settings, encode: Encoder, end_of_text: int
 ) -> None:
     """Encode the documents of a shard into the files of `part`, and count."""
-    end = np.uint16(end_of_text).tobytes()
     documents = itertools.chain.from_iterable(read_documents(piece, settings.text_column) for piece in shard)
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((part.folder / name).open("wb")) for name in PART_FILES}
+        *splits, lengths = (stack.enter_context((part.folder / name).open("wb")) for name in PART_FILES)
+        writers = {
+            split: SplitWriter(file, lengths, encode, end_of_text)
+            for split, file in zip(SPLITS, splits, strict=True)
+        }
         for document in documents:
             split = "validation" if in_validation(document, settings.validation_fraction) else "train"
-            counts = Counts(documents=1, tokens=1)
-            for text in document:
-                tokens = encode(text)
-                files[split].write(tokens.astype(np.uint16).tobytes())
-                counts.add(Counts(0, len(tokens), len(text)))
-                _progress.add(Counts(0, len(tokens), len(text)))
-            files[split].write(end)
-            files["lengths"].write(counts.tokens.to_bytes(4, "little"))
-            part.counts[split].add(counts)
-            part.last = counts if split == "train" else part.last
+            writers[split].write(document)
             part.replaced += document.replaced
-            _progress.add(Counts(documents=1, tokens=1))
-    _progress.tell()
+        for split, writer in writers.items():
+            writer.flush()
+            part.counts[split] = writer.counts
+        part.last = writers["train"].last
 
 
-class WorkerProgress:
-    """Tells the main process what a worker has encoded, once in a megabyte."""
+class SplitWriter:
+    """Encodes the documents of one split, about a megabyte at a time, and writes tokens and lengths."""
 
-    def __init__(self, shared: Any) -> None:
-        self._shared, self._untold = shared, Counts()
+    def __init__(self, tokens: BinaryIO, lengths: BinaryIO, encode: Encoder, end_of_text: int) -> None:
+        self.counts, self.last = Counts(), Counts()  # of all documents, and of the last one
+        self._tokens, self._lengths, self._encode, self._end = tokens, lengths, encode, end_of_text
+        self._texts: list[bytes] = []  # to be encoded next: documents, or fragments of one
+        self._whole: list[bool] = []  # whether the document ends with that text
+        self._size = 0  # bytes of these texts, and one for each
+        self._begun = 0  # tokens written of a document that has not ended
 
-    def add(self, counts: Counts) -> None:
-        """Count what was encoded."""
-        self._untold.add(counts)
-        if self._untold.bytes > 1 << 20:
-            self.tell()
+    def write(self, document: Iterable[bytes]) -> None:
+        """Take a document, as texts that can be encoded one by one."""
+        self.last = Counts(documents=1)
+        for text in document:
+            if self._size >= BATCH_BYTES:
+                self.flush()
+            self._texts.append(text)
+            self._whole.append(False)
+            self._size += len(text) + 1
+            self.last.bytes += len(text)
+        self._whole[-1] = True
 
-    def tell(self) -> None:
-        """Tell what has not been told."""
-        with self._shared.get_lock():
-            for index, amount in enumerate((self._untold.documents, self._untold.tokens, self._untold.bytes)):
-                self._shared[index] += amount
-        self._untold = Counts()
+    def flush(self) -> None:
+        """Encode what was taken, write and count it."""
+        if not self._texts:
+            return
+        tokens = self._encode(self._texts)
+        ends = np.flatnonzero(tokens == self._end)
+        if not all(self._whole):
+            tokens = np.delete(tokens, ends[np.logical_not(self._whole)])
+            ends = np.flatnonzero(tokens == self._end)
+        lengths = np.diff(ends, prepend=-1 - self._begun)
+        self._begun = len(tokens) - 1 - (ends[-1] if len(ends) else -1 - self._begun)
+        if len(lengths):
+            self.last.tokens = int(lengths[-1])
+        self._tokens.write(tokens.tobytes())
+        self._lengths.write(lengths.astype("<u4").tobytes())
+        done = Counts(len(lengths), len(tokens), self._size - len(self._texts))
+        self.counts.add(done)
+        _tell(done)
+        self._texts, self._whole, self._size = [], [], 0
 
 
-_progress: WorkerProgress  # of this process, if it is a worker
+_shared: Any  # counts of documents, tokens and bytes that all workers add to
+
+
+def _tell(counts: Counts) -> None:
+    """Tell the main process what this worker has encoded."""
+    with _shared.get_lock():
+        for index, amount in enumerate((counts.documents, counts.tokens, counts.bytes)):
+            _shared[index] += amount
 
 
 def _start_worker(shared: Any) -> None:
     """Prepare a worker process. It ends with the main process, which is also the one to hear of Ctrl-C."""
-    global _progress
-    _progress = WorkerProgress(shared)
+    global _shared
+    _shared = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -277,18 +299,21 @@ def encode_all(
     workers: int,
 ) -> list[Part]:
     """Encode all shards with a pool of workers, showing progress; parts come in the shards' order."""
-    context = multiprocessing.get_context("spawn")
+    # A forked worker has from the start what is loaded here. The threads that numpy and pyarrow keep stand a
+    # fork, and none of ours runs yet. On a Mac the system's own libraries do not stand one.
+    tiktoken_encoder(settings.tokenizer)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     shared = context.Array("q", 3)  # documents, tokens and bytes that all workers have encoded
     sizes = [sum(piece.size for piece in shard) for shard in shards]
-    progress = ProgressLine(sum(sizes), shared)
     parts, kept = {}, 0
-    with (
-        ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (shared,)) as pool,
-        contextlib.closing(progress),
-    ):
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(
+            ProcessPoolExecutor(min(workers, len(shards)), context, _start_worker, (shared,))
+        )
         # Large ones first, so that no worker is left with a long one at the end.
         order = sorted(range(len(shards)), key=lambda i: -sizes[i])
         jobs = {pool.submit(encode_shard, i, shards[i], parts_dir, settings, setup): i for i in order}
+        progress = stack.enter_context(contextlib.closing(ProgressLine(sum(sizes), shared)))
         waiting = set(jobs)
         try:
             while waiting:
@@ -355,43 +380,47 @@ def lay_out(parts: list[Part], fraction: float) -> dict[str, tuple[Counts, list[
     return {split: (totals[split], segments[split]) for split in SPLITS}
 
 
-def join_segments(segments: list[Segment], path: Path) -> str:
-    """Write segments as one safetensors file, a stream with nothing held; return its SHA-256."""
+def join_segments(segments: list[Segment], path: Path) -> None:
+    """Write segments as one safetensors file, a stream with nothing held."""
     size = 2 * sum(stop - start for _, start, stop in segments)
     description = {"tokens": {"dtype": "U16", "shape": [size // 2], "data_offsets": [0, size]}}
     header = json.dumps(description, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the format's alignment of what follows
-    digest = hashlib.sha256()
     with path.open("wb") as out:
-
-        def write(data: bytes) -> None:
-            digest.update(data)
-            out.write(data)
-
-        write(len(header).to_bytes(8, "little") + header)
+        out.write(len(header).to_bytes(8, "little") + header)
         for source, start, stop in segments:
             with source.open("rb") as file:
                 file.seek(2 * start)
                 left = 2 * (stop - start)
                 while block := file.read(min(left, 1 << 20)):
-                    write(block)
+                    out.write(block)
                     left -= len(block)
-        out.flush()
-        os.fsync(out.fileno())
-    return digest.hexdigest()
 
 
-def count_ends(path: Path, counts: Counts, encoding: tiktoken.Encoding) -> int:
-    """Read a finished file back and count its end-of-text tokens. Raises RunError if it is not as counted."""
+def sync(path: Path) -> None:
+    """Have the system write a file's or a folder's contents to the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_back(path: Path, counts: Counts, encoding: tiktoken.Encoding) -> tuple[str, int]:
+    """The SHA-256 of a finished file, and how many end-of-text tokens it holds.
+
+    Raises RunError if it does not hold the tokens that were counted.
+    """
     from safetensors import SafetensorError, safe_open
 
-    ends = largest = 0
+    digest, ends, largest = hashlib.sha256(), 0, 0
     try:
         with safe_open(path, framework="np") as file:
             whole = file.get_slice("tokens").get_shape() == [counts.tokens]
         with path.open("rb") as file:  # not mapped: its pages would count as this process's memory
-            file.seek(-2 * counts.tokens, os.SEEK_END)
+            digest.update(file.read(path.stat().st_size - 2 * counts.tokens))
             while block := file.read(1 << 20):
+                digest.update(block)
                 tokens = np.frombuffer(block, dtype="<u2")
                 ends += int(np.count_nonzero(tokens == encoding.eot_token))
                 largest = max(largest, int(tokens.max()))
@@ -399,7 +428,7 @@ def count_ends(path: Path, counts: Counts, encoding: tiktoken.Encoding) -> int:
         raise RunError(f"{path}: cannot be read back: {error}") from None
     if not whole or largest >= encoding.n_vocab:
         raise RunError(f"{path}: came out damaged; is the disk sound? Run the same command again")
-    return ends
+    return digest.hexdigest(), ends
 
 
 def write_dataset(
@@ -415,8 +444,9 @@ def write_dataset(
     sha256, ends = {}, 0
     for split, (counts, segments) in splits.items():
         path = folder / f"{split}.safetensors"
-        sha256[path.name] = join_segments(segments, path)
-        ends += count_ends(path, counts, encoding)
+        join_segments(segments, path)
+        sha256[path.name], found = read_back(path, counts, encoding)
+        ends += found
     if ends != sum(part.total.documents for part in parts):
         raise RunError(
             f"{folder}: documents were lost on the way; is the disk sound? Run the same command again"
@@ -496,74 +526,6 @@ tokens = load_file("train.safetensors")["tokens"]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The Hub
-# ------------------------------------------------------------------------------------------------------------
-
-
-def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Path], str]:
-    """The files of a Hub data set that match a pattern, and the commit that they are of.
-
-    They are kept in the Hub's own cache, once for all processes; where all are there, the Hub is not asked.
-    Raises InputError, naming the data set, where that fails.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.utils import filter_repo_objects
-
-    options = {"repo_type": "dataset", "revision": revision, "allow_patterns": pattern}
-    try:
-        try:
-            folder = Path(snapshot_download(dataset, local_files_only=True, **options))
-        except LocalEntryNotFoundError:
-            folder = Path(snapshot_download(dataset, **options))
-    except Exception as error:  # whatever a network, a proxy or the Hub can think of
-        raise InputError(
-            f"{dataset}: the Hub did not give '{pattern}' ({_first_line(error)}); check name, --files, "
-            "--revision and network, and run the same command again: files that are whole are kept"
-        ) from None
-    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    files = [folder / name for name in sorted(filter_repo_objects(names, allow_patterns=pattern))]
-    files = [path for path in files if path.name.endswith(FILE_TYPES)]
-    require(bool(files), f"{dataset}: has no {', '.join(FILE_TYPES)} files that match --files '{pattern}'")
-    return files, folder.name
-
-
-def check_push(repo_id: str) -> None:
-    """Raise InputError unless the Hub knows who is about to upload to `repo_id`."""
-    from huggingface_hub import HfApi
-
-    require_dataset_id(repo_id)
-    try:
-        HfApi().whoami()
-    except Exception as error:  # whatever a network, a proxy or the Hub can think of
-        raise InputError(
-            f"--push {repo_id}: the Hub does not let you in ({_first_line(error)}); try `hf auth login`"
-        ) from None
-
-
-def push(folder: Path, repo_id: str) -> None:
-    """Upload a data set to the Hub. Raises RunError; the same command then uploads what is missing."""
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
-        result = api.upload_folder(
-            repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="Upload tokens"
-        )
-    except Exception as error:  # whatever a network, a proxy or the Hub can think of
-        raise RunError(
-            f"{folder} is whole, but could not be uploaded to {repo_id} ({_first_line(error)}); the same "
-            "command with --push goes on"
-        ) from None
-    print(f"Uploaded to {repo_id}: {result.commit_url}")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-# ------------------------------------------------------------------------------------------------------------
 # The command
 # ------------------------------------------------------------------------------------------------------------
 
@@ -587,6 +549,8 @@ def unfinished_folder(output_dir: Path) -> Iterator[Path]:
             raise InputError(
                 f"{output_dir}: another process is preparing it; wait for it or end it"
             ) from None
+        # A worker that outlives this process by a moment must not hold the lock.
+        os.register_at_fork(after_in_child=lock.close)
         remove_unfinished(folder / "parts")
         try:
             yield folder
@@ -700,6 +664,24 @@ def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
         require(whole, f"{folder / name}: is damaged; remove {folder} and prepare it again")
 
 
+def find_pieces(
+    source: str, pattern: str | None, revision: str | None, text_column: str
+) -> tuple[list[Piece], str | None]:
+    """What there is to encode, and the commit that it is of if it is from the Hub. Raises InputError."""
+    if source == PYTHON_DOCS:
+        return [Piece(None, size=2_000_000)], None
+    if pattern is None:
+        paths = find_files(Path(source))
+    else:
+        paths, revision = download(source, pattern, revision)
+        paths = [path for path in paths if path.name.endswith(FILE_TYPES)]
+        known = ", ".join(FILE_TYPES)
+        require(bool(paths), f"{source}: has no {known} files that match --files '{pattern}'")
+    pieces = [piece for path in paths for piece in cut_into_pieces(path, text_column)]
+    require(bool(pieces), f"{source}: holds no documents to train on")
+    return pieces, revision
+
+
 def prepare(
     source: str,
     output_dir: Path,
@@ -715,12 +697,7 @@ def prepare(
     pattern, revision = hub
     encoding = get_tokenizer(settings.tokenizer)
     setup = set_up_engine(engine, encoding, folder)
-    if source == PYTHON_DOCS:
-        pieces = [Piece(None, size=2_000_000)]
-    else:
-        paths, revision = download(source, pattern, revision) if pattern else (find_files(Path(source)), None)
-        pieces = [piece for path in paths for piece in cut_into_pieces(path, settings.text_column)]
-    require(bool(pieces), f"{source}: holds no documents to train on")
+    pieces, revision = find_pieces(source, pattern, revision, settings.text_column)
     parts = encode_all(make_shards(pieces), folder / "parts", settings, setup, workers=workers)
     finished = folder / "finished"
     shutil.rmtree(finished, ignore_errors=True)
@@ -736,7 +713,10 @@ def prepare(
     (finished / "README.md").write_text(card(output_dir.name, meta), encoding="utf-8")
     if stats:
         print(draw_lengths(parts, finished / "document-lengths.png", f"{output_dir.name}: document lengths"))
+    for path in (*finished.iterdir(), finished):
+        sync(path)
     finished.replace(output_dir)
+    sync(output_dir.parent)
     if meta["replaced"]:
         print(f"Invalid UTF-8 was replaced by {meta['replaced']:,} characters U+FFFD")
     for split, counts in meta["splits"].items():

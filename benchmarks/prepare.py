@@ -1,6 +1,7 @@
 """Tokens/s and memory of prepare_datasets.py beside a plain loop over tiktoken's encode_ordinary_batch.
 
     python benchmarks/prepare.py [--megabytes 450] [--rounds 3] [--corpus FOLDER]
+    python benchmarks/prepare.py --megabytes 2300 --rounds 1 --no-plain          the memory for much text
 
 Makes a corpus of mixed text in four parquet files, then runs in turns: the plain loop in one process, and
 prepare_datasets.py with each engine and number of workers, each from the start of the process to its end.
@@ -159,10 +160,17 @@ def measure(command: list[str], runs: Runs) -> None:
 @click.option("--megabytes", type=float, default=450, show_default=True, help="Of text in the corpus.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--corpus", type=click.Path(path_type=Path), help="Keep the corpus here, for another time.")
-@click.option("--only", multiple=True, help="Only sides whose names begin so; the plain loop always runs.")
+@click.option("--only", multiple=True, help="Only sides whose names begin so, and the plain loop.")
+@click.option("--no-plain", is_flag=True, help="Leave out the plain loop, and the ratios to it.")
 @click.option("--plain-to", type=click.Path(path_type=Path), hidden=True)
 def main(
-    megabytes: float, rounds: int, corpus: Path | None, only: tuple[str, ...], plain_to: Path | None
+    megabytes: float,
+    rounds: int,
+    corpus: Path | None,
+    only: tuple[str, ...],
+    plain_to: Path | None,
+    *,
+    no_plain: bool,
 ) -> None:
     """Measure all sides in turns, and print medians with the least and the most."""
     if plain_to:
@@ -173,7 +181,8 @@ def main(
         if not corpus.exists():
             write_corpus(corpus, megabytes)
         output = Path(temporary) / "output"
-        sides = {"plain loop": [__file__, "--corpus", str(corpus), "--plain-to", str(output)]}
+        plain_side = [__file__, "--corpus", str(corpus), "--plain-to", str(output)]
+        sides = {} if no_plain else {"plain loop": plain_side}
         engines = ["tiktoken", *(["gigatoken"] if find_spec("gigatoken") else [])]
         counts = sorted({1, 2, os.cpu_count() or 1})
         for engine, workers in itertools.product(engines, counts):
@@ -208,11 +217,13 @@ def report(results: dict[str, Runs], tokens: int) -> None:
         "| side, workers | million tokens/s (min to max) | ratio (min to max) | CPU s | MiB: largest, all |"
     )
     print("| --- | --- | --- | --- | --- |")
-    base = results["plain loop"].seconds
+    base = results.get("plain loop")
     for name, runs in results.items():
-        speeds = [tokens / seconds / 1e6 for seconds in runs.seconds]
-        ratios = [one / other for one, other in zip(base, runs.seconds, strict=True)]
-        cells = [f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (speeds, ratios)]
+        columns = [[tokens / seconds / 1e6 for seconds in runs.seconds]]
+        if base:
+            columns += [[one / other for one, other in zip(base.seconds, runs.seconds, strict=True)]]
+        cells = [f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in columns]
+        cells += [] if base else ["not measured"]
         cells += [f"{statistics.median(runs.cpu_seconds):.1f}"]
         cells += [f"{runs.largest >> 20}, {runs.together >> 20}"]
         print(f"| {name} | {' | '.join(cells)} |")

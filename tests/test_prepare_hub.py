@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,10 @@ class FakeHub:
     cut_off: dict[str, int] = field(
         default_factory=dict
     )  # file name: bytes after which the line breaks, once
+    # Set: a line that broke stays open, and silent.
+    stall: threading.Event = field(default_factory=threading.Event)
     too_short: set[str] = field(default_factory=set)  # files of which the last byte is never sent
+    damaged: set[str] = field(default_factory=set)  # files of which the first byte is another
     stored: dict[str, bytes] = field(default_factory=dict)  # uploaded objects by SHA-256
     committed: dict[str, bytes] = field(default_factory=dict)
     refuse_after: int | None = None  # uploads
@@ -113,8 +117,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.missing()
             return
         start = int(re.sub(r"\D", "", self.headers.get("Range", "0").partition("-")[0]))
-        headers = {"X_Repo_Commit": commit, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
-        body = data[start:]
+        algorithm = hashlib.sha256 if name.startswith("large/") else hashlib.sha1
+        headers = {"X_Repo_Commit": commit, "ETag": f'"{algorithm(data).hexdigest()}"'}
+        body = b" " + data[1:] if name in self.hub.damaged else data[start:]
         if self.command == "GET" and name in self.hub.too_short:
             body = body[:-1]
         if self.command == "GET" and name in self.hub.cut_off:
@@ -124,6 +129,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start:
             headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         self.answer(body, 206 if start else 200, **headers)
+        while self.close_connection and self.hub.stall.is_set():
+            time.sleep(0.05)
 
     def do_POST(self) -> None:
         self.hub.requests.append((self.command, self.path, ""))
@@ -222,14 +229,45 @@ def test_files_are_downloaded_once_and_then_the_hub_is_not_asked(hub: FakeHub, t
     assert len({(tmp_path / name / "meta.json").read_text() for name in ("first", "second", "third")}) == 1
 
 
-def test_a_download_that_was_cut_off_goes_on(hub: FakeHub, tmp_path: Path) -> None:
-    hub.cut_off["large/4.jsonl"] = 11_000_000
-    done = run_script(*command(tmp_path / "out", files="large/*"), env=hub.env(tmp_path / "home"))
+def check_large_file(hub: FakeHub, home: Path, output: Path) -> None:
+    """Prepare from the large file, of which 11 MB have been sent: the rest alone is asked for."""
+    done = run_script(*command(output, files="large/*"), env=hub.env(home))
     assert done.returncode == 0, done.stderr
     # The client writes 10 MiB at a time, so so much was there.
     assert hub.downloads("large/4.jsonl") == ["", f"bytes={10 << 20}-"]
-    splits = json.loads((tmp_path / "out/meta.json").read_text())["splits"].values()
+    splits = json.loads((output / "meta.json").read_text())["splits"].values()
     assert sum(split["bytes"] for split in splits) == sum(len(f"{i} ") + 1_000_000 for i in range(12))
+
+
+def test_a_download_that_was_cut_off_goes_on(hub: FakeHub, tmp_path: Path) -> None:
+    hub.cut_off["large/4.jsonl"] = 11_000_000
+    check_large_file(hub, tmp_path / "home", tmp_path / "out")
+
+
+def test_a_download_that_was_killed_goes_on(hub: FakeHub, tmp_path: Path) -> None:
+    hub.cut_off["large/4.jsonl"] = 11_000_000
+    hub.stall.set()
+    line = [sys.executable, *map(str, command(tmp_path / "out", files="large/*"))]
+    env = {**os.environ, **hub.env(tmp_path / "home")}
+    with subprocess.Popen(line, cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while sum(path.stat().st_size for path in tmp_path.rglob(".incomplete-*")) < 10 << 20:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    hub.stall.clear()
+    check_large_file(hub, tmp_path / "home", tmp_path / "out")
+    assert not list(tmp_path.rglob(".incomplete-*"))
+
+
+def test_a_file_of_another_hash_is_refused(hub: FakeHub, tmp_path: Path) -> None:
+    hub.damaged.add("large/4.jsonl")
+    error = refused(hub, tmp_path / "home", *command(tmp_path / "out", files="large/*"))
+    assert "test/texts: the Hub did not give 'large/*'" in error and "the Hub announced sha256" in error
+    hub.damaged.clear()
+    done = run_script(*command(tmp_path / "out", files="large/*"), env=hub.env(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert hub.downloads("large/4.jsonl") == ["", ""], "nothing of what was wrong is kept"
 
 
 def test_a_file_of_the_wrong_size_is_refused(hub: FakeHub, tmp_path: Path) -> None:
@@ -240,9 +278,8 @@ def test_a_file_of_the_wrong_size_is_refused(hub: FakeHub, tmp_path: Path) -> No
     hub.too_short.clear()
     hub.requests.clear()
     prepare(hub, tmp_path / "home", tmp_path / "out")
-    assert hub.downloads("sample/2.jsonl") == [""] and hub.downloads("sample/1.jsonl") == [], (
-        "whole files stay"
-    )
+    assert hub.downloads("sample/2.jsonl") == [f"bytes={len(LINES['two']) - 1}-"], "what has come stays"
+    assert hub.downloads("sample/1.jsonl") == []
 
 
 def test_a_revision_is_pinned(hub: FakeHub, tmp_path: Path) -> None:
@@ -259,7 +296,8 @@ def test_what_the_hub_does_not_have(hub: FakeHub, tmp_path: Path) -> None:
     error = refused(hub, tmp_path / "home", *command(tmp_path / "out", files="smaple/*"))
     assert "test/texts: has no .parquet, .jsonl" in error and "that match --files 'smaple/*'" in error
     line = ["prepare_datasets.py", "test/nothing", tmp_path / "out", "--files", "*", "--tokenizer", "bytes"]
-    assert "test/nothing: the Hub did not give '*'" in refused(hub, tmp_path / "home", *line)
+    error = refused(hub, tmp_path / "home", *line)
+    assert "test/nothing: the Hub did not give '*' (404 Client Error. Repository Not Found" in error
     assert not list(tmp_path.glob("out*"))
 
 
