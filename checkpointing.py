@@ -42,6 +42,7 @@ from config import (
     require,
     require_plain_name,
 )
+from files import fingerprint, sync
 from gpt import GPTConfig
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
@@ -118,7 +119,7 @@ class Saver:
         return copies
 
     def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        _sync(self.log)
+        sync(self.log)
         path = save_checkpoint(self.folder, model, optimizer, meta)
         point_link(self.folder, "latest", path)
         if meta["is_best"]:
@@ -141,20 +142,20 @@ def save_checkpoint(
     try:
         if not folder.exists():
             folder.mkdir(parents=True)
-            _sync(folder.parent)
+            sync(folder.parent)
         temporary.mkdir()
         for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
             safetensors.torch.save_file(tensors, temporary / name, metadata={"format": "pt"})
-            _sync(temporary / name)
+            sync(temporary / name)
         meta = meta | {
             "files": {name: fingerprint(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
         }
         text = json.dumps(meta | {"digest": _digest(meta)}, indent=1, allow_nan=False)
         (temporary / META_FILE).write_text(text, encoding="utf-8")
-        _sync(temporary / META_FILE)
-        _sync(temporary)
+        sync(temporary / META_FILE)
+        sync(temporary)
         temporary.rename(path)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         size = sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values())
@@ -269,7 +270,7 @@ def point_link(folder: Path, name: str, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)
     temporary.replace(folder / name)
-    _sync(folder)
+    sync(folder)
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
@@ -475,29 +476,3 @@ def _free_path(folder: Path, step: int) -> Path:
 def _digest(meta: dict[str, Any]) -> str:
     """The SHA-256 of what a meta.json says."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """A file's size and SHA-256."""
-    with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write a file in one step: a reader finds the old text or the new; `durable`: after a power cut too."""
-    temporary = path.with_name(path.name + ".incomplete")
-    temporary.write_text(text, encoding="utf-8")
-    if durable:
-        _sync(temporary)
-    temporary.replace(path)
-    if durable:
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file's or a folder's contents to the disk now."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

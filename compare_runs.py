@@ -25,8 +25,8 @@ import click
 import numpy as np
 import torch
 
-from checkpointing import replace_text
 from config import InputError, TrainConfig, read_config, require, require_plain_name, run_command
+from files import replace_text
 from gpt import GPTConfig, GPTModel
 from reporting import read_metrics, read_status, xkcd_figure
 from test_loss import MeasuredLoss, read_test_loss

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpointing import fingerprint, replace_text
 from config import InputError, TrainConfig, read_json_object, require, require_dataset_id, require_inside
+from files import fingerprint, replace_text
 from gpt import GPTConfig
 from hub import download_file, reason
 

@@ -5,18 +5,12 @@ A download goes on where an earlier one was cut off, by a kill too: the Hub's ow
 
 import fcntl
 import functools
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from config import InputError, RunError, require_dataset_id
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+from files import fingerprint
 
 
 def download_file(url: str, path: Path, *, size: int | None, etag: str | None) -> dict[str, Any]:
@@ -36,10 +30,10 @@ def download_file(url: str, path: Path, *, size: int | None, etag: str | None) -
         fcntl.flock(file, fcntl.LOCK_EX)
         if path.exists():
             partial.unlink(missing_ok=True)
-            return {"size": path.stat().st_size, "sha256": file_sha256(path)}
+            return fingerprint(path)
         http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size)
         file.flush()
-        found = {"size": partial.stat().st_size, "sha256": file_sha256(partial)}
+        found = fingerprint(partial)
         for what, announced in (("size", size), ("sha256", etag if len(etag) == 64 else None)):
             if announced not in (None, found[what]):
                 partial.unlink()

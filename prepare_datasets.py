@@ -50,7 +50,8 @@ from documents import (
     make_shards,
     read_documents,
 )
-from hub import check_push, download, file_sha256, push
+from files import fingerprint, sync
+from hub import check_push, download, push
 from tokenizer import (
     Encoder,
     EnginesDisagree,
@@ -119,7 +120,7 @@ class Part:
 
     def save(self) -> None:
         """Write record.json."""
-        self.sha256 = {name: file_sha256(self.folder / name) for name in PART_FILES}
+        self.sha256 = self._hashes(self.folder)
         values = asdict(self)
         del values["folder"]
         (self.folder / "record.json").write_text(json.dumps(values), encoding="utf-8")
@@ -131,10 +132,14 @@ class Part:
             values = json.loads((folder / "record.json").read_text(encoding="utf-8"))
             values["counts"] = {split: Counts(**counts) for split, counts in values["counts"].items()}
             part = cls(folder, **(values | {"last": Counts(**values["last"])}))
-            found = {name: file_sha256(folder / name) for name in PART_FILES} if part.key == key else {}
+            found = cls._hashes(folder) if part.key == key else {}
         except (OSError, ValueError, TypeError, KeyError):
             return None
         return part if found == part.sha256 else None
+
+    @staticmethod
+    def _hashes(folder: Path) -> dict[str, str]:
+        return {name: fingerprint(folder / name)["sha256"] for name in PART_FILES}
 
 
 def encode_shard(
@@ -397,15 +402,6 @@ def join_segments(segments: list[Segment], path: Path) -> None:
                     left -= len(block)
 
 
-def sync(path: Path) -> None:
-    """Have the system write a file's or a folder's contents to the disk now."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def read_back(path: Path, counts: Counts, encoding: tiktoken.Encoding) -> tuple[str, int]:
     """The SHA-256 of a finished file, and how many end-of-text tokens it holds.
 
@@ -660,7 +656,7 @@ def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
     for key, value in wanted.items():
         require(meta.get(key) == value, f"{folder}: holds another data set, of {key} '{meta.get(key)}'")
     for name, sha256 in meta.get("sha256", {}).items():
-        whole = (folder / name).exists() and file_sha256(folder / name) == sha256
+        whole = (folder / name).exists() and fingerprint(folder / name)["sha256"] == sha256
         require(whole, f"{folder / name}: is damaged; remove {folder} and prepare it again")
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpointing import replace_text
 from config import RunError, TrainConfig, optimizer_in_words
 from data import BatchPlan, RunData
+from files import replace_text
 from gpt import GPTConfig, GPTModel
 
 if TYPE_CHECKING:

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpointing import replace_text
 from config import InputError, RunError, require, require_plain_name, run_command
+from files import replace_text
 from gpt import GPTModel
 from loss import IGNORED, chunked_cross_entropy
 from test_smoke import continuations

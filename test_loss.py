@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpointing import META_FILE, replace_text
+from checkpointing import META_FILE
 from config import InputError, RunError, read_json_object, require, run_command
 from data import Sequences, TokenFile, check_tokenizer, fetch_dataset
+from files import replace_text
 from gpt import GPTModel
 from tokenizer import get_tokenizer
 from weights import load_model

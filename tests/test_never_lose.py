@@ -188,7 +188,7 @@ def test_a_crash_at_any_boundary_of_a_save_leaves_the_old_checkpoint_or_the_new(
 
 @forked
 def test_without_fsync_a_power_cut_would_lose_a_checkpoint(tmp_path: Path) -> None:
-    checkpointing._sync = lambda path: None
+    checkpointing.sync = lambda path: None
     with pytest.raises((AssertionError, checkpointing.InputError, FileNotFoundError)):
         check_every_boundary(tmp_path)
 
