@@ -66,33 +66,34 @@ class Muon(torch.optim.Muon):
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
             shares = share_out(matrices, [p.numel() * min(p.shape) for p in matrices], self.world.size)
-            of_one_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            of_one_size: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for matrix in shares[self.world.rank]:
-                of_one_shape.setdefault(matrix.shape, []).append(matrix)
-            for shape, alike in of_one_shape.items():
-                rate = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))  # torch's "original" adjustment
+                of_one_size.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
+            for alike in of_one_size.values():
                 for matrix, update in zip(alike, self._updates(alike, group), strict=True):
+                    # Larger steps for more rows than columns: torch's "original" adjustment.
+                    rate = group["lr"] * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
                     matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
             self.world.share(shares)
 
-    def _updates(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> Tensor:
-        """For matrices (M, N) their momentum, one step ahead (Nesterov), made orthogonal: (count, M, N)."""
+    def _updates(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> list[Tensor]:
+        """For matrices (M, N) or (N, M), M <= N, their momentum, a step ahead (Nesterov), made orthogonal."""
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         ahead = [p.grad.lerp(m, group["momentum"]) for p, m in zip(matrices, momenta, strict=True)]
-        return orthogonalized(torch.stack(ahead).to(self.dtype), group["ns_coefficients"], group["ns_steps"])
+        batch = torch.stack([x if x.shape[0] <= x.shape[1] else x.mT for x in ahead]).to(self.dtype)
+        updates = orthogonalized(batch, group["ns_coefficients"], group["ns_steps"])
+        return [u if u.shape == m.shape else u.mT for u, m in zip(updates, matrices, strict=True)]
 
 
-def orthogonalized(batch: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Bring the singular values of matrices (count, M, N) near to one, by Newton and Schulz's iteration with
-    the coefficients of torch.optim.Muon."""
+def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Bring the singular values of matrices (count, M, N), M <= N, near to one, by Newton and Schulz's
+    iteration with the coefficients of torch.optim.Muon."""
     a, b, c = coefficients
-    tall = batch.shape[1] > batch.shape[2]
-    x = batch.mT if tall else batch
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of one at most
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
