@@ -39,8 +39,13 @@ def make_optimizer(
     if not hidden:
         return adamw
     group = {"params": hidden, "relative_rate": config.muon_learning_rate / config.learning_rate}
-    muon = Muon([group], lr=config.muon_learning_rate, weight_decay=config.weight_decay)
-    muon.world, muon.dtype = world, torch.float32 if precision == "fp32" else torch.bfloat16
+    muon = Muon(
+        [group],
+        world=world,
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+        lr=config.muon_learning_rate,
+        weight_decay=config.weight_decay,
+    )
     return MuonWithAdamW(muon, adamw)
 
 
@@ -52,8 +57,11 @@ class Muon(torch.optim.Muon):
     momentum of all, so that any of them can save it.
     """
 
-    world: World
-    dtype: torch.dtype
+    def __init__(
+        self, groups: list[dict[str, Any]], *, world: World, dtype: torch.dtype, **options: float
+    ) -> None:
+        super().__init__(groups, **options)
+        self.world, self.dtype = world, dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -336,9 +336,10 @@ def encode_all(
         except BrokenProcessPool:
             raise RunError("a worker was killed, perhaps for want of memory; try fewer --workers") from None
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
                 worker.terminate()
+            # Waits for the pool's own thread: Python's end can trip over one that is just ending.
+            pool.shutdown(cancel_futures=True)
             raise
     if kept:
         print(f"{kept} of {len(shards)} shards were there from an earlier start")
