@@ -1,7 +1,7 @@
 """What an update of all weights costs: AdamW, torch's Muon, and ours, alone and shared out over processes.
 
     python benchmarks/optimizers.py demo original
-    torchrun --nproc_per_node=2 benchmarks/optimizers.py demo original
+    torchrun --nproc_per_node=2 benchmarks/optimizers.py original --microbatch 1
 
 On random gradients, in turns, warm; medians in milliseconds. In the last column the same as a share of what a
 training step of one microbatch takes without it.
@@ -56,7 +56,7 @@ def torch_muon(model: GPTModel, config: TrainConfig, world: World, precision: st
     return step
 
 
-def measure(run: str, world: World, rounds: int) -> dict[str, list[float]]:
+def measure(run: str, world: World, rounds: int, microbatch: int | None) -> dict[str, list[float]]:
     """The milliseconds of each side's updates of a run's model, and of a step without one, by round."""
     model_config = read_config(GPTConfig, RUNS / run / "model.json")
     config = read_config(TrainConfig, RUNS / run / "train.json")
@@ -74,7 +74,7 @@ def measure(run: str, world: World, rounds: int) -> dict[str, list[float]]:
         sides[f"Muon, shared by {world.size}"] = make_optimizer(model, muon, world, precision).step
     state = make_state(dataclasses.replace(config, compile=False), model_config, alone)
     state.optimizer.step = lambda: None
-    shape = config.microbatch_size, model_config.context_length + 1
+    shape = microbatch or config.microbatch_size, model_config.context_length + 1
     tokens = torch.randint(model_config.vocab_size, shape, device=world.device)
     sides["step without"] = lambda: train_step(state, [tokens], learning_rate=0.0, max_norm=None)
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -90,11 +90,14 @@ def measure(run: str, world: World, rounds: int) -> dict[str, list[float]]:
 @click.command()
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=11, show_default=True)
-def main(runs: tuple[str, ...], rounds: int) -> None:
+@click.option(
+    "--microbatch", type=click.IntRange(min=1), help="Sequences of the step; default: the run's own."
+)
+def main(runs: tuple[str, ...], rounds: int, microbatch: int | None) -> None:
     """Measure the optimisers on the models of RUNS."""
     world = join_world()
     for run in runs:
-        times = measure(run, world, rounds)
+        times = measure(run, world, rounds, microbatch)
         without = statistics.median(times.pop("step without"))
         if world.is_first:
             print(f"\n{run}: {world.size} x {world.device_name}, {torch.get_num_threads()} threads each")
