@@ -40,7 +40,7 @@ def make_optimizer(
         return adamw
     group = {"params": hidden, "relative_rate": config.muon_learning_rate / config.learning_rate}
     muon = Muon(
-        [group],
+        group,
         world=world,
         dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         lr=config.muon_learning_rate,
@@ -57,32 +57,30 @@ class Muon(torch.optim.Muon):
     momentum of all, so that any of them can save it.
     """
 
-    def __init__(
-        self, groups: list[dict[str, Any]], *, world: World, dtype: torch.dtype, **options: float
-    ) -> None:
-        super().__init__(groups, **options)
+    def __init__(self, group: dict[str, Any], *, world: World, dtype: torch.dtype, **options: float) -> None:
+        super().__init__([group], **options)
         self.world, self.dtype = world, dtype
+        matrices = self.param_groups[0]["params"]
+        self.shares = share_out(matrices, [p.numel() * min(p.shape) for p in matrices], world.size)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update all matrices from gradients that are the same on all processes."""
-        for group in self.param_groups:
-            matrices = group["params"]
-            for matrix in matrices:
-                state = self.state[matrix]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix)
-                state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
-            shares = share_out(matrices, [p.numel() * min(p.shape) for p in matrices], self.world.size)
-            of_one_size: dict[tuple[int, ...], list[nn.Parameter]] = {}
-            for matrix in shares[self.world.rank]:
-                of_one_size.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
-            for alike in of_one_size.values():
-                for matrix, update in zip(alike, self._updates(alike, group), strict=True):
-                    # Larger steps for more rows than columns: torch's "original" adjustment.
-                    rate = group["lr"] * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
-            self.world.share(shares)
+        (group,) = self.param_groups
+        for matrix in group["params"]:
+            state = self.state[matrix]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(matrix)
+            state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+        of_one_size: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for matrix in self.shares[self.world.rank]:
+            of_one_size.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
+        for alike in of_one_size.values():
+            for matrix, update in zip(alike, self._updates(alike, group), strict=True):
+                # Larger steps for more rows than columns: torch's "original" adjustment.
+                rate = group["lr"] * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+        self.world.share(self.shares)
 
     def _updates(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> list[Tensor]:
         """For matrices (M, N) or (N, M), M <= N, their momentum, a step ahead (Nesterov), made orthogonal."""
