@@ -150,10 +150,12 @@ class Reporter:
     def chart(self, *, final: bool = False) -> None:
         """Redraw the chart; one that cannot be drawn is no reason to stop training.
 
-        Before the last time, only if drawing takes less than 1% of the time since it was drawn before.
+        Before the last time, only when there are steps to draw and drawing takes less than 1% of the time
+        since it was drawn before.
         """
         start = time.monotonic()
-        if not self.speaks or not (final or start - self._last_chart > 100 * self._chart_seconds):
+        due = self._timed > 0 and start - self._last_chart > 100 * self._chart_seconds
+        if not self.speaks or not (final or due):
             return
         self.flush()
         try:

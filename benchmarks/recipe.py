@@ -161,7 +161,7 @@ def main(text: Path, rounds: int) -> None:
             nanogpt, loss = train_nanogpt(*(torch.from_numpy(part) for part in parts.values()), seed=turn)
             print(f"| {turn} | nanoGPT's | {nanogpt:.1f} | 1 | {loss:.3f} |", flush=True)
             for share in (1 / 3, 1.0):
-                budget = int((0.96 * share * nanogpt - around) * speed)
+                budget = int((0.93 * share * nanogpt - around) * speed)
                 seconds, _, loss = run_demo(folder, turn, budget)
                 print(
                     f"| {turn} | the demo's | {seconds:.1f} | {seconds / nanogpt:.2f} | {loss:.3f} |",
