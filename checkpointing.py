@@ -358,7 +358,10 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 def load_optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Undo `optimizer_tensors`. Raises InputError when a tensor belongs to no parameter of the model."""
+    """Undo `optimizer_tensors`. Raises InputError when a tensor belongs to no parameter of the model.
+
+    What another optimiser has kept of a parameter says nothing to this one, which begins afresh with it.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     layout = optimizer.state_dict()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -367,11 +370,11 @@ def load_optimizer_tensors(
     for index, parameter in enumerate(parameters):
         prefix = names[id(parameter)] + "."
         mine = [key for key in rest if key.startswith(prefix) and "." not in key[len(prefix) :]]
-        state[index] = {key[len(prefix) :]: rest.pop(key) for key in mine}
+        saved = {key[len(prefix) :]: rest.pop(key) for key in mine}
+        if saved.keys() == optimizer.state[parameter].keys():
+            state[index] = saved
     require(not rest, f"the optimiser has no place for '{next(iter(rest), '')}'; it is configured otherwise")
-    optimizer.load_state_dict(
-        layout | {"state": {index: values for index, values in state.items() if values}}
-    )
+    optimizer.load_state_dict(layout | {"state": state})
 
 
 def rng_state(device: torch.device) -> dict[str, str]:

@@ -111,6 +111,10 @@ class TrainConfig:
             require(0 <= percent <= 100, f"{key} must be from 0 to 100, not {percent}")
         self._check_schedule()
         require(
+            self.optimizer == "muon" or self.muon_learning_rate == TrainConfig.muon_learning_rate,
+            'muon_learning_rate does nothing without "optimizer": "muon"',
+        )
+        require(
             self.use_amp or self.precision in ("auto", "fp32"),
             f'precision "{self.precision}" is at odds with "use_amp": false, which means "fp32"; drop one',
         )
@@ -133,6 +137,10 @@ class TrainConfig:
         require(
             self.schedule != "wsd" or warmup + decay <= 100,
             f"warmup_period_percent {warmup:g} and decay_period_percent {decay:g} make more than 100",
+        )
+        require(
+            self.schedule == "wsd" or decay == TrainConfig.decay_period_percent,
+            'decay_period_percent does nothing without "lr_schedule": "wsd"',
         )
 
     @property

@@ -189,7 +189,7 @@ def train_step(
 
     Returns four numbers on the device, the same on all processes: the mean loss; the norm of the averaged
     gradient before clipping; whether both are finite, for else the weights stay as they are; how many
-    processes were asked to stop. Nothing here waits for them.
+    processes were asked to stop. Nothing here waits for them, but what `step_if` says.
     """
     device = microbatches[0].device
     mean_loss = torch.zeros((), device=device)
@@ -553,7 +553,7 @@ def find_max_microbatch(config: TrainConfig, model_config: GPTConfig, world: Wor
     if world.device.type == "cpu":
         limit_host_memory(world.local_size)
     # Steps exchange nothing, so that no process waits for one that has run out of memory.
-    alone = dataclasses.replace(world, size=1, control=None)
+    alone = dataclasses.replace(world, rank=0, size=1, control=None)
     with memory_errors_explained("the model itself does not fit; a smaller one or fewer processes would"):
         state = make_state(dataclasses.replace(config, microbatch_size=1), model_config, alone)
     # DDP, and accumulation from the second microbatch on, hold gradients besides activations.
@@ -774,6 +774,11 @@ def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpoin
     now = run.model_config, run.config, run.files
     checkpointing.check_resumable(
         found, *now, run.plan.global_batch, None if not allow_change else tqdm.write
+    )
+    require(
+        found.meta["global_step"] <= run.plan.steps,
+        f"{found.path.name} is past the run's end, {run.plan.steps:,} steps; raise min_train_tokens, or name "
+        "an earlier checkpoint",
     )
     return found
 

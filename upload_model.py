@@ -148,7 +148,8 @@ def training_facts(meta: dict[str, Any]) -> dict[str, str]:
     if meta["train_loss"] is not None:
         facts["Training loss"] = f"{meta['train_loss']:.3f} nats per token"
     if meta["val_loss"] is not None:
-        facts["Validation loss"] = f"{meta['val_loss']:.3f} nats per token"
+        within = ", within documents" if train.get("document_masking") else ""
+        facts["Validation loss"] = f"{meta['val_loss']:.3f} nats per token{within}"
     facts["Hardware"] = f"{meta['processes']} x {meta['device']}, precision {meta['precision']}"
     facts["Time"] = f"{timedelta(seconds=round(meta['seconds']))} (hours, minutes, seconds)"
     if train.get("usd_per_hour") is not None:

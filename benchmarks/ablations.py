@@ -22,7 +22,7 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import RunError, TrainConfig, read_config, read_json_object, run_command
+from config import RunError, TrainConfig, read_config, read_json_object, require, run_command
 from data import TokenFile, dataset_folder
 from ddp_train import make_state, train_step
 from distributed import join_world
@@ -37,7 +37,7 @@ def changes(run: str) -> str:
     said = []
     for name in ("model", "train"):
         ours, demo = (read_json_object(ROOT / "runs" / each / f"{name}.json") for each in (run, "demo"))
-        keys = [key for key in (*ours, *(demo.keys() - ours.keys())) if ours.get(key) != demo.get(key)]
+        keys = [key for key in {**ours, **demo} if ours.get(key) != demo.get(key)]
         keys = [key for key in keys if not key.startswith("validation_")]
         said += [f"{key} {json.dumps(ours[key]) if key in ours else 'left out'}" for key in keys]
     return ", ".join(said)
@@ -46,15 +46,17 @@ def changes(run: str) -> str:
 def train(run: str, seed: int, datasets: Path, folder: Path, *, threads: int, tokens: int | None) -> None:
     """Train a run with a seed, or go on with it, and keep its loss and its process's peak memory."""
     own = folder / f"{run}-{seed}"
-    if (own / RESULT).exists():
-        return
-    own.mkdir(parents=True, exist_ok=True)
     model, config = (read_json_object(ROOT / "runs" / run / f"{name}.json") for name in ("model", "train"))
     split = TokenFile(dataset_folder(datasets, config["dataset"]) / "validation.safetensors")
     batches = (split.count - 1) // model["context_length"] // config["microbatch_size"]
     config |= {"random_seed": seed, "validation_interval": 1_000_000, "validation_batches": batches}
     config |= {"checkpoint_interval": 500, "keep_checkpoints": 1}
     config |= {"min_train_tokens": tokens} if tokens else {}
+    if (own / RESULT).exists():
+        was = read_json_object(own / RESULT)["of"]
+        require(was == [model, config], f"{own} is of another recipe or length; name another FOLDER")
+        return
+    own.mkdir(parents=True, exist_ok=True)
     (own / "model.json").write_text(json.dumps(model))
     (own / "train.json").write_text(json.dumps(config))
     command = [
@@ -76,7 +78,8 @@ def train(run: str, seed: int, datasets: Path, folder: Path, *, threads: int, to
         raise RunError(f"{own.name} failed; see {own / 'output.txt'}")
     lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
     loss = [line["val_loss"] for line in lines if "val_loss" in line][-1]
-    (own / RESULT).write_text(json.dumps({"loss": loss, "gibibytes": used.ru_maxrss / 2**20}))
+    result = {"loss": loss, "gibibytes": used.ru_maxrss / 2**20, "of": [model, config]}
+    (own / RESULT).write_text(json.dumps(result))
     print(f"{own.name}: {loss:.4f}", flush=True)
 
 
@@ -137,10 +140,13 @@ def main(datasets_dir: Path, folder: Path, seeds: int, tokens: int | None, at_on
     folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // at_once)
     todo = [(run, seed) for seed, run in product(range(42, 42 + seeds), runs)]
+    common = {"datasets": datasets_dir, "folder": folder.resolve(), "threads": threads, "tokens": tokens}
     with ThreadPoolExecutor(at_once) as pool:
-        common = {"datasets": datasets_dir, "folder": folder.resolve(), "threads": threads, "tokens": tokens}
-        for done in [pool.submit(train, *each, **common) for each in todo]:
-            done.result()
+        try:
+            for done in [pool.submit(train, *each, **common) for each in todo]:
+                done.result()
+        finally:  # after a failure or Ctrl-C no other begins
+            pool.shutdown(wait=False, cancel_futures=True)
     results = {(run, seed): read_json_object(folder / f"{run}-{seed}" / RESULT) for run, seed in todo}
     print_table(runs, results, step_times(runs, rounds))
 

@@ -61,7 +61,9 @@ def measure(run: str, world: World, rounds: int, microbatch: int | None) -> dict
     model_config = read_config(GPTConfig, RUNS / run / "model.json")
     config = read_config(TrainConfig, RUNS / run / "train.json")
     precision, alone = choose_precision(config, world.device), dataclasses.replace(world, rank=0, size=1)
-    muon, adamw = (dataclasses.replace(config, optimizer=name) for name in ("muon", "adamw"))
+    muon = dataclasses.replace(config, optimizer="muon")
+    no_rate = TrainConfig.muon_learning_rate  # the default, for AdamW has no use for another
+    adamw = dataclasses.replace(config, optimizer="adamw", muon_learning_rate=no_rate)
     model = GPTModel(model_config).to(world.device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

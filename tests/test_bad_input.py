@@ -77,6 +77,16 @@ CONFIGS = {
     ),
     "no warm-up": ({}, {"lr_schedule": "constant", "warmup_period_percent": 5}, 'constant" has no warm-up'),
     "Muon's rate": ({}, {"muon_learning_rate": 0}, "muon_learning_rate must be more than 0, not 0"),
+    "Muon's rate without it": (
+        {},
+        {"muon_learning_rate": 0.03},
+        'muon_learning_rate does nothing without "optimizer": "muon"',
+    ),
+    "decay of no wsd": (
+        {},
+        {"schedule_learning_rate": True, "decay_period_percent": 20},
+        'decay_period_percent does nothing without "lr_schedule": "wsd"',
+    ),
     "documents without an end": (
         {},
         {"document_masking": True},

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, Hub, Sandbox, random_tokens, run_script, write_dataset
 from forked import forked, make_sandbox, step_reached
+from safetensors.torch import load_file
 from torture import Training, assert_same_end, train
 
 import checkpointing
@@ -330,6 +331,34 @@ def test_other_data_or_configs_under_a_resumed_run_are_refused_unless_allowed(sa
     said = sandbox.train("tiny", "--resume", "--allow-config-change")
     assert "Going on, as allowed, although train.json: learning_rate was 0.01, is 0.02; train.safeten" in said
     assert sandbox.metrics(key="learning_rate") == [0.01] * 4 + [0.02] * 4
+
+
+@pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw")])
+def test_an_allowed_change_of_optimiser_keeps_the_weights_and_begins_its_state_afresh(
+    sandbox: Sandbox, before: str, after: str
+) -> None:
+    sandbox.write_run(train={"checkpoint_interval": 4, "optimizer": before})
+    sandbox.train()
+    shutil.rmtree(sandbox.checkpoints()[-1])
+    sandbox.write_run(train={"checkpoint_interval": 4, "optimizer": after})
+    said = sandbox.train("tiny", "--resume", "--allow-config-change")
+    assert f'optimizer was "{before}", is "{after}"' in said
+    assert "Going on after step 4" in said
+    state = load_file(sandbox.checkpoints()[-1] / "optimizer.safetensors")
+    of_matrices = {key.rsplit(".", 1)[1] for key in state if ".ff.layers.0.weight." in key}
+    assert of_matrices == ({"momentum_buffer"} if after == "muon" else {"exp_avg", "exp_avg_sq", "step"})
+    assert {float(state[key]) for key in state if key.startswith("out_head.") and key.endswith(".step")} == {
+        8
+    }
+
+
+def test_a_checkpoint_behind_the_end_that_a_changed_config_has_is_refused(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"checkpoint_interval": 6})
+    sandbox.train()
+    sandbox.write_run(train={"checkpoint_interval": 6, "min_train_tokens": 4 * 8 * 16})
+    done = run_script(*sandbox.command("tiny", "--resume", "--allow-config-change"))
+    assert done.returncode == 2
+    assert "is past the run's end, 4 steps; raise min_train_tokens, or name an earlier" in done.stderr
 
 
 def far_run(sandbox: Sandbox, serve_hub: Callable, tmp_path: Path, **train: object) -> Hub:

@@ -285,9 +285,12 @@ def test_plan_says_what_would_happen_and_does_nothing(sandbox: Sandbox) -> None:
     assert re.search(r"ETA: +\d+:\d\d:\d\d at [\d,]+ tokens/s", sandbox.train("tiny", "--plan"))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_largest_microbatch_is_found_without_data(sandbox: Sandbox, processes: int) -> None:
-    sandbox.write_run(model={"context_length": 512, "emb_dim": 64}, train={"dataset": "not/here"})
+@pytest.mark.parametrize(("processes", "optimizer"), [(1, "adamw"), (2, "muon")])
+def test_the_largest_microbatch_is_found_without_data(
+    sandbox: Sandbox, processes: int, optimizer: str
+) -> None:
+    train = {"dataset": "not/here", "optimizer": optimizer}
+    sandbox.write_run(model={"context_length": 512, "emb_dim": 64}, train=train)
     limit = 900 << 20
     done = run_script(
         *sandbox.command("tiny", "-f", processes=processes),
