@@ -162,6 +162,7 @@ def main(text: Path, rounds: int) -> None:
             print(f"| {turn} | nanoGPT's | {nanogpt:.1f} | 1 | {loss:.3f} |", flush=True)
             for share in (1 / 3, 1.0):
                 budget = int((0.93 * share * nanogpt - around) * speed)
+                require(budget > 0, f"{share * nanogpt:.0f} s is what starting takes; is the machine busy?")
                 seconds, _, loss = run_demo(folder, turn, budget)
                 print(
                     f"| {turn} | the demo's | {seconds:.1f} | {seconds / nanogpt:.2f} | {loss:.3f} |",
