@@ -53,7 +53,7 @@ def train(run: str, seed: int, datasets: Path, folder: Path, *, threads: int, to
     config |= {"checkpoint_interval": 500, "keep_checkpoints": 1}
     config |= {"min_train_tokens": tokens} if tokens else {}
     if (own / RESULT).exists():
-        was = read_json_object(own / RESULT)["of"]
+        was = read_json_object(own / RESULT).get("of")
         require(was == [model, config], f"{own} is of another recipe or length; name another FOLDER")
         return
     own.mkdir(parents=True, exist_ok=True)
