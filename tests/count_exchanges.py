@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-from conftest import MODEL
+from helpers import MODEL
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from config import TrainConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL, ROOT, Sandbox, random_tokens, run_script, write_dataset
+from helpers import MODEL, ROOT, Sandbox, random_tokens, refused, run_script, write_dataset
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
@@ -17,17 +17,6 @@ from ddp_train import World
 from gpt import GPTConfig, GPTModel
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
-
-
-def refused(*command: str | Path, status: int = 2, **options: object) -> str:
-    """Run a script that must refuse; return its one line of error, without `Error: `."""
-    done = run_script(*command, **options)
-    assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("Error: ")
-    return lines[0].removeprefix("Error: ")
 
 
 def refused_run(sandbox: Sandbox, *options: str | Path, run: str = "tiny") -> str:

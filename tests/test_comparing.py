@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Sandbox, run_script, write_dataset
-from test_bad_input import refused
+from helpers import Sandbox, refused, run_script, write_dataset
 
 from compare_runs import main, notes, read_run
 from config import InputError

@@ -15,8 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Hub, Sandbox, random_tokens, run_script, write_dataset
-from forked import forked, make_sandbox, step_reached
+from helpers import (
+    ROOT,
+    Hub,
+    Sandbox,
+    forked,
+    make_sandbox,
+    random_tokens,
+    run_script,
+    step_reached,
+    write_dataset,
+)
 from safetensors.torch import load_file
 from torture import Training, assert_same_end, train
 

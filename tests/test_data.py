@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import Sandbox, needs_gpt2, random_tokens, run_script, write_dataset
+from helpers import Sandbox, needs_gpt2, random_tokens, run_script, write_dataset
 from safetensors.numpy import load_file
 
 from config import TrainConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, run_script
+from helpers import MODEL, run_script
 from safetensors.torch import save_file
 
 from gpt import GPTConfig, GPTModel, generate

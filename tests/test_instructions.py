@@ -18,9 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
-from test_bad_input import refused
-from test_measuring import write_model
+from helpers import ROOT, refused, run_script, write_model
 
 import test_ift
 from config import InputError

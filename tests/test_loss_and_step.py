@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODEL, ROOT
+from helpers import MODEL, ROOT
 
 import ddp_train
 from config import TrainConfig

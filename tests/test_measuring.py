@@ -1,13 +1,11 @@
 """The loss of trained models: what test_loss.py says is what an independent sum says."""
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, Sandbox, needs_gpt2, run_script, write_dataset
-from safetensors.torch import save_file
+from helpers import MODEL, Sandbox, needs_gpt2, run_script, write_dataset, write_model
 
 from config import InputError
 from data import Sequences, TokenFile
@@ -16,16 +14,6 @@ from test_loss import main, read_test_loss, sequence_losses
 from tokenizer import get_tokenizer
 
 TEXTS = ["The quick brown fox.\n", "Größe, 語言 and язык 👩‍👩‍👧", "def f(x):\n\treturn x ** 2\n"] * 12
-
-
-def write_model(folder: Path, seed: int = 0, **changes: object) -> tuple[Path, Path]:
-    """A random model's two files."""
-    config = {**MODEL, "vocab_size": 257, "tokenizer": "bytes", **changes}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.json").write_text(json.dumps(config))
-    torch.manual_seed(seed)
-    save_file(GPTModel(GPTConfig(**config)).state_dict(), folder / "model.safetensors")
-    return folder / "model.json", folder / "model.safetensors"
 
 
 def measure(sandbox: Sandbox, *arguments: str | Path) -> str:

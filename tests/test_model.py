@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODEL, ROOT, Sandbox, needs_gpt2, random_tokens, run_script
+from helpers import MODEL, ROOT, Sandbox, needs_gpt2, random_tokens, run_script
 from safetensors.torch import load_file, save_file
 
 from config import InputError, TrainConfig, read_config

@@ -21,9 +21,8 @@ import pytest
 import safetensors.torch
 import torch
 import torture
-from conftest import ROOT, Sandbox, write_dataset
-from forked import forked, make_sandbox, step_reached
-from torture import TORTURED_TRAIN, Training, assert_same_end, train
+from helpers import ROOT, TORTURED_TRAIN, Sandbox, forked, make_sandbox, step_reached, write_dataset
+from torture import Training, assert_same_end, train
 
 import checkpointing
 import distributed

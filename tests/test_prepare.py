@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, needs_gpt2, run_script
+from helpers import ROOT, needs_gpt2, run_script
 from huggingface_hub import DatasetCard
 from safetensors.numpy import load_file
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Sandbox, run_script
+from helpers import ROOT, Sandbox, run_script
 from huggingface_hub import DatasetCard
 
 REVISIONS = {"main": "a" * 40, "v1": "b" * 40}

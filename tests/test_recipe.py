@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODEL, TRAIN, Sandbox, random_tokens, run_script, write_dataset
-from test_training import assert_same_tensors
+from helpers import MODEL, TRAIN, Sandbox, assert_same_tensors, random_tokens, run_script, write_dataset
 
 from config import TrainConfig, optimizer_in_words
 from distributed import World

@@ -7,28 +7,20 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
-import torch
-from conftest import ROOT, Sandbox, run_script, write_dataset
+from helpers import ROOT, Sandbox, assert_same_tensors, children_of, reserve_port, run_script, write_dataset
 
 DROPOUT = {"drop_rate": 0.1}
 SCHEDULE = {"schedule_learning_rate": True, "warmup_period_percent": 25, "clipping_max_norm": 0.5}
 
 
-def assert_same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
-
-
 def test_a_run_writes_what_the_contract_says(sandbox: Sandbox) -> None:
     sandbox.write_run(train={"validation_interval": 4, "validation_batches": 3, "usd_per_hour": 36.0})
-    lines = sandbox.train().splitlines()[-5:]
+    lines = sandbox.train(before="").splitlines()[-5:]
     assert re.fullmatch(r"Training complete in [\d,]+\.\d{3} seconds", lines[0])
     assert lines[1] == "Tokens seen: 1,024"
     assert re.fullmatch(r"Throughput: [\d,]+ tokens/second", lines[2])
@@ -127,8 +119,7 @@ def test_sigterm_to_one_process_checkpoints_all_and_the_run_goes_on_to_the_same_
     deadline = time.monotonic() + 60
     while not (metrics.exists() and sandbox.status("stopped")["step"] >= 1) and time.monotonic() < deadline:
         time.sleep(0.01)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGTERM)
+    os.kill(children_of(process.pid)[-1], signal.SIGTERM)
     assert process.wait(60) != 0
     assert sandbox.status("stopped")["status"] == "preempted"
     assert 0 < sandbox.status("stopped")["step"] < 300
@@ -212,9 +203,8 @@ def test_two_nodes_fetch_the_data_once_each_and_train_like_one(sandbox: Sandbox,
         sandbox.write_run(run, train=validate)
     sandbox.train("one", processes=2)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    holder = reserve_port()
+    port = holder.getsockname()[1]
     agents = []
     for node in range(2):
         here = Sandbox(tmp_path)

@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Sandbox, needs_gpt2, random_tokens, run_script, write_dataset
+from helpers import ROOT, Sandbox, needs_gpt2, random_tokens, refused, run_script, write_dataset, write_model
 from safetensors.torch import load_file
-from test_bad_input import refused
-from test_measuring import write_model
 
 import upload_model
 from documents import python_docs
@@ -118,7 +116,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sandbox, Path]:
         model={"vocab_size": 257, "tokenizer": "bytes"},
         train={"validation_interval": 4, "validation_batches": 2, "usd_per_hour": 3600.0},
     )
-    sandbox.train()
+    sandbox.train(before="")
     return sandbox, sandbox.run_dir("tiny") / "checkpoints/best"
 
 

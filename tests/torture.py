@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -23,27 +22,13 @@ import click
 
 # The first step of an optimiser would import it, in each process anew.
 import torch._dynamo  # noqa: F401
-from conftest import MODEL, TRAIN, Sandbox, write_dataset
+from helpers import TORTURED_MODEL, TORTURED_TRAIN, Sandbox, reserve_port, write_dataset
 from safetensors.numpy import load_file
 
 import checkpointing
 import ddp_train
 import reporting
 from config import run_command
-
-TORTURED_MODEL = {**MODEL, "drop_rate": 0.2}
-TORTURED_TRAIN = {
-    **TRAIN,
-    "epochs": 100,
-    "min_train_tokens": 60 * 8 * 16,
-    "checkpoint_interval": 5,
-    "validation_interval": 10,
-    "validation_batches": 3,
-    "keep_checkpoints": 3,
-    "clipping_max_norm": 1.0,
-    "schedule_learning_rate": True,
-    "warmup_period_percent": 10,
-}
 
 
 class Training:
@@ -61,9 +46,8 @@ class Training:
         arguments = command[command.index("ddp_train.py") + 1 :]
         self.log = sandbox.path / f"{run}.log"
         self.log.touch()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        self._holder = reserve_port()
+        port = self._holder.getsockname()[1]
         self.workers: list[int] = []
         for rank in range(processes):
             worker = os.fork()

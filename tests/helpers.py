@@ -1,0 +1,444 @@
+"""What the tests share: tiny runs on tiny data, and the processes that train and evaluate them.
+
+Scripts run in processes forked from one that has imported PyTorch and computed nothing, because starting
+Python and importing PyTorch takes longer than most of what is tested. Such a process has arguments,
+environment, output and exit status of its own, as if it had been typed. `run_python` starts Python itself.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, wraps
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent
+MODEL = {
+    "vocab_size": 64,
+    "context_length": 16,
+    "emb_dim": 32,
+    "n_heads": 2,
+    "n_layers": 2,
+    "drop_rate": 0.0,
+    "qkv_bias": False,
+}
+TRAIN = {
+    "dataset": "test/tokens",
+    "microbatch_size": 2,
+    "min_train_tokens": 8 * 8 * 16,
+    "global_batch_size": 8,
+    "learning_rate": 0.01,
+    "precision": "fp32",
+}
+TORTURED_MODEL = {**MODEL, "drop_rate": 0.2}
+TORTURED_TRAIN = {
+    **TRAIN,
+    "epochs": 100,
+    "min_train_tokens": 60 * 8 * 16,
+    "checkpoint_interval": 5,
+    "validation_interval": 10,
+    "validation_batches": 3,
+    "keep_checkpoints": 3,
+    "clipping_max_norm": 1.0,
+    "schedule_learning_rate": True,
+    "warmup_period_percent": 10,
+}
+BYTES = {"vocab_size": 257, "tokenizer": "bytes"}
+NO_CHART = "import reporting; reporting.draw_chart = lambda *_: None"  # drawing takes longer than training
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------------------
+
+
+def random_tokens(count: int, vocab_size: int = 64, seed: int = 0) -> np.ndarray:
+    """Tokens with something to learn: each is near the one before it."""
+    steps = np.random.default_rng(seed).integers(0, 5, count)
+    return (np.cumsum(steps) % vocab_size).astype(np.uint16)
+
+
+def write_dataset(folder: Path, train: Any = None, validation: Any = None, meta: dict | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"tokens": random_tokens(4000) if train is None else train}, folder / "train.safetensors")
+    save_file(
+        {"tokens": random_tokens(2000, seed=1) if validation is None else validation},
+        folder / "validation.safetensors",
+    )
+    if meta is not None:
+        (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def write_model(folder: Path, seed: int = 0, **changes: Any) -> tuple[Path, Path]:
+    """The two files of a random byte-level model."""
+    import torch
+    from safetensors.torch import save_file as save_tensors
+
+    from gpt import GPTConfig, GPTModel
+
+    config = {**MODEL, **BYTES, **changes}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.json").write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    save_tensors(GPTModel(GPTConfig(**config)).state_dict(), folder / "model.safetensors")
+    return folder / "model.json", folder / "model.safetensors"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes
+# ------------------------------------------------------------------------------------------------------------
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+SCRIPTS = (
+    "ddp_train",
+    "prepare_datasets",
+    "test_loss",
+    "test_smoke",
+    "test_ift",
+    "compare_runs",
+    "upload_model",
+)
+HEAVY = (
+    "torch._dynamo",
+    "matplotlib.pyplot",
+    "matplotlib.font_manager",
+    "tiktoken",
+    "pytest",
+    "pyarrow.parquet",
+)
+
+
+@cache
+def start_forkserver() -> None:
+    """Start the process that imports everything once; it finds modules as this one does."""
+    FORKSERVER.set_forkserver_preload([*SCRIPTS, *HEAVY])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a process left: as `subprocess.CompletedProcess`."""
+
+    returncode: int  # negative: the signal that ended it
+    stdout: str
+    stderr: str
+
+
+def _be_script(command: list[str], env: dict[str, str], files: tuple[str, str], before: str) -> None:
+    os.setpgid(0, 0)
+    for number, name in enumerate(files, start=1):
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(handle, number)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv, sys.path[:0] = command, [str(ROOT)]
+    exec(before, {})
+    runpy.run_path(command[0], run_name="__main__")
+
+
+class Script:
+    """A script of the project in a process of its own, and of a process group of its own."""
+
+    def __init__(self, command: list[str], env: dict[str, str] | None = None, before: str = "") -> None:
+        start_forkserver()
+        self._folder = tempfile.TemporaryDirectory()
+        self.files = tuple(str(Path(self._folder.name, name)) for name in ("stdout", "stderr"))
+        for name in self.files:
+            Path(name).touch()
+        self._process = FORKSERVER.Process(
+            target=_be_script, args=(command, {**os.environ, **(env or {})}, self.files, before)
+        )
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    @property
+    def stdout(self) -> str:
+        return Path(self.files[0]).read_text()
+
+    @property
+    def stderr(self) -> str:
+        return Path(self.files[1]).read_text()
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.exitcode is not None
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End the process, and what it has started, as a power cut would."""
+        for kill in (os.killpg, os.kill):  # it may not lead its group yet
+            with contextlib.suppress(ProcessLookupError):
+                kill(self.pid, signal.SIGKILL)
+        self._process.join()
+
+    def wait(self, seconds: float = 120) -> Finished:
+        self._process.join(seconds)
+        if not self.has_ended:
+            said = self.stdout + self.stderr
+            self.kill()
+            raise TimeoutError(f"still running after {seconds} s:\n{said}")
+        return Finished(self._process.exitcode, self.stdout, self.stderr)
+
+
+def run_script(
+    *command: str | Path, env: dict[str, str] | None = None, before: str = "", **options: Any
+) -> Finished:
+    """Run a script, after the Python statements `before`, to its end.
+
+    What is none of the project's scripts, or depends on how Python itself starts, is started afresh.
+    """
+    words = [str(word) for word in command]
+    if Path(words[0]).stem not in SCRIPTS or options or any(key.startswith("PYTHON") for key in env or {}):
+        return run_python(*words, env=env, **options)
+    return Script(words, env, before).wait()
+
+
+def run_python(*command: str | Path, env: dict[str, str] | None = None, **options: Any) -> Finished:
+    """Run a command line behind `python` (such as torchrun's) in a process started afresh."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def refused(*command: str | Path, status: int = 2, **options: Any) -> str:
+    """Run a script that must refuse; return its one line of error, without `Error: `."""
+    done = run_script(*command, **options)
+    assert done.returncode == status, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("encoding: ")]
+    assert len(lines) == 1 and lines[0].startswith("Error: "), done.stderr
+    return lines[0].removeprefix("Error: ")
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
+    """Wait until `condition` holds; fail loudly, naming `what`, where it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds} s in vain for {what}")
+        time.sleep(0.002)
+
+
+def reserve_port() -> socket.socket:
+    """A socket that keeps a port, `getsockname()[1]`, from being given to others. A server may bind to it."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("", 0))
+    return holder
+
+
+def children_of(process: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def is_alive(process: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sandbox:
+    """Runs and data sets of one test."""
+
+    path: Path
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def datasets(self) -> Path:
+        return self.path / "datasets"
+
+    def run_dir(self, run: str = "tiny") -> Path:
+        return self.path / "runs" / run
+
+    def write_run(self, run: str = "tiny", model: dict | None = None, train: dict | None = None) -> Path:
+        """Write a run's two files; a value of ... leaves a key out."""
+        folder = self.run_dir(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, values in (("model", {**MODEL, **(model or {})}), ("train", {**TRAIN, **(train or {})})):
+            kept = {key: value for key, value in values.items() if value is not ...}
+            (folder / f"{name}.json").write_text(json.dumps(kept, indent=1))
+        return folder
+
+    def command(
+        self, run: str, *options: str | Path, processes: int = 1, torchrun: tuple[str, ...] = ()
+    ) -> list[str]:
+        """The command line, behind `python`, that trains a run; torchrun only where it is needed."""
+        launcher = []
+        if processes > 1 or torchrun:
+            launch = torchrun or ("--standalone",)
+            launcher = ["-m", "torch.distributed.run", *launch, f"--nproc_per_node={processes}"]
+        runs = ["--runs-dir", str(self.path / "runs")]
+        return [*launcher, "ddp_train.py", run, str(self.datasets), *map(str, options), *runs]
+
+    def start(self, run: str = "tiny", *options: str | Path, before: str = NO_CHART) -> Script:
+        return Script(self.command(run, *options), self.env, before)
+
+    def launch(
+        self, run: str, *options: str | Path, processes: int, before: str = NO_CHART
+    ) -> list[Finished]:
+        """Train by several processes, in the environment that torchrun would give them, to their end."""
+        with reserve_port() as holder:
+            scripts = []
+            for rank in range(processes):
+                env = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": processes,
+                    "LOCAL_WORLD_SIZE": processes,
+                }
+                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": holder.getsockname()[1]}
+                env = self.env | {key: str(value) for key, value in env.items()}
+                scripts.append(Script(self.command(run, *options), env, before))
+            return [script.wait() for script in scripts]
+
+    def train(
+        self, run: str = "tiny", *options: str | Path, processes: int = 1, before: str = NO_CHART
+    ) -> str:
+        """Train a run to its end, which must be a good one, and return its standard output."""
+        if processes == 1:
+            finished = [run_script(*self.command(run, *options), env=self.env, before=before)]
+        else:
+            finished = self.launch(run, *options, processes=processes, before=before)
+        assert {done.returncode for done in finished} == {0}, "".join(done.stderr for done in finished)
+        return finished[0].stdout
+
+    def metrics(self, run: str = "tiny", key: str = "train_loss") -> list[Any]:
+        lines = [json.loads(line) for line in (self.run_dir(run) / "metrics.jsonl").read_text().splitlines()]
+        return [line[key] for line in lines if key in line]
+
+    def status(self, run: str = "tiny") -> dict:
+        return json.loads((self.run_dir(run) / "status.json").read_text())
+
+    def checkpoints(self, run: str = "tiny") -> list[Path]:
+        folder = self.run_dir(run) / "checkpoints"
+        return sorted(folder.glob("2*-iteration-*"), key=lambda path: int(path.name.split("-")[-1]))
+
+    def meta(self, run: str = "tiny", index: int = -1) -> dict[str, Any]:
+        return json.loads((self.checkpoints(run)[index] / "meta.json").read_text())
+
+    def final_tensors(self, run: str = "tiny") -> dict[str, Any]:
+        """Weights and optimiser state of the last checkpoint."""
+        last = self.checkpoints(run)[-1]
+        return {**load_file(last / "model.safetensors"), **load_file(last / "optimizer.safetensors")}
+
+
+def make_sandbox(path: Path, *runs: str, **changes: object) -> Sandbox:
+    """A sandbox with runs that drop out, validate, save and prune often."""
+    sandbox = Sandbox(path)
+    write_dataset(sandbox.datasets / "test/tokens")
+    for run in runs:
+        sandbox.write_run(run, TORTURED_MODEL, {**TORTURED_TRAIN, **changes})
+    return sandbox
+
+
+def step_reached(sandbox: Sandbox, run: str, step: int) -> Callable[[], bool]:
+    def reached() -> bool:
+        path = sandbox.run_dir(run) / "metrics.jsonl"
+        return path.exists() and path.read_text().count("train_loss") >= step
+
+    return reached
+
+
+def assert_same_tensors(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.equal(other[name]), f"{name} differs"
+
+
+@dataclass
+class Hub:
+    """A Hugging Face Hub for data sets, as far as downloading files goes."""
+
+    url: str
+    requests: list[tuple[str, str]]  # method, path
+    ranges: list[str]  # asked for
+    headers: dict[str, str]  # sent in place of the right ones
+    # Bytes after which each answer is cut off, one after another; then answers are whole.
+    cuts: list[int]
+    # Set: a connection that was cut off stays open, and silent.
+    stall: threading.Event = field(default_factory=threading.Event)
+
+    def downloads(self, name: str) -> int:
+        return sum(method == "GET" and path.endswith(f"/{name}") for method, path in self.requests)
+
+
+needs_gpt2 = pytest.mark.skipif(
+    not os.environ.get("TIKTOKEN_CACHE_DIR"),
+    reason="the GPT-2 vocabulary: set TIKTOKEN_CACHE_DIR to a copy of it",
+)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tests that patch the product, in a process of their own from which trainings are forked (torture.py)
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _call(module: str, name: str, arguments: tuple, outcome: Any) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    try:
+        getattr(import_module(module), name).__wrapped__(*arguments)
+        outcome.send("")
+    except BaseException:
+        outcome.send(traceback.format_exc())
+
+
+def forked(test: Callable) -> Callable:
+    """Have a test run in a process of its own that has imported everything and computed nothing."""
+
+    @wraps(test)
+    def run(**arguments: object) -> None:
+        start_forkserver()
+        ours, theirs = FORKSERVER.Pipe()
+        process = FORKSERVER.Process(
+            target=_call, args=(test.__module__, test.__name__, tuple(arguments.values()), theirs)
+        )
+        process.start()
+        problem = ours.recv() if ours.poll(240) else "no answer within 240 s"
+        process.kill()
+        process.join()
+        assert not problem, problem
+
+    return run
