@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,17 @@ import pytest
 import safetensors.torch
 import torch
 import torture
-from helpers import ROOT, TORTURED_TRAIN, Sandbox, forked, make_sandbox, step_reached, write_dataset
+from helpers import (
+    ROOT,
+    TORTURED_TRAIN,
+    Sandbox,
+    children_of,
+    forked,
+    make_sandbox,
+    reserve_port,
+    step_reached,
+    write_dataset,
+)
 from torture import Training, assert_same_end, train
 
 import checkpointing
@@ -418,11 +427,6 @@ def torchrun(
     )
 
 
-def workers_of(agent: subprocess.Popen) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout
-    return [int(worker) for worker in found.split()]
-
-
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -436,7 +440,7 @@ def test_torchrun_restarts_a_run_of_which_a_process_was_killed(tmp_path: Path) -
     # Without --resume too: a process that is started again goes on.
     agent = torchrun(sandbox, "killed", "--standalone", "--max-restarts=3", options=())
     wait_for(step_reached(sandbox, "killed", 7))
-    os.kill(workers_of(agent)[-1], signal.SIGKILL)
+    os.kill(children_of(agent.pid)[-1], signal.SIGKILL)
     assert agent.wait(120) == 0
     assert_same_end(sandbox, "killed", "whole")
     assert not list(sandbox.run_dir("killed").glob("earlier-*"))
@@ -446,7 +450,7 @@ def test_without_restarts_torchrun_ends_all_when_a_process_was_killed(tmp_path: 
     sandbox = make_sandbox(tmp_path, "killed", min_train_tokens=400 * 8 * 16)
     agent = torchrun(sandbox, "killed", "--standalone")
     wait_for(step_reached(sandbox, "killed", 7))
-    workers = workers_of(agent)
+    workers = children_of(agent.pid)
     os.kill(workers[0], signal.SIGKILL)
     assert agent.wait(10) != 0
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
@@ -455,9 +459,8 @@ def test_without_restarts_torchrun_ends_all_when_a_process_was_killed(tmp_path: 
 def test_a_node_that_was_killed_and_started_again_is_taken_back(tmp_path: Path, monkeypatch) -> None:
     sandbox = make_sandbox(tmp_path, "whole", "killed", min_train_tokens=400 * 8 * 16)
     assert torchrun(sandbox, "whole", "--standalone").wait(120) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    holder = reserve_port()
+    port = holder.getsockname()[1]
     launch = (
         *("--nnodes=2", "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"),
         "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=2",
@@ -468,7 +471,7 @@ def test_a_node_that_was_killed_and_started_again_is_taken_back(tmp_path: Path, 
     wait_for(step_reached(sandbox, "killed", 7))
     # The one that holds the rendezvous stays.
     other = next(node for node in nodes if not listens(node.pid, port))
-    workers = workers_of(other)
+    workers = children_of(other.pid)
     os.killpg(other.pid, signal.SIGKILL)
     for worker in workers:  # each leads a group of its own
         os.kill(worker, signal.SIGKILL)

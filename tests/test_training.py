@@ -4,7 +4,6 @@ launched."""
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -275,23 +274,47 @@ def test_plan_says_what_would_happen_and_does_nothing(sandbox: Sandbox) -> None:
     assert re.search(r"ETA: +\d+:\d\d:\d\d at [\d,]+ tokens/s", sandbox.train("tiny", "--plan"))
 
 
-@pytest.mark.parametrize(("processes", "optimizer"), [(1, "adamw"), (2, "muon")])
-def test_the_largest_microbatch_is_found_without_data(
-    sandbox: Sandbox, processes: int, optimizer: str
-) -> None:
-    train = {"dataset": "not/here", "optimizer": optimizer}
-    sandbox.write_run(model={"context_length": 512, "emb_dim": 64}, train=train)
-    limit = 900 << 20
-    done = run_script(
-        *sandbox.command("tiny", "-f", processes=processes),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
-    )
-    assert done.returncode == 0, done.stderr
-    last = done.stdout.splitlines()[-1]
-    size = int(re.fullmatch(r"Max microbatch size was (\d+)", last)[1])
-    assert re.search(rf"microbatch {size}: fits, \d+\.\d\d GiB, [\d,]+ tokens/s", done.stdout)
-    assert f"microbatch {size + 1}: too large" in done.stdout
+ROOM = """
+import resource
+from pathlib import Path
+held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+limit = 1024 * int(held.split()[1]) + (150 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+"""
+
+
+def test_the_largest_microbatch_is_found_without_data(sandbox: Sandbox) -> None:
+    """In a process that gets 150 MB on top of what it holds when it begins."""
+    sandbox.write_run(model={"context_length": 512}, train={"dataset": "not/here"})
+    out = sandbox.train("tiny", "-f", before=ROOM)
+    size = int(re.fullmatch(r"Max microbatch size was (\d+)", out.splitlines()[-1])[1])
+    assert size > 1
+    assert re.search(rf"microbatch {size}: fits, \d+\.\d\d GiB, [\d,]+ tokens/s", out)
+    assert f"microbatch {size + 1}: too large" in out
     assert not (sandbox.run_dir("tiny") / "checkpoints").exists()
+
+
+SMALL_MEMORY = """
+import os, gpt
+features = gpt.GPTModel.features
+def limited(self, tokens, *arguments, **options):
+    if len(tokens) > (13, 11)[int(os.environ.get("RANK", 0))]:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+    return features(self, tokens, *arguments, **options)
+gpt.GPTModel.features = limited
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "optimizer", "expected"), [(1, "adamw", 13), (1, "muon", 13), (2, "muon", 11)]
+)
+def test_the_search_finds_what_fits_on_every_process(
+    sandbox: Sandbox, processes: int, optimizer: str, expected: int
+) -> None:
+    """The first process has room for 13 sequences, the second for 11."""
+    sandbox.write_run(train={"optimizer": optimizer})
+    out = sandbox.train("tiny", "-f", processes=processes, before=SMALL_MEMORY)
+    assert out.splitlines()[-1] == f"Max microbatch size was {expected}"
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_says_what_is_left(sandbox: Sandbox) -> None:
