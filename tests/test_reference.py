@@ -1,0 +1,119 @@
+"""The weights after 20 steps of a real run are those of a plain reference that reads the same two JSON files.
+
+The reference is the plain model of benchmarks/reference.py with torch's own AdamW and clipping, and Muon
+written out, on whole global batches in one process, without accumulation.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT, Sandbox
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gpt import GPTConfig
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from reference import PlainGPT
+
+STEPS = 20
+COMMON = {
+    "min_train_tokens": STEPS * 8 * 16,
+    "start_train_token": 5,
+    "weight_decay": 0.3,
+    "betas": [0.8, 0.95],
+    "clipping_max_norm": 0.2,
+    "warmup_period_percent": 25,
+    "decay_all_parameters": False,
+}
+CASES = {
+    "adamw": {"schedule_learning_rate": True},
+    "muon": {"optimizer": "muon", "muon_learning_rate": 0.03, "lr_schedule": "wsd"},
+}
+
+
+def rate(step: int, train: dict) -> float:
+    """The share of the peak that step `step` (from 0) learns with."""
+    warmup = STEPS * train["warmup_period_percent"] // 100
+    if step < warmup:
+        return (step + 1) / warmup
+    if train.get("lr_schedule") == "wsd":
+        return min(1.0, (STEPS - step) / (STEPS * 60 // 100 + 1))
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / (STEPS - 1 - warmup))
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    x = x / x.norm()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+def muon_step(matrix: Tensor, momentum: Tensor, lr: float, decay: float) -> None:
+    momentum.mul_(0.95).add_(matrix.grad, alpha=0.05)
+    ahead = 0.05 * matrix.grad + 0.95 * momentum
+    rows, columns = matrix.shape
+    update = orthogonal(ahead) if rows <= columns else orthogonal(ahead.T).T
+    matrix.mul_(1 - lr * decay).sub_(update, alpha=lr * math.sqrt(max(1, rows / columns)))
+
+
+def reference_run(run: Path, tokens: Tensor) -> tuple[dict[str, Tensor], list[tuple[float, float, float]]]:
+    """The weights, and of each step the loss, the gradient's norm before clipping and the learning rate."""
+    model_config, train = (json.loads((run / f"{name}.json").read_text()) for name in ("model", "train"))
+    torch.manual_seed(train.get("random_seed", 42))
+    model = PlainGPT(GPTConfig(**model_config))
+    parameters = dict(model.named_parameters())
+    hidden = [n for n, p in parameters.items() if n.startswith("trf_blocks") and p.dim() == 2]
+    by_muon = hidden if train.get("optimizer") == "muon" else []
+    by_adamw = [name for name in parameters if name not in by_muon]
+    decaying = {*hidden, "out_head.weight"}
+    groups = [
+        {
+            "params": [parameters[name] for name in by_adamw if (name in decaying) == decays],
+            "weight_decay": decay,
+        }
+        for decays, decay in ((True, train["weight_decay"]), (False, 0.0))
+    ]
+    adamw = torch.optim.AdamW(groups, betas=tuple(train["betas"]), foreach=False)
+    momenta = {name: torch.zeros_like(parameters[name]) for name in by_muon}
+    length, batch, said = model_config["context_length"], train["global_batch_size"], []
+    for step in range(STEPS):
+        starts = [train["start_train_token"] + (step * batch + i) * length for i in range(batch)]
+        sequences = torch.stack([tokens[start : start + length + 1] for start in starts])
+        loss = F.cross_entropy(model(sequences[:, :-1]).flatten(0, 1), sequences[:, 1:].flatten())
+        model.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train["clipping_max_norm"]).item()
+        share = rate(step, train)
+        for group in adamw.param_groups:
+            group["lr"] = train["learning_rate"] * share
+        adamw.step()
+        with torch.no_grad():
+            for name, momentum in momenta.items():
+                lr = train["muon_learning_rate"] * share
+                muon_step(parameters[name], momentum, lr, train["weight_decay"])
+        said.append((loss.item(), norm, train["learning_rate"] * share))
+    return {name: parameter.detach() for name, parameter in parameters.items()}, said
+
+
+@pytest.mark.parametrize(("case", "processes"), [("adamw", 1), ("adamw", 2), ("muon", 1), ("muon", 2)])
+def test_20_steps_end_with_the_weights_of_the_reference(sandbox: Sandbox, case: str, processes: int) -> None:
+    run = sandbox.write_run(train={**COMMON, **CASES[case]})
+    sandbox.train(processes=processes)
+    tokens = load_file(sandbox.datasets / "test/tokens/train.safetensors")["tokens"].long()
+    expected, said = reference_run(run, tokens)
+    losses, norms, rates = zip(*said, strict=True)
+    assert sandbox.metrics(key="train_loss") == pytest.approx(losses, rel=1e-4)
+    assert sandbox.metrics(key="grad_norm") == pytest.approx(norms, rel=1e-2)
+    assert sandbox.metrics(key="learning_rate") == pytest.approx(rates, rel=1e-6)
+    assert min(norms) > COMMON["clipping_max_norm"], "every step is clipped"
+    weights = load_file(sandbox.checkpoints()[-1] / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (weights[name] - tensor).norm() < 2e-3 * tensor.norm(), name
