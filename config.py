@@ -31,7 +31,7 @@ SILENCE_SECONDS = 5.0
 
 
 class InputError(ValueError):
-    """Something a user gave (an option, a config, a data set) is wrong. One line: the thing, the mend."""
+    """Something a user gave (an option, a config, a data set) is wrong. One line: the thing and the fix."""
 
 
 class RunError(RuntimeError):
@@ -165,11 +165,11 @@ class TrainConfig:
             fitting = [m for m in range(1, min(per_process, 10_000) + 1) if per_process % m == 0]
             near = sorted(sorted(fitting, key=lambda m: abs(m - self.microbatch_size))[:4])
             sizes = f"global_batch_size {accumulation * at_once or at_once} or {(accumulation + 1) * at_once}"
-            mend = f"microbatch_size {' or '.join(map(str, near))}, or {sizes}" if near else sizes
+            hint = f"microbatch_size {' or '.join(map(str, near))}, or {sizes}" if near else sizes
             raise InputError(
                 f"global_batch_size {size} is no multiple of microbatch_size {self.microbatch_size} x "
                 f"{processes} "
-                f"processes; {mend} would work"
+                f"processes; {hint} would work"
             )
         if asked not in (None, accumulation):
             raise InputError(
@@ -322,7 +322,7 @@ def run_command(command: click.Command, leave: Callable[[int], NoReturn] = sys.e
     """Run a click command and `leave` with the exit status: what the command returns (None is 0), 2 for wrong
     usage, configs or data, 1 for a failure while running.
 
-    Errors that the user can mend are one line on standard error, `Error: ...`; any other exception is a bug
+    Errors that the user can fix are one line on standard error, `Error: ...`; any other exception is a bug
     in this project and keeps its traceback.
     """
     try:

@@ -129,7 +129,7 @@ class TrainState:
     precision: str
     step: int = 0  # finished optimiser steps
     settled: bool = False  # nothing that is due after this step is still to be done
-    skipped: int = 0  # steps in a row, up to this one, whose loss or gradient was no number
+    skipped: int = 0  # steps in a row, up to this one, whose loss or gradient was not finite
     seconds: float = 0.0  # of training, over all resumed parts
     best_loss: float = math.inf
     train_loss: float | None = None  # mean over the steps between the last two checkpoints
@@ -276,7 +276,7 @@ class Run:
 
 
 class Diverged(RunError):
-    """Numbers are none; `way_back` says what is left."""
+    """The loss, a gradient or a weight became NaN or infinite; `way_back` says what is left."""
 
 
 def train(run: Run, state: TrainState) -> int:
@@ -382,7 +382,7 @@ class QueuedSteps:
     def read(self, *, but: int = 0) -> bool:
         """Wait for all queued steps but the last `but` and log them; return whether one was asked to stop.
 
-        Raises RunError after too many steps in a row whose loss or gradient is no number.
+        Raises RunError after too many steps in a row whose loss or gradient is not finite.
         """
         done, self._queue = self._queue[: len(self._queue) - but], self._queue[len(self._queue) - but :]
         asked = False
@@ -683,8 +683,8 @@ def main(
             # A process that torchrun has started again goes on, whatever the first was told.
             resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
             prepared = prepare_run(run_dir, config, model_config, datasets_dir, world, checkpoint)
-            mend = f"microbatch_size is {config.microbatch_size}; -f finds the largest that fits"
-            with memory_errors_explained(mend):
+            hint = f"microbatch_size is {config.microbatch_size}; -f finds the largest that fits"
+            with memory_errors_explained(hint):
                 state = begin(prepared, "newest" if resume else checkpoint, allow_config_change)
                 status = 0 if state is None else train(prepared, state)
         if dist.is_initialized():

@@ -191,7 +191,7 @@ def store_of_these_processes(rank: int, size: int) -> dist.Store:
 
 @contextmanager
 def lost_processes_explained() -> Iterator[None]:
-    """Turn the errors of a group in which a process has died or stands still into a RunError."""
+    """Turn the errors of a group in which a process has died or hung into a RunError."""
     try:
         yield
     except RuntimeError as error:

@@ -61,7 +61,7 @@ class LayerNorm(nn.Module):
 class Cache:
     """Keys and values of the tokens that a model has read: reading on costs the work of the new ones alone.
 
-    Room for `size` tokens a row; the first `padding` (B,) of each row stand for nothing and are not attended.
+    Room for `size` tokens a row; the first `padding` (B,) of each row are padding and not attended.
     """
 
     def __init__(self, padding: Tensor, size: int) -> None:
@@ -74,7 +74,7 @@ class Cache:
         self.length += count
         columns = torch.arange(self.length, device=self.padding.device)
         new, first = columns[-count:, None], self.padding[:, None, None]
-        # What stands for nothing attends to itself: a softmax over no tokens would be no number.
+        # Padding attends to itself: a softmax over no tokens would be NaN.
         visible = ((columns <= new) & (columns >= first) | (columns == new))[:, None]
         return (columns[-count:] - self.padding[:, None]).clamp(min=0), visible
 
@@ -261,7 +261,7 @@ def generate(
     use_cache: bool = True,
 ) -> Tensor:
     """Continue tokens (B, T), T at least 1, by `count` tokens, or until all rows have drawn the token `stop`;
-    return (B, T + count) or less. The first `padding` (B,) tokens of each row stand for nothing.
+    return (B, T + count) or less. The first `padding` (B,) tokens of each row are padding.
 
     Raises RunError if the model gives no numbers. At temperature 0 the likeliest token is taken; otherwise
     one is drawn from the `top_k` likeliest (all when None). Past the context length the model sees the last

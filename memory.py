@@ -76,11 +76,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_errors_explained(mend: str) -> Iterator[None]:
+def memory_errors_explained(hint: str) -> Iterator[None]:
     """Turn errors that say that memory ran out into a RunError that says what to do."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            raise RunError(f"memory ran out; {mend}") from error
+            raise RunError(f"memory ran out; {hint}") from error
         raise
