@@ -2,12 +2,12 @@
 
 import dataclasses
 import shutil
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MODEL, ROOT
+from helpers import MODEL
+from reference import PlainTrainer
 
 import ddp_train
 from config import TrainConfig
@@ -15,9 +15,6 @@ from ddp_train import make_state, train_step
 from distributed import World
 from gpt import GPTConfig, GPTModel
 from loss import IGNORED, NextTokenLoss, chunked_cross_entropy
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from reference import PlainTrainer
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), control=None)
 

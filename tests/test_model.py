@@ -66,14 +66,54 @@ def test_attention_is_causal_and_equals_the_formula() -> None:
     torch.testing.assert_close(att(x), slow, rtol=1e-5, atol=1e-6)
 
 
-def test_init_gpt2_scales_residual_projections() -> None:
-    model = small_model(init="gpt2", emb_dim=256, n_layers=8)
-    block = model.trf_blocks[3]
-    assert model.tok_emb.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert block.ff.layers[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
-    for matrix in (block.att.out_proj.weight, block.ff.layers[2].weight):
-        assert matrix.std().item() == pytest.approx(0.02 / 4, rel=0.05)
-    assert not block.ff.layers[0].bias.any()
+def shares_of(x: torch.Tensor) -> dict[float, float]:
+    """How often each value occurs."""
+    values, counts = x.unique(return_counts=True)
+    return dict(zip(values.tolist(), (counts / counts.sum()).tolist(), strict=True))
+
+
+@torch.no_grad()
+def test_dropout_is_on_attention_weights() -> None:
+    """The first of two tokens attends to itself alone, with a weight of 1: a head drops or doubles it."""
+    model = small_model(drop_rate=0.5)
+    attention = model.trf_blocks[0].att
+    for projection in (attention.W_value, attention.out_proj):
+        torch.nn.init.eye_(projection.weight)
+    attention.out_proj.bias.zero_()
+    first = attention.train()(torch.ones(4000, 2, 32))[:, 0]
+    heads = first.view(4000, 2, 16)
+    assert torch.equal(heads, heads[:, :, :1].expand_as(heads)), "a whole head at a time"
+    assert set(heads.unique().tolist()) == {0.0, 2.0}
+    assert heads.mean().item() == pytest.approx(1, abs=0.05)
+    assert heads[:, 0].ne(heads[:, 1]).any()
+    assert attention.eval()(torch.ones(1, 2, 32)).allclose(torch.ones(1))
+
+
+@torch.no_grad()
+def test_dropout_is_on_both_additions_to_the_residual_stream() -> None:
+    """Each branch adds ones: what is left is 0, 2 or 4, as often as two tosses of a coin say."""
+    block = small_model(drop_rate=0.5).trf_blocks[0]
+    for last in (block.att.out_proj, block.ff.layers[2]):
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.ones_(last.bias)
+    assert shares_of(block.train()(torch.zeros(100, 16, 32))) == pytest.approx(
+        {0.0: 0.25, 2.0: 0.5, 4.0: 0.25}, abs=0.02
+    )
+    assert shares_of(block.eval()(torch.zeros(100, 16, 32))) == {2.0: 1.0}
+
+
+@torch.no_grad()
+def test_dropout_is_on_the_embeddings() -> None:
+    model = small_model(drop_rate=0.25)
+    torch.nn.init.ones_(model.tok_emb.weight)
+    torch.nn.init.zeros_(model.pos_emb.weight)
+    seen = []
+    model.trf_blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(shares_of(inputs[0])))
+    tokens = torch.zeros(100, 16, dtype=torch.int64)
+    model.train()(tokens)
+    model.eval()(tokens)
+    assert seen[0] == pytest.approx({0.0: 0.25, torch.tensor(4 / 3).item(): 0.75}, abs=0.02)
+    assert seen[1] == {1.0: 1.0}
 
 
 def test_weights_load_with_mask_buffers_and_with_either_of_two_tied_tensors(tmp_path: Path) -> None:

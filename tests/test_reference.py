@@ -6,20 +6,17 @@ written out, on whole global batches in one process, without accumulation.
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, Sandbox
+from helpers import Sandbox
+from reference import PlainGPT
 from safetensors.torch import load_file
 from torch import Tensor
 
 from gpt import GPTConfig
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from reference import PlainGPT
 
 STEPS = 20
 COMMON = {
