@@ -4,14 +4,12 @@ launched."""
 import json
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from helpers import ROOT, Sandbox, assert_same_tensors, children_of, reserve_port, run_script, write_dataset
+from helpers import ROOT, Sandbox, reserve_port, run_script, write_dataset
 
 DROPOUT = {"drop_rate": 0.1}
 SCHEDULE = {"schedule_learning_rate": True, "warmup_period_percent": 25, "clipping_max_norm": 0.5}
@@ -66,81 +64,6 @@ def test_splitting_a_batch_otherwise_changes_rounding_only(sandbox: Sandbox) -> 
     assert sandbox.metrics("one", "val_loss") == pytest.approx(sandbox.metrics("two", "val_loss"), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("processes", "changes"),
-    [
-        (1, {}),
-        (2, {}),
-        (1, {"optimizer": "muon", "precision": "fp16"}),
-        (2, {"optimizer": "muon", "lr_schedule": "wsd", "schedule_learning_rate": False}),
-    ],
-)
-def test_a_resumed_run_ends_with_the_same_bits(sandbox: Sandbox, processes: int, changes: dict) -> None:
-    settings = {**SCHEDULE, "checkpoint_interval": 3, **changes}
-    sandbox.write_run("whole", DROPOUT, settings)
-    sandbox.train("whole", processes=processes)
-    # What is on the disk of a run that was stopped after its first checkpoint: metrics have gone further.
-    sandbox.write_run("resumed", DROPOUT, settings)
-    shutil.copytree(sandbox.run_dir("whole"), sandbox.run_dir("resumed"), dirs_exist_ok=True, symlinks=True)
-    for path in sandbox.checkpoints("resumed")[1:]:
-        shutil.rmtree(path)
-    out = sandbox.train("resumed", "--resume", processes=processes)
-    assert "Going on after step 3" in out
-    assert_same_tensors(sandbox.final_tensors("whole"), sandbox.final_tensors("resumed"))
-    assert sandbox.metrics("whole") == sandbox.metrics("resumed")
-    assert sandbox.metrics("resumed", "step") == list(range(1, 9))
-
-
-def test_a_checkpoint_can_be_named(sandbox: Sandbox) -> None:
-    sandbox.write_run(train={"checkpoint_interval": 3})
-    sandbox.train()
-    before = sandbox.final_tensors()
-    first = sandbox.checkpoints()[0].name
-    for path in sandbox.checkpoints()[1:]:
-        shutil.rmtree(path)
-    assert "Going on after step 3" in sandbox.train("tiny", first)
-    assert_same_tensors(before, sandbox.final_tensors())
-    assert "is finished" in sandbox.train("tiny", "latest")
-    (sandbox.run_dir("tiny") / "status.json").write_text('{"status": "running"}')
-    assert "is finished" in sandbox.train("tiny", "--resume")
-    assert sandbox.status()["status"] == "finished", "as if it had not been killed when all but this was done"
-
-
-def test_sigterm_to_one_process_checkpoints_all_and_the_run_goes_on_to_the_same_bits(
-    sandbox: Sandbox,
-) -> None:
-    long = {"min_train_tokens": 300 * 8 * 16, "epochs": 300, **SCHEDULE}
-    for run in ("whole", "stopped"):
-        sandbox.write_run(run, DROPOUT, long)
-    sandbox.train("whole", processes=2)
-    process = subprocess.Popen([sys.executable, *sandbox.command("stopped", processes=2)], cwd=ROOT)
-    metrics = sandbox.run_dir("stopped") / "status.json"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and sandbox.status("stopped")["step"] >= 1) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.kill(children_of(process.pid)[-1], signal.SIGTERM)
-    assert process.wait(60) != 0
-    assert sandbox.status("stopped")["status"] == "preempted"
-    assert 0 < sandbox.status("stopped")["step"] < 300
-    sandbox.train("stopped", "--resume", processes=2)
-    assert_same_tensors(sandbox.final_tensors("whole"), sandbox.final_tensors("stopped"))
-    assert sandbox.metrics("whole") == sandbox.metrics("stopped")
-
-
-def test_resume_starts_afresh_where_there_is_nothing_and_a_plain_start_keeps_what_there_was(
-    sandbox: Sandbox,
-) -> None:
-    sandbox.write_run(train={"checkpoint_interval": 4})
-    sandbox.train("tiny", "--resume")
-    first = [path.name for path in sandbox.checkpoints()]
-    out = sandbox.train()
-    assert "Starting afresh" in out
-    (aside,) = sandbox.run_dir("tiny").glob("earlier-*")
-    assert sorted(path.name for path in (aside / "checkpoints").glob("2*")) == sorted(first)
-    assert (aside / "metrics.jsonl").exists()
-    assert sandbox.metrics(key="step") == list(range(1, 9))
-
-
 def test_a_damaged_checkpoint_is_passed_over(sandbox: Sandbox) -> None:
     sandbox.write_run(train={"checkpoint_interval": 3})
     sandbox.train()
@@ -154,46 +77,7 @@ def test_a_damaged_checkpoint_is_passed_over(sandbox: Sandbox) -> None:
     assert "Going on after step 6" in out
 
 
-def test_keep_checkpoints_keeps_the_newest_and_the_best(sandbox: Sandbox) -> None:
-    validate = {
-        "validation_interval": 1,
-        "validation_batches": 3,
-        "learning_rate": 0.5,
-        "keep_checkpoints": 2,
-    }
-    sandbox.write_run(train=validate)
-    sandbox.train()
-    losses = sandbox.metrics(key="val_loss")[1:]
-    expected = {losses.index(min(losses)) + 1, 7, 8}
-    assert {int(path.name.split("-")[-1]) for path in sandbox.checkpoints()} == expected
-
-
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])
-def test_half_precision_learns_like_full(sandbox: Sandbox, precision: str) -> None:
-    sandbox.write_run("full", train={"microbatch_size": 8})
-    sandbox.write_run("half", train={"microbatch_size": 8, "precision": precision})
-    sandbox.train("full")
-    sandbox.train("half")
-    assert sandbox.metrics("half") == pytest.approx(sandbox.metrics("full"), rel=0.02)
-    meta = json.loads((sandbox.checkpoints("half")[-1] / "meta.json").read_text())
-    assert meta["precision"] == precision
-    assert ("scale" in meta["scaler"]) == (precision == "fp16")
-
-
-def test_one_gradient_exchange_per_step_whatever_the_accumulation(sandbox: Sandbox) -> None:
-    command = (
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "tests/count_exchanges.py",
-    )
-    done = run_script(*command, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("accumulation 1: 3 exchanges in 3 steps") == 2
-    assert done.stdout.count("accumulation 4: 3 exchanges in 3 steps") == 2
-
-
 def test_two_nodes_fetch_the_data_once_each_and_train_like_one(sandbox: Sandbox, serve_hub, tmp_path) -> None:
     write_dataset(tmp_path / "hub/test/tokens", meta={"tokenizer": "gpt2", "token_dtype": "uint16"})
     hub = serve_hub(tmp_path / "hub")
