@@ -319,17 +319,8 @@ class Sandbox:
     ) -> list[Finished]:
         """Train by several processes, in the environment that torchrun would give them, to their end."""
         with reserve_port() as holder:
-            scripts = []
-            for rank in range(processes):
-                env = {
-                    "RANK": rank,
-                    "LOCAL_RANK": rank,
-                    "WORLD_SIZE": processes,
-                    "LOCAL_WORLD_SIZE": processes,
-                }
-                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": holder.getsockname()[1]}
-                env = self.env | {key: str(value) for key, value in env.items()}
-                scripts.append(Script(self.command(run, *options), env, before))
+            envs = [rank_environment(rank, processes, holder) for rank in range(processes)]
+            scripts = [Script(self.command(run, *options), self.env | env, before) for env in envs]
             return [script.wait() for script in scripts]
 
     def train(
@@ -361,6 +352,13 @@ class Sandbox:
         """Weights and optimiser state of the last checkpoint."""
         last = self.checkpoints(run)[-1]
         return {**load_file(last / "model.safetensors"), **load_file(last / "optimizer.safetensors")}
+
+
+def rank_environment(rank: int, processes: int, holder: socket.socket) -> dict[str, str]:
+    """What torchrun tells a process of one node; they meet at the port that `holder` keeps."""
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": holder.getsockname()[1]}
+    return {key: str(value) for key, value in env.items()}
 
 
 def make_sandbox(path: Path, *runs: str, **changes: object) -> Sandbox:

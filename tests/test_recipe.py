@@ -119,19 +119,6 @@ def test_muons_work_is_shared_out_evenly_and_each_matrix_given_to_one_process() 
     assert max(loads) <= 1.05 * sum(loads) / 8
 
 
-def test_muon_on_two_processes_equals_muon_on_one(sandbox: Sandbox) -> None:
-    """The same global batches in float32: 20 losses, and the weights behind them."""
-    steps = {**MUON, "min_train_tokens": 20 * 8 * 16, "epochs": 2, "clipping_max_norm": 1.0}
-    for run, processes in (("one", 1), ("two", 2)):
-        sandbox.write_run(run, train=steps)
-        sandbox.train(run, processes=processes)
-    assert len(sandbox.metrics("one")) == 20
-    assert sandbox.metrics("one") == pytest.approx(sandbox.metrics("two"), rel=1e-5)
-    one, two = sandbox.final_tensors("one"), sandbox.final_tensors("two")
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, two[name], rtol=1e-2, atol=1e-4, msg=name)
-
-
 # The learning rate
 
 

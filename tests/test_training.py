@@ -2,16 +2,26 @@
 launched."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-import time
+from pathlib import Path
 
 import pytest
-from helpers import ROOT, Sandbox, reserve_port, run_script, write_dataset
+import torch
+from helpers import (
+    NO_CHART,
+    Sandbox,
+    Script,
+    rank_environment,
+    refused,
+    reserve_port,
+    run_script,
+    wait_for,
+    write_dataset,
+)
 
-DROPOUT = {"drop_rate": 0.1}
+from config import InputError
+from distributed import join_world
+
 SCHEDULE = {"schedule_learning_rate": True, "warmup_period_percent": 25, "clipping_max_norm": 0.5}
 
 
@@ -77,7 +87,18 @@ def test_a_damaged_checkpoint_is_passed_over(sandbox: Sandbox) -> None:
     assert "Going on after step 6" in out
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_learns_like_full(sandbox: Sandbox, precision: str) -> None:
+    for run, settings in (("full", {}), ("half", {"precision": precision})):
+        sandbox.write_run(run, train={**SCHEDULE, "microbatch_size": 8, **settings})
+        sandbox.train(run)
+    assert sandbox.metrics("half") == pytest.approx(sandbox.metrics("full"), rel=0.02)
+    assert sandbox.metrics("half", "grad_norm") == pytest.approx(
+        sandbox.metrics("full", "grad_norm"), rel=0.1
+    )
+    assert bool(sandbox.meta("half")["scaler"]) == (precision == "fp16")
+
+
 def test_two_nodes_fetch_the_data_once_each_and_train_like_one(sandbox: Sandbox, serve_hub, tmp_path) -> None:
     write_dataset(tmp_path / "hub/test/tokens", meta={"tokenizer": "gpt2", "token_dtype": "uint16"})
     hub = serve_hub(tmp_path / "hub")
@@ -86,33 +107,16 @@ def test_two_nodes_fetch_the_data_once_each_and_train_like_one(sandbox: Sandbox,
         sandbox.write_run(run, train=validate)
     sandbox.train("one", processes=2)
 
-    holder = reserve_port()
-    port = holder.getsockname()[1]
-    agents = []
-    for node in range(2):
-        here = Sandbox(tmp_path)
-        command = here.command(
-            "two",
-            torchrun=(
-                "--nnodes=2",
-                "--rdzv_backend=c10d",
-                f"--rdzv_endpoint=127.0.0.1:{port}",
-                "--rdzv_id=test",
-            ),
-        )
-        command[command.index(str(here.datasets))] = str(tmp_path / f"node{node}")
-        env = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "OMP_NUM_THREADS": "1",
-            "HF_HOME": str(tmp_path / f"home{node}"),
-        }
-        agents.append(
-            subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-        )
-    for agent in agents:
-        _, errors = agent.communicate(timeout=120)
-        assert agent.returncode == 0, errors
+    with reserve_port() as holder:
+        nodes = []
+        for node in range(2):
+            command = sandbox.command("two")
+            command[command.index(str(sandbox.datasets))] = str(tmp_path / f"node{node}")
+            env = rank_environment(node, 2, holder) | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / f"home{node}")}
+            nodes.append(Script(command, env, NO_CHART))
+        for node in nodes:
+            assert node.wait().returncode == 0, node.stderr
     for name in ("train.safetensors", "validation.safetensors", "meta.json"):
         assert hub.downloads(name) == 2, name
         assert (tmp_path / "node0/test/tokens" / name).exists() and (
@@ -162,13 +166,13 @@ ROOM = """
 import resource
 from pathlib import Path
 held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
-limit = 1024 * int(held.split()[1]) + (150 << 20)
+limit = 1024 * int(held.split()[1]) + (60 << 20)
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 """
 
 
 def test_the_largest_microbatch_is_found_without_data(sandbox: Sandbox) -> None:
-    """In a process that gets 150 MB on top of what it holds when it begins."""
+    """In a process that gets 60 MB on top of what it holds when it begins."""
     sandbox.write_run(model={"context_length": 512}, train={"dataset": "not/here"})
     out = sandbox.train("tiny", "-f", before=ROOM)
     size = int(re.fullmatch(r"Max microbatch size was (\d+)", out.splitlines()[-1])[1])
@@ -223,16 +227,45 @@ def test_a_loss_that_is_no_number_ends_the_run_and_says_what_is_left(sandbox: Sa
 
 def test_two_trainings_of_one_run_at_a_time_are_refused(sandbox: Sandbox) -> None:
     sandbox.write_run(train={"min_train_tokens": 100_000, "epochs": 30})
-    first = subprocess.Popen([sys.executable, *sandbox.command("tiny")], cwd=ROOT, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while not (sandbox.run_dir("tiny") / "status.json").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        second = run_script(*sandbox.command("tiny"))
-        assert second.returncode == 2
-        assert f"is being trained by another process (pid {first.pid})" in second.stderr
-    finally:
-        first.kill()
-        first.wait()
+    first = sandbox.start()
+    wait_for((sandbox.run_dir() / "status.json").exists, "the first to train")
+    second = refused(*sandbox.command("tiny"))
+    first.kill()
+    assert f"is being trained by another process (pid {first.pid})" in second
     sandbox.write_run()
     sandbox.train()  # a holder that was killed blocks nobody
+
+
+def test_runs_are_looked_up_beside_the_script_and_the_demo_is_one(tmp_path: Path) -> None:
+    done = run_script("ddp_train.py", "demo", tmp_path, "--plan")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"Run: +demo, seed \d+\n", done.stdout)
+    assert re.search(r"Data: +local/python-docs, not here yet", done.stdout)
+    assert re.search(r"Steps: +\d+", done.stdout)
+
+
+@pytest.mark.parametrize(("processes", "devices"), [(1, 1), (2, 1), (1, 8)])
+def test_a_process_takes_the_device_that_torch_finds(
+    monkeypatch: pytest.MonkeyPatch, processes: int, devices: int
+) -> None:
+    """Apple's GPU is one device and trains as one process; of more devices each process takes its own."""
+    chosen = []
+    finds = {
+        "is_available": lambda: True,
+        "current_accelerator": lambda: torch.device("mps" if devices == 1 else "cuda"),
+        "device_count": lambda: devices,
+        "set_device_index": chosen.append,
+    }
+    for name, find in finds.items():
+        monkeypatch.setattr(torch.accelerator, name, find)
+    if devices == 8:
+        monkeypatch.setenv("LOCAL_RANK", "7")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    if processes > devices:
+        with pytest.raises(InputError, match="2 processes on a node with 1 devices; --nproc_per_node=1"):
+            join_world()
+        return
+    world = join_world()
+    assert (world.size, world.control) == (1, None)
+    assert world.device == torch.device("cuda:7" if devices == 8 else "mps:0")
+    assert chosen == [world.device.index]
