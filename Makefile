@@ -1,5 +1,6 @@
 # make demo    prepare a small corpus, train runs/demo on it, show what the model says: under 4 minutes on 2 cores
 # make test    run the tests: under 10 minutes on 2 cores, no network, no GPU
+# make mutants break the code in known ways, one by one, and see a test fail for each: 10 minutes on 2 cores
 # make torture kill a training 200 times, half of them inside a save, and compare its end: 5 minutes on 2 cores
 # make bench   measure the training step of the demo and of GPT-2 small beside a plain one: 10 minutes on 2 cores
 # make lint    check style
@@ -10,7 +11,7 @@ BIN := .venv/bin
 DEMO := runs/demo
 DEMO_DATA := datasets/local/python-docs
 
-.PHONY: demo test torture bench lint
+.PHONY: demo test mutants torture bench lint
 .DELETE_ON_ERROR:
 
 demo: .venv/ready $(DEMO_DATA)/meta.json
@@ -25,6 +26,9 @@ demo: .venv/ready $(DEMO_DATA)/meta.json
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest
+
+mutants: .venv/ready-test
+	$(BIN)/python tests/mutants.py
 
 torture: .venv/ready-test
 	PYTHONPATH=. $(BIN)/python tests/torture.py "$$(mktemp -d)" --kills 200

@@ -20,6 +20,7 @@ from gpt import GPTConfig
 
 STEPS = 20
 COMMON = {
+    "random_seed": 7,
     "min_train_tokens": STEPS * 8 * 16,
     "start_train_token": 5,
     "weight_decay": 0.3,

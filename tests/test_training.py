@@ -173,7 +173,7 @@ resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 def test_the_largest_microbatch_is_found_without_data(sandbox: Sandbox) -> None:
     """In a process that gets 60 MB on top of what it holds when it begins."""
-    sandbox.write_run(model={"context_length": 512}, train={"dataset": "not/here"})
+    sandbox.write_run(model={"context_length": 2048}, train={"dataset": "not/here"})
     out = sandbox.train("tiny", "-f", before=ROOM)
     size = int(re.fullmatch(r"Max microbatch size was (\d+)", out.splitlines()[-1])[1])
     assert size > 1
