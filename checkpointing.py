@@ -11,16 +11,10 @@ So a reader finds the old one or the new one, never a half. Training copies its 
 goes on while a thread writes them.
 """
 
-import base64
-import dataclasses
-import fcntl
-import functools
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,16 +28,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from config import (
-    InputError,
-    RunError,
-    TrainConfig,
-    read_json_object,
-    require,
-    require_plain_name,
-)
-from files import fingerprint, sync
-from gpt import GPTConfig
+from basemodel.command_line import require_plain_name
+from basemodel.errors import InputError, RunError, require
+from basemodel.files import fingerprint, sync
+from basemodel.json_config import read_json_object
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
 REQUIRED_META = {"files", "global_step", "global_batch", "model_config", "train_config", "rng", "scaler"}
@@ -293,25 +281,6 @@ def _was_best(path: Path) -> bool:
         return False
 
 
-def lock_run(run_dir: Path, holder: int | None) -> bool:
-    """Keep other trainings out of a run's folder while this process lives; False where files know no locks.
-
-    Raises InputError if one is in, most likely the process `holder`.
-    """
-    require(
-        os.access(run_dir, os.W_OK), f"{run_dir}: cannot be written to; training writes its results there"
-    )
-    try:
-        fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"{run_dir}: is being trained by another process (pid {holder}); wait for it or stop it"
-        ) from None
-    except OSError:
-        return False
-    return True
-
-
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed saves have left in a locked run's checkpoints/, and nothing else."""
     for path in folder.glob(TEMPORARY_PREFIX + "*"):
@@ -375,95 +344,6 @@ def load_optimizer_tensors(
             state[index] = saved
     require(not rest, f"the optimiser has no place for '{next(iter(rest), '')}'; it is configured otherwise")
     optimizer.load_state_dict(layout | {"state": state})
-
-
-def rng_state(device: torch.device) -> dict[str, str]:
-    """The state of the random number generators that dropout draws from, as text."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state()
-    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
-
-
-def set_rng_state(states: dict[str, str], device: torch.device) -> None:
-    """Undo `rng_state`; on another kind of device the data stay exact, dropout masks do not."""
-    for name, text in states.items():
-        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-        if name == "cpu":
-            torch.set_rng_state(state)
-        elif name == device.type:
-            torch.get_device_module(device).set_rng_state(state)
-
-
-# Keys of train.json that may change when a run goes on: they say how the same work is split, kept, checked or
-# shown.
-FREE_ON_RESUME = {
-    *("microbatch_size", "gradient_accumulation_steps", "global_batch_size", "compile", "usd_per_hour"),
-    *(
-        "checkpoint_interval",
-        "keep_checkpoints",
-        "validation_interval",
-        "validation_batches",
-        "start_val_token",
-    ),
-}
-
-
-def check_resumable(
-    checkpoint: Checkpoint,
-    model_config: GPTConfig,
-    train_config: TrainConfig,
-    files: dict[str, dict[str, Any]],
-    global_batch: int,
-    allow: Callable[[str], None] | None,
-) -> None:
-    """Raise InputError, naming the keys, if going on would not continue the run that was saved.
-
-    `files` are the data set's, with their SHA-256. With `allow`, changes of the configs and the data are only
-    said to it. Another global batch would take the data from another place: that is refused always.
-    """
-    meta = checkpoint.meta
-    changed = []
-    for file, theirs, config in (
-        ("model.json", meta["model_config"], model_config),
-        ("train.json", meta["train_config"], train_config),
-    ):
-        # A key that the checkpoint's version did not know had the effect of its default. Tuples become lists.
-        theirs = {field.name: field.default for field in dataclasses.fields(config)} | theirs
-        theirs, ours = json.loads(json.dumps((theirs, dataclasses.asdict(config)), default=str))
-        changed += [
-            f"{file}: {key} was {json.dumps(theirs[key])}, is {json.dumps(ours[key])}"
-            for key in ours
-            if key not in FREE_ON_RESUME and theirs[key] != ours[key]
-        ]
-    for name, found in files.items():
-        before, now = meta.get("data", {}).get(name, found)["sha256"], found["sha256"]
-        if before != now:
-            changed.append(
-                f"{name} of {train_config.dataset} had the SHA-256 {before[:12]}..., has {now[:12]}..."
-            )
-    if changed and allow:
-        allow(f"Going on, as allowed, although {'; '.join(changed)}")
-    require(
-        not changed or allow is not None,
-        f"{checkpoint.path.name} is of another run: {'; '.join(changed)}; set that back, start afresh, or "
-        "go on all the same with --allow-config-change",
-    )
-    require(
-        meta["global_batch"] == global_batch,
-        f"{checkpoint.path.name} was trained with global batches of {meta['global_batch']} sequences, not "
-        f"{global_batch}; set global_batch_size to {meta['global_batch']}",
-    )
-
-
-@functools.cache
-def git_commit() -> str | None:
-    """The commit of this code, None where that is not known."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _free_path(folder: Path, step: int) -> Path:

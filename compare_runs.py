@@ -25,11 +25,15 @@ import click
 import numpy as np
 import torch
 
-from config import InputError, TrainConfig, read_config, require, require_plain_name, run_command
-from files import replace_text
+from basemodel.charts import xkcd_figure
+from basemodel.command_line import require_plain_name, run_command
+from basemodel.config import TrainConfig
+from basemodel.errors import InputError, require
+from basemodel.files import replace_text
+from basemodel.json_config import read_config
+from basemodel.measured_loss import MeasuredLoss, read_test_loss
+from basemodel.run_folder import read_metrics, read_status
 from gpt import GPTConfig, GPTModel
-from reporting import read_metrics, read_status, xkcd_figure
-from test_loss import MeasuredLoss, read_test_loss
 
 UNKNOWN = "–"
 BINS = 200  # points of a training curve

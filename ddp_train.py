@@ -35,32 +35,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpointing
-from config import (
-    InputError,
-    RunError,
-    TrainConfig,
-    read_config,
-    require,
-    require_inside,
-    require_plain_name,
-    run_command,
-)
-from data import (
-    BatchPlan,
-    RunData,
-    Sequences,
-    check_tokens,
-    dataset_folder,
-    fetch_dataset,
-    fingerprint_files,
-    open_data,
-    plan_batches,
-    same_on_all_nodes,
-)
-from distributed import StopSignal, World, join_world, lost_processes_explained
-from gpt import GPTConfig, GPTModel
-from loss import NextTokenLoss, compile_if_wanted
-from memory import (
+from basemodel.command_line import require_inside, require_plain_name, run_command
+from basemodel.compilation import compile_if_wanted
+from basemodel.config import TrainConfig
+from basemodel.data import BatchPlan, RunData, Sequences, check_tokens, open_data, plan_batches
+from basemodel.distributed import StopSignal, World, join_world, lost_processes_explained
+from basemodel.errors import InputError, RunError, require
+from basemodel.fetching import dataset_folder, fetch_dataset, fingerprint_files, same_on_all_nodes
+from basemodel.json_config import read_config
+from basemodel.loss import NextTokenLoss
+from basemodel.memory import (
     is_out_of_memory,
     keep_freed_memory,
     limit_host_memory,
@@ -68,9 +52,12 @@ from memory import (
     memory_in_use,
     release_memory,
 )
-from optimizer import allocate_state, learning_rate_at, make_optimizer, set_learning_rate, step_if
-from reporting import Reporter, print_plan, read_status, set_earlier_results_aside
-from weights import load_tensors
+from basemodel.optimizer import allocate_state, learning_rate_at, make_optimizer, set_learning_rate, step_if
+from basemodel.plan import print_plan
+from basemodel.reporting import Reporter
+from basemodel.run_folder import read_status, set_earlier_results_aside
+from basemodel.weights import load_tensors
+from gpt import GPTConfig, GPTModel
 
 # So many steps in a row may be skipped. Float16 begins with a scale of 65,536 = 2^16, halved at each.
 MOST_SKIPPED_IN_A_ROW = 16

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from config import RunError, require
+from basemodel.errors import RunError, require
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from config import InputError, RunError, read_json_object, require, require_dataset_id, run_command
-from documents import (
+from basemodel.command_line import require_dataset_id, run_command
+from basemodel.documents import (
     FILE_TYPES,
     PYTHON_DOCS,
     Piece,
@@ -50,9 +50,11 @@ from documents import (
     make_shards,
     read_documents,
 )
-from files import fingerprint, sync
-from hub import check_push, download, push
-from tokenizer import (
+from basemodel.errors import InputError, RunError, require
+from basemodel.files import fingerprint, sync
+from basemodel.hub import check_push, download, push
+from basemodel.json_config import read_json_object
+from basemodel.tokenizer import (
     Encoder,
     EnginesDisagree,
     GigatokenEncoder,
@@ -462,7 +464,7 @@ def write_dataset(
 
 def draw_lengths(parts: list[Part], path: Path, title: str) -> str:
     """Draw a histogram of the documents' lengths in tokens, in xkcd style; return the figures in words."""
-    from reporting import xkcd_figure  # here, because it brings torch, which the workers need not hold
+    from basemodel.charts import xkcd_figure
 
     lengths = np.concatenate([np.fromfile(part.folder / "lengths", dtype="<u4") for part in parts])
     mean, median, total = float(lengths.mean()), float(np.median(lengths)), int(lengths.sum(dtype=np.int64))

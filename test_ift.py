@@ -35,13 +35,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import InputError, RunError, require, require_plain_name, run_command
-from files import replace_text
+from basemodel.command_line import require_plain_name, run_command
+from basemodel.errors import InputError, RunError, require
+from basemodel.files import replace_text
+from basemodel.loss import IGNORED, chunked_cross_entropy
+from basemodel.tokenizer import get_tokenizer
+from basemodel.weights import load_model
 from gpt import GPTModel
-from loss import IGNORED, chunked_cross_entropy
 from test_smoke import continuations
-from tokenizer import get_tokenizer
-from weights import load_model
 
 DATA_FILE = "instruction-data.json"
 DATA_URL = (

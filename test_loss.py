@@ -10,10 +10,7 @@ Several models read the data together, once, and give a table. The loss of a che
 test-loss.json, for compare_runs.py and upload_model.py.
 """
 
-import dataclasses
-import json
 import math
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,53 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from basemodel.command_line import run_command
+from basemodel.data import Sequences, TokenFile, check_tokenizer
+from basemodel.errors import InputError, RunError, require
+from basemodel.fetching import fetch_dataset
+from basemodel.measured_loss import MeasuredLoss, write_test_loss
+from basemodel.tokenizer import get_tokenizer
+from basemodel.weights import load_model
 from checkpointing import META_FILE
-from config import InputError, RunError, read_json_object, require, run_command
-from data import Sequences, TokenFile, check_tokenizer, fetch_dataset
-from files import replace_text
 from gpt import GPTModel
-from tokenizer import get_tokenizer
-from weights import load_model
-
-TEST_LOSS_FILE = "test-loss.json"
-
-
-@dataclass(frozen=True)
-class MeasuredLoss:
-    """How well a model does on a part of a data set. Loss in nats per token."""
-
-    dataset: str
-    split: str
-    start_token: int
-    tokens: int
-    context_length: int
-    loss: float
-    perplexity: float
-    standard_error: float | None  # of the loss, over sequences; None for a single one
-    bits_per_byte: float | None  # None where the vocabulary is not here, or the tokens stand for no text
-    measured: str  # when
-    document_masking: bool = False
-
-    def same_data(self, other: "MeasuredLoss") -> bool:
-        """Whether both were measured on the same sequences."""
-        keys = ("dataset", "split", "start_token", "tokens", "context_length", "document_masking")
-        return all(getattr(self, key) == getattr(other, key) for key in keys)
-
-
-def read_test_loss(folder: Path) -> MeasuredLoss | None:
-    """The loss that was measured of the checkpoint in `folder`; None where it was not, or not legibly."""
-    try:
-        return MeasuredLoss(**read_json_object(folder / TEST_LOSS_FILE))
-    except (InputError, TypeError):
-        return None
-
-
-def write_test_loss(folder: Path, result: MeasuredLoss) -> None:
-    """Keep a checkpoint's loss beside it, in one step; a folder that cannot be written to is no failure."""
-    try:
-        replace_text(folder / TEST_LOSS_FILE, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
-    except OSError as error:
-        print(f"Warning: {folder / TEST_LOSS_FILE} could not be written: {error.strerror}")
 
 
 @torch.no_grad()

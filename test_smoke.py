@@ -15,10 +15,11 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from config import require, run_command
+from basemodel.command_line import run_command
+from basemodel.errors import require
+from basemodel.tokenizer import get_tokenizer
+from basemodel.weights import load_model
 from gpt import GPTModel, generate
-from tokenizer import get_tokenizer
-from weights import load_model
 
 # Rows continued at once. One row of GPT-2 small, full, holds 75 MB of keys and values.
 BATCH_SIZE = 32

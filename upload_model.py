@@ -23,20 +23,15 @@ import safetensors.torch
 import tiktoken
 import torch
 
+from basemodel.command_line import require_plain_name, run_command
+from basemodel.config import optimizer_in_words
+from basemodel.errors import InputError, RunError, require
+from basemodel.json_config import read_json_object
+from basemodel.measured_loss import read_test_loss
+from basemodel.tokenizer import get_tokenizer
+from basemodel.weights import load_model, to_huggingface
 from checkpointing import META_FILE
-from config import (
-    InputError,
-    RunError,
-    optimizer_in_words,
-    read_json_object,
-    require,
-    require_plain_name,
-    run_command,
-)
 from gpt import GPTConfig, GPTModel
-from test_loss import read_test_loss
-from tokenizer import get_tokenizer
-from weights import load_model, to_huggingface
 
 CHART = "training-run-chart.png"
 # What the model card takes from a checkpoint's meta.json.

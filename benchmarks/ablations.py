@@ -22,10 +22,14 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import RunError, TrainConfig, read_config, read_json_object, require, run_command
-from data import TokenFile, dataset_folder
+from basemodel.command_line import run_command
+from basemodel.config import TrainConfig
+from basemodel.data import TokenFile
+from basemodel.distributed import join_world
+from basemodel.errors import RunError, require
+from basemodel.fetching import dataset_folder
+from basemodel.json_config import read_config, read_json_object
 from ddp_train import make_state, train_step
-from distributed import join_world
 from gpt import GPTConfig
 
 ROOT = Path(__file__).parent.parent

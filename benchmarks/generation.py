@@ -14,7 +14,9 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import RunError, read_config, run_command
+from basemodel.command_line import run_command
+from basemodel.errors import RunError
+from basemodel.json_config import read_config
 from gpt import GPTConfig, GPTModel, generate
 
 RUNS = Path(__file__).parent.parent / "runs"

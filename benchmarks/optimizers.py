@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import TrainConfig, read_config, run_command
+from basemodel.command_line import run_command
+from basemodel.config import TrainConfig
+from basemodel.distributed import World, join_world
+from basemodel.json_config import read_config
+from basemodel.optimizer import make_optimizer
 from ddp_train import choose_precision, make_state, train_step
-from distributed import World, join_world
 from gpt import GPTConfig, GPTModel
-from optimizer import make_optimizer
 
 RUNS = Path(__file__).parent.parent / "runs"
 

@@ -17,10 +17,13 @@ import click
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from config import TrainConfig, read_config, run_command
-from data import plan_batches
+from basemodel.command_line import run_command
+from basemodel.config import TrainConfig
+from basemodel.data import plan_batches
+from basemodel.json_config import read_config
+from basemodel.reporting import Reporter
+from basemodel.run_folder import read_metrics
 from gpt import GPTConfig
-from reporting import Reporter, read_metrics
 
 
 def seconds_per_log(run_dir: Path, folder: Path) -> float:

@@ -35,8 +35,8 @@ from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from documents import python_docs
-from tokenizer import get_tokenizer
+from basemodel.documents import python_docs
+from basemodel.tokenizer import get_tokenizer
 
 FILES = 4
 

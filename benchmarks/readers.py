@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Sequences, TokenFile
+from basemodel.data import Sequences, TokenFile
 
 READERS, LENGTH, BATCH = 8, 1024, 64
 

@@ -28,8 +28,9 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from config import require, run_command
-from data import TokenFile
+from basemodel.command_line import run_command
+from basemodel.data import TokenFile
+from basemodel.errors import require
 
 ROOT = Path(__file__).parent.parent
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH, STEPS, WARMUP = 4, 128, 4, 64, 12, 2000, 100

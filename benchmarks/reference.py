@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import TrainConfig
+from basemodel.config import TrainConfig
 from gpt import GPTConfig
 
 

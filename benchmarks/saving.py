@@ -23,7 +23,9 @@ from safetensors.numpy import save_file
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from config import TrainConfig, read_config, run_command
+from basemodel.command_line import run_command
+from basemodel.config import TrainConfig
+from basemodel.json_config import read_config
 from gpt import GPTConfig
 
 

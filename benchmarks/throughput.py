@@ -31,11 +31,13 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 from reference import PlainTrainer
 
-from config import TrainConfig, read_config, run_command
+from basemodel.command_line import run_command
+from basemodel.config import TrainConfig
+from basemodel.distributed import World, join_world
+from basemodel.json_config import read_config
+from basemodel.memory import keep_freed_memory
 from ddp_train import choose_precision, make_state, train_step
-from distributed import World, join_world
 from gpt import GPTConfig, GPTModel
-from memory import keep_freed_memory
 
 STARTED = time.time()
 RUNS = Path(__file__).parent.parent / "runs"

@@ -63,7 +63,9 @@ TORTURED_TRAIN = {
     "warmup_period_percent": 10,
 }
 BYTES = {"vocab_size": 257, "tokenizer": "bytes"}
-NO_CHART = "import reporting; reporting.draw_chart = lambda *_: None"  # drawing takes longer than training
+NO_CHART = (
+    "from basemodel import charts; charts.draw_chart = lambda *_: None"  # drawing takes longer than training
+)
 
 
 # ------------------------------------------------------------------------------------------------------------

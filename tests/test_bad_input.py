@@ -12,7 +12,9 @@ from helpers import MODEL, ROOT, Sandbox, random_tokens, refused, run_script, wr
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
-from config import InputError, TrainConfig, read_config
+from basemodel.config import TrainConfig
+from basemodel.errors import InputError
+from basemodel.json_config import read_config
 from ddp_train import World
 from gpt import GPTConfig, GPTModel
 

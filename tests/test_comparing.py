@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from helpers import Sandbox, refused, run_script, write_dataset
 
+from basemodel.errors import InputError
+from basemodel.measured_loss import MeasuredLoss, write_test_loss
 from compare_runs import main, notes, read_run
-from config import InputError
-from test_loss import MeasuredLoss, write_test_loss
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from helpers import MODEL
 
-from config import InputError, TrainConfig, read_config
+from basemodel.config import TrainConfig
+from basemodel.errors import InputError
+from basemodel.json_config import read_config
 from gpt import GPTConfig
 
 TRAIN = {"dataset": "owner/name", "microbatch_size": 1, "min_train_tokens": 1}

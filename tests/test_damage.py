@@ -30,9 +30,8 @@ from safetensors.torch import load_file
 from torture import Training, assert_same_end, train
 
 import checkpointing
-import loss
-import reporting
-from config import InputError
+from basemodel import charts, loss
+from basemodel.errors import InputError
 
 
 def write_checkpoints(folder: Path, steps: int = 3) -> list[Path]:
@@ -220,10 +219,10 @@ def test_a_disk_too_small_is_noticed_before_the_first_step(tmp_path: Path) -> No
 @forked
 def test_a_chart_that_cannot_be_drawn_is_a_warning(tmp_path: Path) -> None:
     sandbox = make_sandbox(tmp_path, "run")
-    real = reporting.draw_chart
+    real = charts.draw_chart
 
     def patch(rank: int) -> None:
-        reporting.draw_chart = real
+        charts.draw_chart = real
 
     (sandbox.run_dir("run") / "training-run-chart.png.incomplete").mkdir()
     said = train(sandbox, "run", patch=patch)

@@ -13,11 +13,11 @@ import pytest
 from helpers import Sandbox, needs_gpt2, random_tokens, run_script, write_dataset
 from safetensors.numpy import load_file
 
-from config import TrainConfig
-from data import Sequences, TokenFile, plan_batches
+from basemodel.config import TrainConfig
+from basemodel.data import Sequences, TokenFile, plan_batches
+from basemodel.documents import in_validation
+from basemodel.tokenizer import get_tokenizer
 from ddp_train import learning_rate_at
-from documents import in_validation
-from tokenizer import get_tokenizer
 
 TEXTS = [
     *("Hello, world", "", "  two\n\nlines ", "smile \N{GRINNING FACE} \u4f60\u597d \u0000\u0007 control"),

@@ -330,7 +330,7 @@ def test_long_runs_are_drawn_as_means_in_a_band_of_extremes(
 ) -> None:
     from matplotlib.axes import Axes
 
-    from reporting import draw_chart
+    from basemodel.charts import draw_chart
 
     losses = np.random.default_rng(0).normal(5, 1, 1000)
     lines = [

@@ -21,10 +21,10 @@ import torch
 from helpers import ROOT, refused, run_script, write_model
 
 import test_ift
-from config import InputError
+from basemodel.errors import InputError
+from basemodel.weights import load_model
 from gpt import GPTModel
 from test_ift import FineTuning
-from weights import load_model
 
 torch.set_num_threads(1)
 KEY = "sk-secret-0123456789"

@@ -10,11 +10,11 @@ from helpers import MODEL
 from reference import PlainTrainer
 
 import ddp_train
-from config import TrainConfig
+from basemodel.config import TrainConfig
+from basemodel.distributed import World
+from basemodel.loss import IGNORED, NextTokenLoss, chunked_cross_entropy
 from ddp_train import make_state, train_step
-from distributed import World
 from gpt import GPTConfig, GPTModel
-from loss import IGNORED, NextTokenLoss, chunked_cross_entropy
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), control=None)
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from helpers import MODEL, Sandbox, needs_gpt2, run_script, write_dataset, write_model
 
-from config import InputError
-from data import Sequences, TokenFile
+from basemodel.data import Sequences, TokenFile
+from basemodel.errors import InputError
+from basemodel.measured_loss import read_test_loss
+from basemodel.tokenizer import get_tokenizer
 from gpt import GPTConfig, GPTModel
-from test_loss import main, read_test_loss, sequence_losses
-from tokenizer import get_tokenizer
+from test_loss import main, sequence_losses
 
 TEXTS = ["The quick brown fox.\n", "Größe, 語言 and язык 👩‍👩‍👧", "def f(x):\n\treturn x ** 2\n"] * 12
 

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from helpers import MODEL, ROOT, Sandbox, needs_gpt2, random_tokens, run_script
 from safetensors.torch import load_file, save_file
 
-from config import InputError, TrainConfig, read_config
+from basemodel.config import TrainConfig
+from basemodel.errors import InputError
+from basemodel.json_config import read_config
+from basemodel.weights import load_weights
 from gpt import GPTConfig, GPTModel, generate
-from weights import load_weights
 
 SMALL = GPTConfig(**MODEL)
 

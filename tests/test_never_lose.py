@@ -34,7 +34,7 @@ from helpers import (
 from torture import Training, assert_same_end, train
 
 import checkpointing
-import distributed
+from basemodel import distributed
 
 # ------------------------------------------------------------------------------------------------------------
 # Killed

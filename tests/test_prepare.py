@@ -25,8 +25,8 @@ from helpers import ROOT, needs_gpt2, run_script
 from huggingface_hub import DatasetCard
 from safetensors.numpy import load_file
 
-from documents import TextFile, in_validation, safe_cut
-from tokenizer import (
+from basemodel.documents import TextFile, in_validation, safe_cut
+from basemodel.tokenizer import (
     WHITE_SPACE,
     GigatokenEncoder,
     TiktokenEncoder,

@@ -10,12 +10,19 @@ import torch
 import torch.nn.functional as F
 from helpers import MODEL, TRAIN, Sandbox, assert_same_tensors, random_tokens, run_script, write_dataset
 
-from config import TrainConfig, optimizer_in_words
-from distributed import World
+from basemodel.config import TrainConfig, optimizer_in_words
+from basemodel.distributed import World
+from basemodel.loss import NextTokenLoss
+from basemodel.measured_loss import read_test_loss
+from basemodel.optimizer import (
+    allocate_state,
+    learning_rate_at,
+    make_optimizer,
+    set_learning_rate,
+    share_out,
+    step_if,
+)
 from gpt import GPTConfig, GPTModel, within_documents
-from loss import NextTokenLoss
-from optimizer import allocate_state, learning_rate_at, make_optimizer, set_learning_rate, share_out, step_if
-from test_loss import read_test_loss
 
 MUON = {"optimizer": "muon", "lr_schedule": "wsd", "warmup_period_percent": 10}
 BYTES = {**MODEL, "vocab_size": 257, "tokenizer": "bytes"}

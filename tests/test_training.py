@@ -19,8 +19,8 @@ from helpers import (
     write_dataset,
 )
 
-from config import InputError
-from distributed import join_world
+from basemodel.distributed import join_world
+from basemodel.errors import InputError
 
 SCHEDULE = {"schedule_learning_rate": True, "warmup_period_percent": 25, "clipping_max_norm": 0.5}
 

@@ -17,10 +17,10 @@ from helpers import ROOT, Sandbox, needs_gpt2, random_tokens, refused, run_scrip
 from safetensors.torch import load_file
 
 import upload_model
-from documents import python_docs
+from basemodel.documents import python_docs
+from basemodel.tokenizer import get_tokenizer
+from basemodel.weights import from_huggingface, load_tensors, to_huggingface
 from gpt import GPTConfig, GPTModel, generate
-from tokenizer import get_tokenizer
-from weights import from_huggingface, load_tensors, to_huggingface
 
 transformers = pytest.importorskip("transformers")
 

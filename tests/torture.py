@@ -27,8 +27,8 @@ from safetensors.numpy import load_file
 
 import checkpointing
 import ddp_train
-import reporting
-from config import run_command
+from basemodel import charts
+from basemodel.command_line import run_command
 
 
 class Training:
@@ -69,7 +69,7 @@ class Training:
             os.environ.update(zip(names, map(str, (rank, rank, size, size, port)), strict=True))
             os.environ["MASTER_ADDR"] = "127.0.0.1"
             sys.argv = ["ddp_train.py", *arguments]
-            reporting.draw_chart = lambda *_: None  # takes longer than all the rest
+            charts.draw_chart = lambda *_: None  # takes longer than all the rest
             patch(rank)
             run_command(ddp_train.main, leave=os._exit)
         finally:

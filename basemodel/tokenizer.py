@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from config import InputError, require
+from basemodel.errors import InputError, require
 
 # From texts in UTF-8 to their tokens, each text followed by end-of-text: (tokens,) uint16.
 Encoder = Callable[[list[bytes]], np.ndarray]

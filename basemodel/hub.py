@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from config import InputError, RunError, require_dataset_id
-from files import fingerprint
+from basemodel.command_line import require_dataset_id
+from basemodel.errors import InputError, RunError
+from basemodel.files import fingerprint
 
 
 def download_file(url: str, path: Path, *, size: int | None, etag: str | None) -> dict[str, Any]:

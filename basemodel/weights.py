@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from config import InputError, read_config, require
+from basemodel.errors import InputError, require
+from basemodel.json_config import read_config
 from gpt import GPTConfig, GPTModel
 
 # Hugging Face's names for our parameters: outside the blocks, and inside block N behind `h.N.`

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import TrainConfig
-from distributed import World
+from basemodel.config import TrainConfig
+from basemodel.distributed import World
 from gpt import GPTModel
 
 

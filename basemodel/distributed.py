@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config import InputError, RunError, require
+from basemodel.errors import InputError, RunError, require
 
 Result = TypeVar("Result")
 

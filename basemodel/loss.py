@@ -10,27 +10,24 @@ et al. 2024, and of Liger Kernel, Hsu et al. 2024, in plain PyTorch.)
 
 import functools
 import math
-import os
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from config import RunError, TrainConfig
-from distributed import World
 from gpt import GPTModel
-from memory import is_out_of_memory
 
 IGNORED = -100  # targets of this value count for nothing, as in F.cross_entropy
+
+
 # Logits held at once, in elements. On accelerators more: adding up the weight's gradient, once per chunk,
 # must stay small beside the matrix products.
 CHUNK_LOGITS = {"cpu": 1 << 24}
+
+
 DEFAULT_CHUNK_LOGITS = 1 << 28
 
 
@@ -167,34 +164,3 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             weight_gradient.mul_(scale),
             *[None] * 4,
         )
-
-
-def compile_if_wanted(
-    loss: NextTokenLoss, config: TrainConfig, world: World, try_out: Callable[[nn.Module], None]
-) -> None:
-    """Compile the loss if the config says so ("auto": on CUDA) and `try_out`, one pass through it, succeeds.
-
-    Raises RunError if the config insists and it fails; "auto" then says why and trains without.
-    """
-    if config.compile is False or (config.compile == "auto" and world.device.type != "cuda"):
-        return
-    if world.device.type == "cpu" and world.local_size > 1:
-        # Two processes that write the same compiled library at a time spoil it.
-        own = Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{world.local_rank}"
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own))
-    loss.compile()
-    problem = None
-    try:
-        try_out(loss)
-    except Exception as error:  # compilers fail in many ways, all of them before training has begun
-        if is_out_of_memory(error):
-            raise
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    problem = next((found for found in world.gather(problem) if found), None)
-    if problem is None:
-        return
-    if config.compile is True:
-        raise RunError(f'torch.compile failed ({problem}); "compile": "auto" or false trains without')
-    loss.uncompile()
-    if world.is_first:
-        tqdm.write(f"Training without torch.compile, which failed: {problem}")

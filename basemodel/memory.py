@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from config import RunError
+from basemodel.errors import RunError
 
 
 def keep_freed_memory() -> None:

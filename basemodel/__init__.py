@@ -1,0 +1,1 @@
+"""What the scripts lean on. Nobody needs to read it to train."""

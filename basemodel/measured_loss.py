@@ -1,0 +1,50 @@
+"""The loss that test_loss.py measured of a checkpoint, kept beside it."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from basemodel.errors import InputError
+from basemodel.files import replace_text
+from basemodel.json_config import read_json_object
+
+TEST_LOSS_FILE = "test-loss.json"
+
+
+@dataclass(frozen=True)
+class MeasuredLoss:
+    """How well a model does on a part of a data set. Loss in nats per token."""
+
+    dataset: str
+    split: str
+    start_token: int
+    tokens: int
+    context_length: int
+    loss: float
+    perplexity: float
+    standard_error: float | None  # of the loss, over sequences; None for a single one
+    bits_per_byte: float | None  # None where the vocabulary is not here, or the tokens stand for no text
+    measured: str  # when
+    document_masking: bool = False
+
+    def same_data(self, other: "MeasuredLoss") -> bool:
+        """Whether both were measured on the same sequences."""
+        keys = ("dataset", "split", "start_token", "tokens", "context_length", "document_masking")
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
+
+
+def read_test_loss(folder: Path) -> MeasuredLoss | None:
+    """The loss that was measured of the checkpoint in `folder`; None where it was not, or not legibly."""
+    try:
+        return MeasuredLoss(**read_json_object(folder / TEST_LOSS_FILE))
+    except (InputError, TypeError):
+        return None
+
+
+def write_test_loss(folder: Path, result: MeasuredLoss) -> None:
+    """Keep a checkpoint's loss beside it, in one step; a folder that cannot be written to is no failure."""
+    try:
+        replace_text(folder / TEST_LOSS_FILE, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
+    except OSError as error:
+        print(f"Warning: {folder / TEST_LOSS_FILE} could not be written: {error.strerror}")
