@@ -1,18 +1,27 @@
 """The optimiser, the learning rate of each step, and the decision to leave a step out."""
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from basemodel.config import TrainConfig
-from basemodel.distributed import World
 from gpt import GPTModel
 
 
+class Peers(Protocol):
+    """The processes among which Muon shares out its matrices, and which of them this one is."""
+
+    rank: int
+    size: int
+
+    def share(self, shares: list[list[Tensor]]) -> None:
+        """Send the tensors of `shares[rank]` from each process to all others, in place."""
+
+
 def make_optimizer(
-    model: GPTModel, config: TrainConfig, world: World, precision: str
+    model: GPTModel, config: TrainConfig, precision: str, peers: Peers
 ) -> torch.optim.Optimizer:
     """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest.
 
@@ -34,14 +43,14 @@ def make_optimizer(
         ],
         lr=config.learning_rate,
         betas=config.betas,
-        fused=world.device.type in ("cpu", "cuda"),
+        fused=model.out_head.weight.device.type in ("cpu", "cuda"),
     )
     if not hidden:
         return adamw
     group = {"params": hidden, "relative_rate": config.muon_learning_rate / config.learning_rate}
     muon = Muon(
         group,
-        world=world,
+        peers=peers,
         dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         lr=config.muon_learning_rate,
         weight_decay=config.weight_decay,
@@ -57,11 +66,11 @@ class Muon(torch.optim.Muon):
     momentum of all, so that any of them can save it.
     """
 
-    def __init__(self, group: dict[str, Any], *, world: World, dtype: torch.dtype, **options: float) -> None:
+    def __init__(self, group: dict[str, Any], *, peers: Peers, dtype: torch.dtype, **options: float) -> None:
         super().__init__([group], **options)
-        self.world, self.dtype = world, dtype
+        self.peers, self.dtype = peers, dtype
         matrices = self.param_groups[0]["params"]
-        self.shares = share_out(matrices, [p.numel() * min(p.shape) for p in matrices], world.size)
+        self.shares = share_out(matrices, [p.numel() * min(p.shape) for p in matrices], peers.size)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -73,14 +82,14 @@ class Muon(torch.optim.Muon):
                 state["momentum_buffer"] = torch.zeros_like(matrix)
             state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
         of_one_size: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for matrix in self.shares[self.world.rank]:
+        for matrix in self.shares[self.peers.rank]:
             of_one_size.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
         for alike in of_one_size.values():
             for matrix, update in zip(alike, self._updates(alike, group), strict=True):
                 # Larger steps for more rows than columns: torch's "original" adjustment.
                 rate = group["lr"] * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
                 matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
-        self.world.share(self.shares)
+        self.peers.share(self.shares)
 
     def _updates(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> list[Tensor]:
         """For matrices (M, N) or (N, M), M <= N, their momentum, a step ahead (Nesterov), made orthogonal."""

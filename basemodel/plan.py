@@ -1,52 +1,41 @@
 """What a run would do, in numbers that follow from its configs (`--plan`)."""
 
 import dataclasses
-import math
 import shutil
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from basemodel.config import TrainConfig, optimizer_in_words
-from basemodel.data import BatchPlan, RunData
+from basemodel.config import optimizer_in_words
+from basemodel.distributed import World
+from basemodel.precision import choose_precision
+from basemodel.run import Run
 from basemodel.run_folder import read_status
-from gpt import GPTConfig, GPTModel
-
-if TYPE_CHECKING:
-    pass
+from gpt import GPTModel
 
 
-def print_plan(
-    run_dir: Path,
-    config: TrainConfig,
-    model_config: GPTConfig,
-    data: RunData | None,
-    plan: BatchPlan,
-    hardware: str,
-) -> None:
-    """Say what a run does, in numbers that follow from its configs; `data` None: not here yet."""
+def print_plan(run: Run, world: World) -> None:
+    """Say what a run does on these processes; its data None: not here yet."""
+    config, plan, data = run.config, run.plan, run.data
     with torch.device("meta"):
-        model = GPTModel(model_config)
+        model = GPTModel(run.model_config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tokens, size = plan.steps * plan.tokens_per_step, 12 * parameters  # weights and two moments in float32
-    interval = config.checkpoint_interval or config.validation_interval
-    checkpoints = math.ceil(plan.steps / interval) if interval else 1
+    checkpoints = run.saves_from(0)
     kept = checkpoints if config.keep_checkpoints is None else min(checkpoints, config.keep_checkpoints + 1)
-    speed = read_status(run_dir).get("tokens_per_second")
+    speed = read_status(run.directory).get("tokens_per_second")
     speed = speed if isinstance(speed, float) and speed > 0 else None
-    price = config.usd_per_hour
+    price, precision = config.usd_per_hour, choose_precision(config, world.device)
     have = f"{data.train.tokens.count:,} training tokens" if data else "not here yet"
     split = (
         f"{plan.processes} processes x microbatch {plan.microbatch_size} x accumulation {plan.accumulation}"
     )
-    free = shutil.disk_usage(run_dir).free
+    free = shutil.disk_usage(run.directory).free
     lines = {
-        "Run": f"{run_dir.name}, seed {config.random_seed}",
-        "Model": f"{parameters:,} parameters, context {model_config.context_length:,}",
-        "Data": f"{config.dataset}, {have}, tokenizer {model_config.tokenizer}",
-        "Hardware": hardware,
+        "Run": f"{run.name}, seed {config.random_seed}",
+        "Model": f"{parameters:,} parameters, context {run.model_config.context_length:,}",
+        "Data": f"{config.dataset}, {have}, tokenizer {run.model_config.tokenizer}",
+        "Hardware": f"{world.size} x {world.device_name}, precision {precision}",
         "Global batch": f"{plan.global_batch:,} sequences, {plan.tokens_per_step:,} tokens = {split}",
         "Steps": f"{plan.steps:,}, {tokens:,} tokens" if plan.steps else "not known before the data are here",
         "Optimiser": optimizer_in_words(dataclasses.asdict(config)),

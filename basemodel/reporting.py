@@ -7,28 +7,23 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
 from basemodel import charts
-from basemodel.config import TrainConfig
-from basemodel.data import BatchPlan
 from basemodel.errors import RunError
 from basemodel.files import replace_text
+from basemodel.run import Run
 from basemodel.run_folder import read_metrics
-
-if TYPE_CHECKING:
-    pass
 
 
 class Reporter:
-    """The first process's voice: progress, metrics.jsonl, status.json, chart. The others stay silent."""
+    """Progress line, metrics.jsonl, status.json and chart, written by the first process alone."""
 
-    def __init__(
-        self, run_dir: Path, config: TrainConfig, plan: BatchPlan, *, step: int, seconds: float, speaks: bool
-    ) -> None:
-        self.run_dir, self.config, self.plan, self.speaks = run_dir, config, plan, speaks
+    def __init__(self, run: Run, step: int, seconds: float, *, enabled: bool) -> None:
+        """`run` goes on after `step` steps and `seconds` of training; only an `enabled` process reports."""
+        self.run, self.plan, self.enabled = run, run.plan, enabled
         self.step_seconds: float | None = None  # smoothed over `_timed` steps
         self._timed = 0
         self.loss: float | None = None
@@ -37,11 +32,11 @@ class Reporter:
         self._begun_at = step
         self._last_status = self._last_line = self._last_chart = self._chart_seconds = 0.0
         self._line: dict[str, float] = {}  # of metrics.jsonl, not written yet
-        if speaks:
-            self._metrics = _cut_back_metrics(run_dir / "metrics.jsonl", step)
+        if enabled:
+            self._metrics = _cut_back_metrics(run.metrics, step)
             shown = sys.stderr.isatty()
             self._bar = tqdm(
-                total=plan.steps, initial=step, unit="step", disable=not shown, dynamic_ncols=True
+                total=self.plan.steps, initial=step, unit="step", disable=not shown, dynamic_ncols=True
             )
 
     def seconds(self) -> float:
@@ -50,17 +45,18 @@ class Reporter:
 
     def cost(self) -> float | None:
         """US dollars so far, where the config has a price."""
-        return None if self.config.usd_per_hour is None else self.config.usd_per_hour * self.seconds() / 3600
+        price = self.run.config.usd_per_hour
+        return None if price is None else price * self.seconds() / 3600
 
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar."""
-        if self.speaks:
+        if self.enabled:
             tqdm.write(line)
             sys.stdout.flush()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Add `values` to the line of metrics.jsonl for `step`; it is written when another step's begins."""
-        if not self.speaks:
+        if not self.enabled:
             return
         if self._line.get("step") != step:
             self.flush()
@@ -69,13 +65,13 @@ class Reporter:
 
     def flush(self) -> None:
         """Write what has been logged to the disk's file. Raises RunError if the disk does not take it."""
-        if self.speaks and self._line:
+        if self.enabled and self._line:
             finite = {
                 key: None if value is None or not math.isfinite(value) else value
                 for key, value in self._line.items()
             }
             self._line = {}
-            path = self.run_dir / "metrics.jsonl"
+            path = self.run.metrics
             try:
                 self._metrics.write((json.dumps(finite) + "\n").encode())
                 if (
@@ -88,7 +84,7 @@ class Reporter:
 
     def step(self, step: int, values: dict[str, float], *, step_seconds: float) -> None:
         """Log a finished training step (`values` hold at least train_loss) and show where the run stands."""
-        if not self.speaks:
+        if not self.enabled:
             return
         self._timed += 1
         weight = max(0.05, 1 / self._timed)  # first a mean of all, for the first step is a slow one
@@ -121,7 +117,7 @@ class Reporter:
 
     def status(self, status: str, step: int, **more: Any) -> None:
         """Replace status.json; one that cannot be written is no reason to stop training."""
-        if not self.speaks:
+        if not self.enabled:
             return
         values = {
             "status": status,
@@ -139,7 +135,7 @@ class Reporter:
             **more,
         }
         try:
-            replace_text(self.run_dir / "status.json", json.dumps(values, indent=1))
+            replace_text(self.run.directory / "status.json", json.dumps(values, indent=1))
         except OSError as error:
             self.say(f"Warning: status.json could not be written: {error}")
 
@@ -151,23 +147,34 @@ class Reporter:
         """
         start = time.monotonic()
         due = self._timed > 0 and start - self._last_chart > 100 * self._chart_seconds
-        if not self.speaks or not (final or due):
+        if not self.enabled or not (final or due):
             return
         self.flush()
         try:
             charts.draw_chart(
-                self.run_dir / "metrics.jsonl", self.run_dir / "training-run-chart.png", self.run_dir.name
+                self.run.metrics, self.run.directory / "training-run-chart.png", self.run.directory.name
             )
         except Exception as error:
             self.say(f"Warning: the chart could not be drawn: {type(error).__name__}: {error}")
         self._last_chart = time.monotonic()
         self._chart_seconds = self._last_chart - start
 
+    def finish(self, step: int, train_loss: float | None, val_loss: float | None) -> None:
+        """Draw the chart, write the last status, and say how the run ended."""
+        self.chart(final=True)
+        self.close("finished", step)
+        seconds, tokens = self.seconds(), step * self.plan.tokens_per_step
+        self.say(f"Training complete in {seconds:,.3f} seconds")
+        self.say(f"Tokens seen: {tokens:,}")
+        self.say(f"Throughput: {tokens / seconds:,.0f} tokens/second")
+        for name, loss in (("train", train_loss), ("val", val_loss)):
+            self.say(f"Final {name} loss: " + ("not measured" if loss is None else f"{loss:.3f}"))
+
     def close(self, status: str, step: int, **more: Any) -> None:
         """Write the last status and put bar and files away."""
         self.flush()
         self.status(status, step, **more)
-        if self.speaks:
+        if self.enabled:
             self._bar.close()
             self._metrics.close()
 

@@ -1,10 +1,8 @@
 """A run's folder: one training at a time, and nothing of an earlier one lost."""
 
 import fcntl
-import functools
 import json
 import os
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,11 +32,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
-def lock_run(run_dir: Path, holder: int | None) -> bool:
+def lock_run(run_dir: Path) -> bool:
     """Keep other trainings out of a run's folder while this process lives; False where files know no locks.
 
-    Raises InputError if one is in, most likely the process `holder`.
+    Raises InputError if the folder is locked or cannot be written to.
     """
+    holder = read_status(run_dir).get("pid")  # most likely
     require(
         os.access(run_dir, os.W_OK), f"{run_dir}: cannot be written to; training writes its results there"
     )
@@ -69,13 +68,3 @@ def set_earlier_results_aside(directory: Path) -> Path | None:
     for path in found:
         path.rename(aside / path.name)
     return aside
-
-
-@functools.cache
-def git_commit() -> str | None:
-    """The commit of this code, None where that is not known."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -1,0 +1,60 @@
+"""Results of steps that were launched on a GPU and not read yet.
+
+The host reads the result of a step when the next one is launched, so that the GPU never waits for Python.
+On a CPU each result is read at once.
+"""
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class StepResult(NamedTuple):
+    """What a training step yields, the same on all processes."""
+
+    loss: float  # mean over the global batch, nats per token
+    grad_norm: float  # of the averaged gradient, before clipping
+    finite: float  # 1.0 if both are finite; otherwise the step was skipped
+    stops: float  # how many processes were asked to stop
+
+
+class PendingSteps:
+    """A queue of launched steps: number, result on its way to the host, event that says when it is there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._behind = 0 if device.type == "cpu" else 1
+        self._queue: list[tuple[int, Tensor, torch.Event | None]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Time the next step from now on, without validation and checkpoints."""
+        self._clock = time.monotonic()
+
+    def add(self, step: int, result: Tensor) -> None:
+        """Start to copy a result, the fields of StepResult as a tensor of shape (4,), to the host."""
+        on_host, event = result.to("cpu", non_blocking=True), None
+        if result.device.type != "cpu":
+            event = torch.get_device_module(result.device).Event()
+            event.record()
+        self._queue.append((step, on_host, event))
+
+    def read_due(self) -> list[tuple[int, StepResult, float]]:
+        """Wait for all results but that of the step just launched on a GPU; return each with its step and the
+        step's seconds."""
+        return self._read(keep=self._behind)
+
+    def read_all(self) -> list[tuple[int, StepResult, float]]:
+        """Wait for all results; return each with its step and the step's seconds."""
+        return self._read(keep=0)
+
+    def _read(self, keep: int) -> list[tuple[int, StepResult, float]]:
+        results = []
+        while len(self._queue) > keep:
+            step, on_host, event = self._queue.pop(0)
+            if event is not None:
+                event.synchronize()
+            before, self._clock = self._clock, time.monotonic()
+            results.append((step, StepResult(*on_host.tolist()), self._clock - before))
+        return results
