@@ -1,4 +1,4 @@
-"""The GPT-2 model of the published runs, and how it continues a text.
+"""The GPT-2 model of the published runs.
 
 Shapes in comments: B sequences, T tokens each, C = emb_dim, H heads of D = C / H, V = vocab_size. Parameter
 names are those of the published models, so that their files load (weights.py).
@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from basemodel.errors import RunError, require
+from basemodel.attention import Cache, TanhGELU, Visible, attend, linear_together
+from basemodel.errors import require
 
 
 @dataclass(frozen=True)
@@ -58,56 +58,6 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift, eps=1e-5)
 
 
-class Cache:
-    """Keys and values of the tokens that a model has read: reading on costs the work of the new ones alone.
-
-    Room for `size` tokens a row; the first `padding` (B,) of each row are padding and not attended.
-    """
-
-    def __init__(self, padding: Tensor, size: int) -> None:
-        self.padding, self.size, self.length = padding, size, 0
-        self.layers: dict[nn.Module, Tensor] = {}  # keys and values, (2, B, H, size, D)
-
-    def read_on(self, count: int) -> tuple[Tensor, Tensor]:
-        """Count `count` more tokens a row as read. Return their positions (B, T), and which of all S tokens
-        each of them attends to, (B, 1, T, S)."""
-        self.length += count
-        columns = torch.arange(self.length, device=self.padding.device)
-        new, first = columns[-count:, None], self.padding[:, None, None]
-        # Padding attends to itself: a softmax over no tokens would be NaN.
-        visible = ((columns <= new) & (columns >= first) | (columns == new))[:, None]
-        return (columns[-count:] - self.padding[:, None]).clamp(min=0), visible
-
-    def extend(self, layer: nn.Module, new: Tensor) -> Tensor:
-        """Add a layer's keys and values (2, B, H, T, D) of the new tokens; return those of all S tokens."""
-        if layer not in self.layers:
-            self.layers[layer] = new.new_empty(*new.shape[:3], self.size, new.shape[4])
-        self.layers[layer][:, :, :, self.length - new.shape[3] : self.length] = new
-        return self.layers[layer][:, :, :, : self.length]
-
-
-# Which tokens each token attends to, where not all before it: (B, 1, T, S), or in blocks for FlexAttention.
-Visible = Tensor | BlockMask
-
-
-def within_documents(tokens: Tensor, end_of_text: int, *, in_blocks: bool) -> tuple[Tensor, Visible]:
-    """For tokens (B, T) that attend to their own document alone: their positions in it (B, T), and the mask.
-
-    An end-of-text closes the document before it as a target, and opens the one behind it as an input: it is
-    what the first token is predicted from. So nothing that a document's loss is made of is in another one.
-    """
-    B, T = tokens.shape
-    index = torch.arange(T, device=tokens.device)
-    starts = torch.where(tokens == end_of_text, index, 0).cummax(dim=1).values  # of each token's document
-    if in_blocks:
-
-        def attends(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (k <= q) & (k >= starts[b, q])
-
-        return index - starts, create_block_mask(attends, B, None, T, T, device=tokens.device)
-    return index - starts, ((index <= index[:, None]) & (index >= starts[:, :, None]))[:, None]
-
-
 class Attention(nn.Module):
     """Causal self-attention over H heads."""
 
@@ -120,32 +70,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
 
     def forward(self, x: Tensor, visible: Visible | None = None, cache: Cache | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+        """(B, T, C) -> (B, T, C). `visible`: which tokens each token attends to, if not all before it."""
         B, T, C = x.shape
-        projections = (self.W_query, self.W_key, self.W_value)
-        if cache:
-            # One token's products take less time than to copy the weights would.
-            qkv = torch.cat([projection(x) for projection in projections], dim=-1)
-        else:
-            # Three matrices in the file, one matrix product on the machine: fewer, larger ones are faster.
-            weight = torch.cat([p.weight for p in projections])  # (3C, C)
-            bias = torch.cat([p.bias for p in projections]) if self.W_query.bias is not None else None
-            qkv = F.linear(x, weight, bias)
+        qkv = linear_together(x, self.W_query, self.W_key, self.W_value)  # (B, T, 3C)
         qkv = qkv.view(B, T, 3, self.n_heads, C // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         k, v = cache.extend(self, torch.stack((k, v))) if cache else (k, v)  # then (B, H, S, D)
-        y = self._attend(q, k, v, visible)  # (B, H, T, D)
+        y = attend(q, k, v, visible, dropout=self.drop_rate if self.training else 0.0)  # (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None) -> Tensor:
-        if isinstance(visible, BlockMask):
-            return flex_attention(q, k, v, block_mask=visible)
-        how = visible, self.drop_rate * self.training, visible is None  # mask, dropout, whether causal
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
-            # On CPUs the backward pass of short bf16 attention takes three times as long as in float32.
-            with torch.autocast("cpu", enabled=False):
-                return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), *how)
-        return F.scaled_dot_product_attention(q, k, v, *how)
 
 
 class FeedForward(nn.Module):
@@ -155,17 +87,13 @@ class FeedForward(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Linear(config.emb_dim, 4 * config.emb_dim),
-            nn.GELU(approximate="tanh"),
+            TanhGELU(),
             nn.Linear(4 * config.emb_dim, config.emb_dim),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        if not torch.compiler.is_compiling():
-            return self.layers(x)
-        x = self.layers[0](x)
-        # The same GELU, with one exponential in place of tanh, which takes a compiled CPU kernel far longer.
-        return self.layers[2](x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)))
+        return self.layers(x)
 
 
 class TransformerBlock(nn.Module):
@@ -218,18 +146,18 @@ class GPTModel(nn.Module):
         return self.out_head(self.features(tokens))
 
     def features(
-        self, tokens: Tensor, cache: Cache | None = None, *, document_masking: bool = False
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        visible: Visible | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        """Map tokens (B, T), which follow on those in the cache, to what the head reads, (B, T, C)."""
-        length, visible = tokens.shape[1], None
-        if cache:
-            positions, visible = cache.read_on(length)
-        elif document_masking:
-            # FlexAttention skips what is masked, where it is compiled for a GPU; it knows no dropout.
-            in_blocks = tokens.is_cuda and torch.compiler.is_compiling() and self.config.drop_rate == 0
-            positions, visible = within_documents(tokens, self.config.end_of_text, in_blocks=in_blocks)
-        else:
-            positions = torch.arange(length, device=tokens.device)
+        """Map tokens (B, T) to what the head reads, (B, T, C).
+
+        `positions`, (B, T) or (T,), are 0 to T - 1 by default; `visible` and `cache` are for attention.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.drop_emb(self.tok_emb(tokens) + self.pos_emb(positions))
         for block in self.trf_blocks:
             x = block(x, visible, cache)
@@ -245,46 +173,3 @@ class GPTModel(nn.Module):
         matrices = self.out_head.weight.numel()
         matrices += sum(p.numel() for p in self.trf_blocks.parameters() if p.dim() == 2)
         return 6 * matrices + 12 * self.config.n_layers * self.config.emb_dim * self.config.context_length
-
-
-@torch.no_grad()
-def generate(
-    model: GPTModel,
-    tokens: Tensor,
-    count: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
-    padding: Tensor | None = None,
-    stop: int | None = None,
-    use_cache: bool = True,
-) -> Tensor:
-    """Continue tokens (B, T), T at least 1, by `count` tokens, or until all rows have drawn the token `stop`;
-    return (B, T + count) or less. The first `padding` (B,) tokens of each row are padding.
-
-    Raises RunError if the model gives no numbers. At temperature 0 the likeliest token is taken; otherwise
-    one is drawn from the `top_k` likeliest (all when None). Past the context length the model sees the last
-    context_length tokens; then all positions move with each token, and a cache saves nothing.
-    """
-    prompt, size, cache = tokens.shape[1], model.config.context_length, None
-    padding = tokens.new_zeros(len(tokens)) if padding is None else padding
-    for length in range(prompt, prompt + count):
-        if cache is None or cache.length == size or not use_cache:
-            start = max(0, length - size)
-            cache = Cache((padding - start).clamp(min=0), min(size, prompt + count))
-        features = model.features(tokens[:, start + cache.length :], cache)
-        logits = model.out_head(features[:, -1]).float()  # (B, V)
-        if not logits.isfinite().all():
-            raise RunError("the model's logits are no numbers: its weights are damaged, or training diverged")
-        if temperature == 0:
-            chosen = logits.argmax(-1, keepdim=True)
-        else:
-            if top_k is not None and top_k < logits.shape[-1]:
-                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-            scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-            chosen = torch.multinomial(F.softmax(scaled, dim=-1), 1, generator=generator)
-        tokens = torch.cat([tokens, chosen], dim=1)
-        if stop is not None and (tokens[:, prompt:] == stop).any(dim=1).all():
-            break
-    return tokens

@@ -38,11 +38,11 @@ from tqdm import tqdm
 from basemodel.command_line import require_plain_name, run_command
 from basemodel.errors import InputError, RunError, require
 from basemodel.files import replace_text
+from basemodel.generation import continuations
 from basemodel.loss import IGNORED, chunked_cross_entropy
 from basemodel.tokenizer import get_tokenizer
 from basemodel.weights import load_model
 from gpt import GPTModel
-from test_smoke import continuations
 
 DATA_FILE = "instruction-data.json"
 DATA_URL = (

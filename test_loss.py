@@ -24,6 +24,7 @@ from basemodel.command_line import run_command
 from basemodel.data import Sequences, TokenFile, check_tokenizer
 from basemodel.errors import InputError, RunError, require
 from basemodel.fetching import fetch_dataset
+from basemodel.loss import document_features
 from basemodel.measured_loss import MeasuredLoss, write_test_loss
 from basemodel.tokenizer import get_tokenizer
 from basemodel.weights import load_model
@@ -38,11 +39,12 @@ def sequence_losses(
     """Each model's mean loss of each of the first `count` sequences, in nats per token: float64, on the CPU,
     (models, count). The data are read once."""
     losses = torch.zeros(len(models), count, dtype=torch.float64)
+    features_of = document_features if document_masking else GPTModel.features
     for first in tqdm(range(0, count, batch_size), unit="batch", disable=None):
         batch = sequences.read(first, min(batch_size, count - first)).long()
         for model, row in zip(models, losses, strict=True):
             tokens = batch.to(model.tok_emb.weight.device)
-            features = model.features(tokens[:, :-1], document_masking=document_masking)
+            features = features_of(model, tokens[:, :-1])
             # One sequence after another: the logits of a batch of GPT-2's would take gigabytes.
             for index, (x, targets) in enumerate(zip(features, tokens[:, 1:], strict=True), start=first):
                 row[index] = F.cross_entropy(model.out_head(x), targets, reduction="none").double().mean()

@@ -7,72 +7,19 @@ python test_smoke.py ... --prompt "Return the" --prompt "If the file" --samples 
 
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import tiktoken
 import torch
-from tqdm import tqdm
 
 from basemodel.command_line import run_command
 from basemodel.errors import require
+from basemodel.generation import continuations
 from basemodel.tokenizer import get_tokenizer
 from basemodel.weights import load_model
-from gpt import GPTModel, generate
+
 
 # Rows continued at once. One row of GPT-2 small, full, holds 75 MB of keys and values.
-BATCH_SIZE = 32
-
-
-def encode_prompt(tokenizer: tiktoken.Encoding, prompt: str, vocab_size: int) -> list[int]:
-    """The prompt's tokens; of an empty one the end of the text before. Raises InputError for tokens outside
-    the model's vocabulary."""
-    tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
-    require(max(tokens) < vocab_size, f"the prompt has tokens outside the model's vocabulary of {vocab_size}")
-    return tokens
-
-
-def continuations(
-    model: GPTModel,
-    tokenizer: tiktoken.Encoding,
-    prompts: Sequence[str],
-    count: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
-) -> list[str]:
-    """What the model adds to each prompt: at most `count` tokens, up to the end of the text.
-
-    Prompts of like length are continued together, padded on the left to one length.
-    """
-    encoded = [encode_prompt(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
-    texts = [""] * len(prompts)
-    device = model.tok_emb.weight.device
-    for first in tqdm(range(0, len(order), BATCH_SIZE), unit="batch", disable=None, leave=False):
-        batch = order[first : first + BATCH_SIZE]
-        longest = len(encoded[batch[-1]])
-        padding = [longest - len(encoded[index]) for index in batch]
-        rows = [[0] * empty + encoded[index] for index, empty in zip(batch, padding, strict=True)]
-        continued = generate(
-            model,
-            torch.tensor(rows, device=device),
-            count,
-            temperature=temperature,
-            top_k=top_k,
-            generator=generator,
-            padding=torch.tensor(padding, device=device),
-            stop=tokenizer.eot_token,
-        )
-        for index, row in zip(batch, continued[:, longest:].tolist(), strict=True):
-            new = row[: row.index(tokenizer.eot_token)] if tokenizer.eot_token in row else row
-            # A vocabulary may be larger than its tokenizer's: what stands for no text is left out.
-            texts[index] = tokenizer.decode([token for token in new if token < tokenizer.n_vocab])
-    return texts
-
-
 def printable(text: str) -> str:
     """The text with control characters, which could upset a terminal, written as escapes."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)

@@ -18,6 +18,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from basemodel.attention import within_documents
 from gpt import GPTModel
 
 IGNORED = -100  # targets of this value count for nothing, as in F.cross_entropy
@@ -31,20 +32,29 @@ CHUNK_LOGITS = {"cpu": 1 << 24}
 DEFAULT_CHUNK_LOGITS = 1 << 28
 
 
+def document_features(model: GPTModel, tokens: Tensor) -> Tensor:
+    """`model.features` of tokens (B, T) that attend to their own document alone."""
+    # FlexAttention skips what is masked, where it is compiled for a GPU; it knows no dropout.
+    in_blocks = tokens.is_cuda and torch.compiler.is_compiling() and model.config.drop_rate == 0
+    return model.features(tokens, *within_documents(tokens, model.config.end_of_text, in_blocks=in_blocks))
+
+
 class NextTokenLoss(nn.Module):
     """The model with its loss, the unit that exchanges gradients."""
 
     def __init__(self, model: GPTModel, *, document_masking: bool = False) -> None:
         super().__init__()
         self.model = model
-        self._eager_features = functools.partial(model.features, document_masking=document_masking)
+        self._eager_features = (
+            functools.partial(document_features, model) if document_masking else model.features
+        )
         self._features: Callable[[Tensor], Tensor] = self._eager_features
         self._chunk: ChunkFunction = chunk_loss_and_gradients
 
     def compile(self) -> None:
         """Compile, at their next call, the blocks as one graph and the loss of a chunk as another."""
         if self.model.out_head.weight.device.type == "cpu":
-            # Keep 60% of the activations, make cheap ones again: as fast on a CPU, in a tenth less memory.
+            # Keep 60% of the activations, recompute the cheap ones: as fast on a CPU, in a tenth less memory.
             torch._functorch.config.activation_memory_budget = 0.6
         self._features = torch.compile(self._eager_features, dynamic=False)
         self._chunk = torch.compile(chunk_loss_and_gradients, dynamic=False)

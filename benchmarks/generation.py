@@ -16,8 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from basemodel.command_line import run_command
 from basemodel.errors import RunError
+from basemodel.generation import generate
 from basemodel.json_config import read_config
-from gpt import GPTConfig, GPTModel, generate
+from gpt import GPTConfig, GPTModel
 
 RUNS = Path(__file__).parent.parent / "runs"
 

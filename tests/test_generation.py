@@ -9,9 +9,10 @@ import torch
 from helpers import MODEL, run_script
 from safetensors.torch import save_file
 
+from basemodel.generation import BATCH_SIZE, continuations, generate
 from basemodel.tokenizer import get_tokenizer
-from gpt import GPTConfig, GPTModel, generate
-from test_smoke import BATCH_SIZE, continuations, printable
+from gpt import GPTConfig, GPTModel
+from test_smoke import printable
 
 torch.set_num_threads(1)  # the models are tiny, and the machine has other work
 SMALL = replace(GPTConfig(**MODEL), context_length=48)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from basemodel.config import TrainConfig
 from basemodel.errors import InputError
+from basemodel.generation import generate
 from basemodel.json_config import read_config
 from basemodel.weights import load_weights
-from gpt import GPTConfig, GPTModel, generate
+from gpt import GPTConfig, GPTModel
 
 SMALL = GPTConfig(**MODEL)
 

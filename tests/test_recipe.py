@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from helpers import MODEL, TRAIN, Sandbox, assert_same_tensors, random_tokens, run_script, write_dataset
 
+from basemodel.attention import within_documents
 from basemodel.config import TrainConfig, optimizer_in_words
 from basemodel.distributed import World
-from basemodel.loss import NextTokenLoss
+from basemodel.loss import NextTokenLoss, document_features
 from basemodel.measured_loss import read_test_loss
 from basemodel.optimizer import (
     allocate_state,
@@ -22,7 +23,7 @@ from basemodel.optimizer import (
     share_out,
     step_if,
 )
-from gpt import GPTConfig, GPTModel, within_documents
+from gpt import GPTConfig, GPTModel
 
 MUON = {"optimizer": "muon", "lr_schedule": "wsd", "warmup_period_percent": 10}
 BYTES = {**MODEL, "vocab_size": 257, "tokenizer": "bytes"}
@@ -208,7 +209,7 @@ def test_no_gradient_flows_from_one_document_to_another(masking: bool) -> None:
     model.drop_emb.register_forward_hook(lambda _module, _inputs, output: read.append(output))
     tokens = torch.arange(16)[None]
     tokens[0, 7] = END
-    features = model.features(tokens, document_masking=masking)
+    features = document_features(model, tokens) if masking else model.features(tokens)
     (gradient,) = torch.autograd.grad(features[0, 7:].square().sum(), read[0])
     assert gradient[0, 7:].abs().sum(-1).gt(0).all()
     assert gradient[0, :7].any() != masking, "without the mask it does flow, or this would show nothing"

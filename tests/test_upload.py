@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 import upload_model
 from basemodel.documents import python_docs
+from basemodel.generation import generate
 from basemodel.tokenizer import get_tokenizer
 from basemodel.weights import from_huggingface, load_tensors, to_huggingface
-from gpt import GPTConfig, GPTModel, generate
+from gpt import GPTConfig, GPTModel
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,0 +1,101 @@
+"""What attention looks at, and how it is computed: masks, the key-value cache, and kernels tuned for CPUs.
+
+Shapes: B sequences, T new tokens of S in all, H heads of D = C / H.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+# Which tokens each token attends to, where not all before it: (B, 1, T, S), or in blocks for FlexAttention.
+Visible = Tensor | BlockMask
+
+
+def within_documents(tokens: Tensor, end_of_text: int, *, in_blocks: bool) -> tuple[Tensor, Visible]:
+    """For tokens (B, T) that attend to their own document alone: their positions in it (B, T), and the mask.
+
+    An end-of-text closes the document before it as a target, and opens the one behind it as an input: it is
+    what the first token is predicted from. So nothing that a document's loss is made of is in another one.
+    """
+    B, T = tokens.shape
+    index = torch.arange(T, device=tokens.device)
+    starts = torch.where(tokens == end_of_text, index, 0).cummax(dim=1).values  # of each token's document
+    if in_blocks:
+
+        def attends(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) & (k >= starts[b, q])
+
+        return index - starts, create_block_mask(attends, B, None, T, T, device=tokens.device)
+    return index - starts, ((index <= index[:, None]) & (index >= starts[:, :, None]))[:, None]
+
+
+class Cache:
+    """Keys and values of the tokens that a model has read: reading on costs the work of the new ones alone.
+
+    Room for `size` tokens a row; the first `padding` (B,) of each row are padding and not attended.
+    """
+
+    def __init__(self, padding: Tensor, size: int) -> None:
+        self.padding, self.size, self.length = padding, size, 0
+        self.layers: dict[nn.Module, Tensor] = {}  # keys and values, (2, B, H, size, D)
+
+    def read_on(self, count: int) -> tuple[Tensor, Tensor]:
+        """Count `count` more tokens a row as read. Return their positions (B, T), and which of all S tokens
+        each of them attends to, (B, 1, T, S)."""
+        self.length += count
+        columns = torch.arange(self.length, device=self.padding.device)
+        new, first = columns[-count:, None], self.padding[:, None, None]
+        # Padding attends to itself: a softmax over no tokens would be NaN.
+        visible = ((columns <= new) & (columns >= first) | (columns == new))[:, None]
+        return (columns[-count:] - self.padding[:, None]).clamp(min=0), visible
+
+    def extend(self, layer: nn.Module, new: Tensor) -> Tensor:
+        """Add a layer's keys and values (2, B, H, T, D) of the new tokens; return those of all S tokens."""
+        if layer not in self.layers:
+            self.layers[layer] = new.new_empty(*new.shape[:3], self.size, new.shape[4])
+        self.layers[layer][:, :, :, self.length - new.shape[3] : self.length] = new
+        return self.layers[layer][:, :, :, : self.length]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Kernels: PyTorch's formulas, computed in less time
+# ------------------------------------------------------------------------------------------------------------
+
+
+def linear_together(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """The outputs of several linear layers side by side, (..., outputs of all)."""
+    if x.shape[-2] == 1:
+        # One token's products take less time than to copy the weights would.
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+    # One matrix product in place of three: fewer, larger ones are faster.
+    bias = torch.cat([layer.bias for layer in layers]) if layers[0].bias is not None else None
+    return F.linear(x, torch.cat([layer.weight for layer in layers]), bias)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None, dropout: float) -> Tensor:
+    """Attention of queries (B, H, T, D) to keys and values (B, H, S, D); causal where `visible` is None."""
+    if isinstance(visible, BlockMask):
+        return flex_attention(q, k, v, block_mask=visible)
+    how = {"attn_mask": visible, "dropout_p": dropout, "is_causal": visible is None}
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
+        # On CPUs the backward pass of short bf16 attention takes three times as long as in float32.
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
+    return F.scaled_dot_product_attention(q, k, v, **how)
+
+
+class TanhGELU(nn.GELU):
+    """GELU in its tanh form."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape."""
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        # The same, with one exponential in place of tanh, which takes a compiled CPU kernel far longer.
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
