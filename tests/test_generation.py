@@ -1,16 +1,18 @@
 """Continuing text: the same tokens with a key-value cache as without, and together as one by one."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import MODEL, run_script
 from safetensors.torch import save_file
 
 from gpt import GPTConfig, GPTModel, generate
-from test_smoke import BATCH_SIZE, continuations, printable
+from test_smoke import BATCH_SIZE, continuations, main, printable
 from tokenizer import get_tokenizer
 
 torch.set_num_threads(1)  # the models are tiny, and the machine has other work
@@ -93,22 +95,42 @@ def test_what_upsets_a_terminal_is_escaped() -> None:
 
 
 def test_several_prompts_and_samples(bytes_model: tuple[Path, Path]) -> None:
-    options = (
-        "--prompt",
-        "ab\x1b[2J",
-        "--prompt",
-        "Größe",
-        "--samples",
-        "2",
-        "--tokens",
-        "6",
-        "--temperature",
-        "0",
-    )
-    done = run_script("test_smoke.py", *bytes_model, *options, env={"PYTHONIOENCODING": "ascii"})
+    prompts = ("--prompt", "ab\x1b[2J", "--prompt", "Größe")
+    options = ("--samples", "2", "--tokens", "6", "--temperature", "0")
+    before = "import sys; sys.stdout.reconfigure(encoding='ascii')"
+    done = run_script("test_smoke.py", *bytes_model, *prompts, *options, before=before)
     assert done.returncode == 0, done.stderr
     first, second, third, fourth = done.stdout.rstrip("\n").split("\n\n")
     assert first == second
     assert first.startswith(r"ab\x1b[2J")
     assert third == fourth
     assert third.startswith(r"Gr\xf6\xdfe")
+
+
+def test_options_do_what_they_say(bytes_model: tuple[Path, Path]) -> None:
+    def continued(*options: str) -> str:
+        command = [*map(str, bytes_model), "--prompt", "a", *options]
+        return CliRunner().invoke(main, command, catch_exceptions=False).stdout
+
+    model, tokenizer = small_model(BYTES), get_tokenizer("bytes")
+    likeliest = {
+        count: f"a{printable(continuations(model, tokenizer, ['a'], count, temperature=0)[0])}\n"
+        for count in (20, 7)
+    }
+    assert continued("--temperature", "0") == likeliest[20] != likeliest[7]
+    assert continued("--temperature", "0", "--tokens", "7") == likeliest[7]
+    assert continued("--top-k", "1") == likeliest[20]
+    assert continued("--top-k", "2", "--seed", "5") != likeliest[20]
+    assert continued("--temperature", "0.001", "--seed", "5") == likeliest[20]
+
+
+def test_defaults() -> None:
+    shown = CliRunner().invoke(main, ["--help"], terminal_width=200).stdout
+    defaults = dict(re.findall(r"^ +(--[a-z-]+) .*\[default: ([^];]+)", shown, flags=re.MULTILINE))
+    assert defaults == {
+        "--prompt": "Every effort moves you",
+        "--tokens": "20",
+        "--temperature": "1.0",
+        "--top-k": "25",
+        "--samples": "1",
+    }
