@@ -1,16 +1,18 @@
 """Which tokens a step takes, and at which learning rate."""
 
+import hashlib
 import itertools
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import random_tokens, write_dataset
+from helpers import MODEL, random_tokens, write_dataset
 
 from config import TrainConfig
-from data import Sequences, TokenFile, plan_batches
+from data import Sequences, TokenFile, check_tokenizer, fingerprint_files, plan_batches
 from ddp_train import learning_rate_at
+from gpt import GPTConfig
 
 
 def sequences(tmp_path: Path, tokens: int = 1000, start: int = 0, length: int = 10) -> Sequences:
@@ -20,6 +22,15 @@ def sequences(tmp_path: Path, tokens: int = 1000, start: int = 0, length: int = 
 
 def config(**values: object) -> TrainConfig:
     return TrainConfig(**{"dataset": "a/b", "microbatch_size": 4, "min_train_tokens": -1, **values})
+
+
+@pytest.mark.parametrize("meta", [None, {"description": "tokens", "token_dtype": "uint16", "files": {}}])
+def test_published_data_sets_say_little_of_themselves(tmp_path: Path, meta: dict | None) -> None:
+    folder = write_dataset(tmp_path, meta=meta)
+    check_tokenizer(folder, GPTConfig(**MODEL))
+    data = (folder / "train.safetensors").read_bytes()
+    found = fingerprint_files(folder, ["train.safetensors"])["train.safetensors"]
+    assert (found["size"], found["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
 
 
 def test_sequence_i_of_the_first_epoch_is_where_the_contract_says(tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
 from click.testing import CliRunner
-from helpers import MODEL, run_script
+from helpers import MODEL, run_script, write_model
 from safetensors.torch import save_file
 
 from gpt import GPTConfig, GPTModel, generate
 from test_smoke import BATCH_SIZE, continuations, main, printable
 from tokenizer import get_tokenizer
+from weights import load_model
 
 torch.set_num_threads(1)  # the models are tiny, and the machine has other work
 SMALL = replace(GPTConfig(**MODEL), context_length=48)
@@ -122,6 +124,15 @@ def test_options_do_what_they_say(bytes_model: tuple[Path, Path]) -> None:
     assert continued("--top-k", "1") == likeliest[20]
     assert continued("--top-k", "2", "--seed", "5") != likeliest[20]
     assert continued("--temperature", "0.001", "--seed", "5") == likeliest[20]
+
+
+def test_the_default_prompt_is_continued_with_gpt2s_tokens(gpt2: tiktoken.Encoding, tmp_path: Path) -> None:
+    files = write_model(tmp_path, vocab_size=gpt2.n_vocab, tokenizer="gpt2")
+    done = CliRunner().invoke(main, [*map(str, files), "--temperature", "0"], catch_exceptions=False)
+    model = load_model(*files)
+    tokens = torch.tensor([gpt2.encode_ordinary("Every effort moves you")])
+    continued = generate(model, tokens, 20, temperature=0, stop=gpt2.eot_token)[0].tolist()
+    assert done.stdout == printable(gpt2.decode(continued).removesuffix("<|endoftext|>")) + "\n"
 
 
 def test_defaults() -> None:

@@ -6,7 +6,6 @@ import http.server
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +46,8 @@ class FakeHub:
     cut_off: dict[str, int] = field(
         default_factory=dict
     )  # file name: bytes after which the line breaks, once
-    # Set: a line that broke stays open, and silent.
-    stall: threading.Event = field(default_factory=threading.Event)
+    stalls: bool = False  # a line that broke stays open, and silent, until `go_on`
+    go_on: threading.Event = field(default_factory=threading.Event)
     too_short: set[str] = field(default_factory=set)  # files of which the last byte is never sent
     damaged: set[str] = field(default_factory=set)  # files of which the first byte is another
     stored: dict[str, bytes] = field(default_factory=dict)  # uploaded objects by SHA-256
@@ -134,8 +133,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start:
             headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         self.answer(body, 206 if start else 200, **headers)
-        while self.close_connection and self.hub.stall.is_set():
-            time.sleep(0.05)
+        if self.close_connection and self.hub.stalls:
+            self.hub.go_on.wait(60)
 
     def do_POST(self) -> None:
         self.hub.requests.append((self.command, self.path, ""))
@@ -228,7 +227,7 @@ def test_files_are_downloaded_once_and_then_the_hub_is_not_asked(hub: FakeHub, t
 def test_a_download_that_was_cut_off_goes_on(hub: FakeHub, tmp_path: Path, killed: bool) -> None:
     hub.cut_off["large/4.jsonl"] = 150_000
     if killed:
-        hub.stall.set()
+        hub.stalls = True
         script = start(hub, tmp_path / "out", files="large/*", home=tmp_path / "home")
         try:
             wait_for(
@@ -236,7 +235,7 @@ def test_a_download_that_was_cut_off_goes_on(hub: FakeHub, tmp_path: Path, kille
             )
         finally:
             script.kill()
-            hub.stall.clear()
+            hub.go_on.set()
     prepare(hub, tmp_path / "out", files="large/*", texts=TEXTS["large"])
     # The client writes 100,000 bytes at a time, so so much was there.
     assert hub.downloads("large/4.jsonl") == ["", "bytes=100000-"]
