@@ -155,7 +155,6 @@ def test_sources_that_are_no_good(tmp_path: Path) -> None:
     numbers = tmp_path / "numbers.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), numbers)
     empty = write_parquet(tmp_path / "empty.parquet", [])
-    (tmp_path / "folder").mkdir()
     options = ["--tokenizer", "bytes"]
     for source, more, message in (
         (good, ["--text-column", "body"], "good.parquet: has no column 'body'; --text-column is one of"),
@@ -165,7 +164,6 @@ def test_sources_that_are_no_good(tmp_path: Path) -> None:
         (numbers, [], "column 'text' is int64, not text"),
         (broken, [], "broken.parquet: no whole parquet file"),
         (empty, [], "holds no documents to train on"),
-        (tmp_path / "folder", [], "holds no .parquet, .jsonl"),
         ("HuggingFaceFW/fineweb", [], "no such file or folder; the source may also be 'python-docs'"),
         ("../fineweb", ["--files", "*"], "the dataset's owner '..' must be a plain name"),
     ):
