@@ -179,7 +179,7 @@ def test_texts_that_turn_out_to_be_no_good(tmp_path: Path) -> None:
     data[len(data) // 2 : len(data) // 2 + 1000] = b"\0" * 1000
     cut.write_bytes(data)
     (tmp_path / "empty.txt").write_text("")
-    second = write_jsonl(tmp_path / "second.jsonl", [f"{i}" for i in range(2000)])
+    second = write_jsonl(tmp_path / "second.jsonl", [f"{i}" for i in range(5000)])
     with second.open("a") as file:
         file.write('{"body": "not"}\n')
     small_shards = "import documents; documents.SHARD_BYTES = 20_000"
@@ -187,7 +187,7 @@ def test_texts_that_turn_out_to_be_no_good(tmp_path: Path) -> None:
         (cut, "", "cut.parquet: no whole parquet file"),
         (tmp_path / "empty.txt", "", "no text for validation beside that for training"),
         # The number of the line counts those of other shards.
-        (second, small_shards, 'line 2001 is no JSON object with a text "text"'),
+        (second, small_shards, 'line 5001 is no JSON object with a text "text"'),
     ):
         command = ("prepare_datasets.py", source, tmp_path / "out", "--tokenizer", "bytes")
         error = refused(*command, before=before)
