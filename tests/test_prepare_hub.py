@@ -270,6 +270,8 @@ def test_a_file_of_the_wrong_size_is_refused(hub: FakeHub, tmp_path: Path) -> No
 def test_a_revision_is_pinned(hub: FakeHub, tmp_path: Path) -> None:
     meta = prepare(hub, tmp_path / "out", "--revision", "v1", texts=TEXTS["old"])
     assert meta["revision"] == "b" * 40
+    fetched = [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+    assert fetched == [f"/datasets/test/texts/resolve/{'b' * 40}/sample/1.jsonl"]
     hub.requests.clear()
     again = prepare(hub, tmp_path / "again", "--revision", "b" * 40, texts=TEXTS["old"])
     assert again == meta and hub.requests == []

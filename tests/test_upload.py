@@ -36,7 +36,7 @@ SHAPE = {
 CONFIG = GPTConfig(vocab_size=257, tokenizer="bytes", **SHAPE)
 MIXED = [
     'def f(x):\n\t"""Return\n\n    x, or   None."""\n\treturn x[0] if x else None\r\n',
-    "as 's a's 1a1 a.a,,a  a \u4e2d\u00e9s\n\na",
+    "as 's a's 1a1 a.a,,a ,.,.',.  a \u4e2d\u00e9s\n\na",
     "It's we'll they've I'M 12345 3.14159   \t\n\n  trailing ",
     "Größe naïve 語言モデル язык العربية עברית हिन्दी 👩‍👩‍👧‍👦🏳️‍🌈 \u200b\u00a0\ufeff",
     "".join(map(chr, range(0x20, 0x250))),
@@ -98,7 +98,7 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, gpt2: tiktoken.Encodin
     pairs = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     assert len(pairs) == tokenizer.n_vocab - 257
     old = transformers.GPT2Tokenizer(vocab=vocab, merges=[tuple(pair.split(" ")) for pair in pairs])
-    assert old(MIXED[2])["input_ids"] == tokenizer.encode_ordinary(MIXED[2])
+    assert old(MIXED[1])["input_ids"] == tokenizer.encode_ordinary(MIXED[1])
 
 
 @needs_gpt2
