@@ -17,7 +17,7 @@ from gpt import GPTConfig, GPTModel
 from test_loss import main, read_test_loss, sequence_losses
 from tokenizer import get_tokenizer
 
-TEXTS = ["The quick brown fox.\n", "Größe, 語言 and язык 👩‍👩‍👧", "def f(x):\n\treturn x ** 2\n"] * 12
+TEXTS = ["as quick as a fox.\n", "Größe, 語言 and язык 👩‍👩‍👧", "def f(x):\n\treturn x ** 2\n"] * 12
 
 
 def measure(sandbox: Sandbox, *arguments: str | Path) -> str:
