@@ -123,6 +123,7 @@ HEAVY = (
     "matplotlib.pyplot",
     "matplotlib.font_manager",
     "tiktoken",
+    "openai",
     "pytest",
     "pyarrow.parquet",
 )
