@@ -123,6 +123,7 @@ HEAVY = (
     "matplotlib.pyplot",
     "matplotlib.font_manager",
     "tiktoken",
+    "openai",
     "pytest",
     "pyarrow.parquet",
 )
@@ -158,6 +159,8 @@ def _be_script(command: list[str], env: dict[str, str], files: tuple[str, str], 
     os.environ.update(env)
     os.chdir(ROOT)
     sys.argv, sys.path[:0] = command, [str(ROOT)]
+    if "GPT2_STAND_IN" in env:  # set by the fixture `gpt2`
+        import_module("tiktoken.registry").ENCODINGS["gpt2"] = import_module("texts").gpt2_stand_in()
     exec(before, {})
     runpy.run_path(command[0], run_name="__main__")
 
