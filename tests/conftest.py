@@ -10,13 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiktoken
+import tiktoken.registry
 from helpers import Hub, Sandbox, write_dataset
+from texts import gpt2_stand_in
+
+from tokenizer import tiktoken_encoder
 
 
 @pytest.fixture
 def sandbox(tmp_path: Path) -> Sandbox:
     write_dataset(tmp_path / "datasets/test/tokens")
     return Sandbox(tmp_path)
+
+
+@pytest.fixture
+def gpt2(monkeypatch: pytest.MonkeyPatch) -> Iterator[tiktoken.Encoding]:
+    """A stand-in for GPT-2's tokenizer that needs no download, here and in the scripts the test starts."""
+    stand_in = gpt2_stand_in()
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in)
+    monkeypatch.setenv("GPT2_STAND_IN", "1")
+    tiktoken_encoder.cache_clear()
+    yield stand_in
+    tiktoken_encoder.cache_clear()
 
 
 @pytest.fixture

@@ -125,6 +125,7 @@ HEAVY = (
     "matplotlib.pyplot",
     "matplotlib.font_manager",
     "tiktoken",
+    "openai",
     "pytest",
     "pyarrow.parquet",
 )
@@ -160,6 +161,8 @@ def _be_script(command: list[str], env: dict[str, str], files: tuple[str, str], 
     os.environ.update(env)
     os.chdir(ROOT)
     sys.argv, sys.path[:0] = command, [str(ROOT)]
+    if "GPT2_STAND_IN" in env:  # set by the fixture `gpt2`
+        import_module("tiktoken.registry").ENCODINGS["gpt2"] = import_module("texts").gpt2_stand_in()
     exec(before, {})
     runpy.run_path(command[0], run_name="__main__")
 

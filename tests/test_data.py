@@ -1,145 +1,18 @@
-"""Text to tokens, and which tokens a step takes."""
+"""Which tokens a step takes, and at which learning rate."""
 
-import gzip
+import hashlib
 import itertools
-import json
 import math
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
-from helpers import Sandbox, needs_gpt2, random_tokens, run_script, write_dataset
-from safetensors.numpy import load_file
+from helpers import MODEL, random_tokens, write_dataset
 
-from basemodel.config import TrainConfig
-from basemodel.data import Sequences, TokenFile, plan_batches
-from basemodel.documents import in_validation
-from basemodel.tokenizer import get_tokenizer
+from config import TrainConfig
+from data import Sequences, TokenFile, check_tokenizer, fingerprint_files, plan_batches
 from ddp_train import learning_rate_at
-
-TEXTS = [
-    *("Hello, world", "", "  two\n\nlines ", "smile \N{GRINNING FACE} \u4f60\u597d \u0000\u0007 control"),
-    *("a <|endoftext|> that is text", "\ud55c\uad6d\uc5b4", "x" * 5000, "na\u00efve caf\u00e9"),
-    *(f"document {i} " + "word " * (i % 50) for i in range(300)),
-]
-
-
-def prepare(source: Path | str, output: Path, *options: str) -> str:
-    done = run_script("prepare_datasets.py", source, output, *options)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def documents(folder: Path, tokenizer: str) -> dict[str, list[list[int]]]:
-    """The documents of each split, as lists of tokens, the end-of-text tokens taken off."""
-    end = get_tokenizer(tokenizer).eot_token
-    splits = {}
-    for split in ("train", "validation"):
-        tokens = load_file(folder / f"{split}.safetensors")["tokens"]
-        assert tokens.dtype == np.uint16 and tokens.ndim == 1 and tokens[-1] == end
-        splits[split] = [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == end) + 1)[:-1]]
-        assert all(part.pop() == end for part in splits[split])
-    return splits
-
-
-def write_corpus(folder: Path) -> Path:
-    """TEXTS in files of every known type, in the order in which they will be read."""
-    folder.mkdir()
-    thirds = TEXTS[:100], TEXTS[100:200], TEXTS[200:300]
-    lines = ["".join(json.dumps({"text": text}) + "\n" for text in texts) for texts in thirds]
-    pyarrow.parquet.write_table(pyarrow.table({"id": range(100), "text": thirds[0]}), folder / "a.parquet")
-    (folder / "b.jsonl").write_text(lines[1])
-    (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines[2].encode()))
-    rest = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[300:])
-    with pyarrow.CompressedOutputStream(str(folder / "d.jsonl.zst"), "zstd") as file:
-        file.write(rest.encode())
-    (folder / "sub").mkdir()
-    (folder / "sub/e.txt").write_text("the last document")
-    (folder / "README.md").write_text("not text to train on")
-    return folder
-
-
-@pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
-def test_every_document_is_encoded_as_tiktoken_does(tmp_path: Path, tokenizer: str) -> None:
-    prepare(
-        write_corpus(tmp_path / "in"),
-        tmp_path / "out",
-        "--tokenizer",
-        tokenizer,
-        "--validation-fraction",
-        "0.2",
-    )
-    encoding = get_tokenizer(tokenizer)
-    expected = {"train": [], "validation": []}
-    for text in [*TEXTS, "the last document"]:
-        split = "validation" if in_validation([text.encode()], 0.2) else "train"
-        expected[split].append(encoding.encode_ordinary(text))
-    assert documents(tmp_path / "out", tokenizer) == expected
-    assert 0.1 < len(expected["validation"]) / len(TEXTS) < 0.3
-    meta = json.loads((tmp_path / "out/meta.json").read_text())
-    assert (meta["tokenizer"], meta["vocab_size"], meta["token_dtype"]) == (
-        tokenizer,
-        encoding.n_vocab,
-        "uint16",
-    )
-    for split, found in expected.items():
-        counts = meta["splits"][split]
-        assert counts["documents"] == len(found)
-        assert counts["tokens"] == sum(map(len, found)) + len(found)
-        assert counts["bytes"] == sum(len(encoding.decode_bytes(tokens)) for tokens in found)
-
-
-def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "in")
-    for workers in ("1", "3"):
-        prepare(tmp_path / "in", tmp_path / workers, "--tokenizer", "bytes", "--workers", workers)
-    for name in ("train.safetensors", "validation.safetensors", "meta.json"):
-        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
-
-
-def test_one_text_file_is_split_near_its_end(tmp_path: Path) -> None:
-    text = "".join(f"line {i}\n" for i in range(1000))
-    (tmp_path / "input.txt").write_text(text)
-    prepare(tmp_path / "input.txt", tmp_path / "out", "--tokenizer", "bytes", "--validation-fraction", "0.1")
-    train, validation = (
-        load_file(tmp_path / f"out/{s}.safetensors")["tokens"] for s in ("train", "validation")
-    )
-    assert bytes(np.concatenate([train, validation])[:-1].astype(np.uint8)).decode() == text
-    assert len(validation) == pytest.approx(0.1 * len(text), abs=1)
-
-
-def test_invalid_utf8_is_replaced_counted_and_said(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/bad.txt").write_bytes(b"caf\xe9 and \xff, but \xef\xbf\xbd was there")
-    (tmp_path / "in/good.txt").write_text("caf\u00e9")
-    out = prepare(tmp_path / "in", tmp_path / "out", "--tokenizer", "bytes")
-    assert "replaced by 2 characters" in out
-
-
-def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path: Path) -> None:
-    (tmp_path / "in.jsonl").write_text('{"text": "a\\ud800b"}\n{"text": "another"}\n')
-    prepare(tmp_path / "in.jsonl", tmp_path / "out", "--tokenizer", "bytes")
-    found = documents(tmp_path / "out", "bytes")
-    assert list("a\ufffdb".encode()) in found["train"] + found["validation"]
-
-
-def test_python_docs_are_prepared_with_stats_and_trained_on_at_once(sandbox: Sandbox) -> None:
-    folder = sandbox.datasets / "local/python-docs"
-    out = prepare("python-docs", folder, "--tokenizer", "bytes", "--stats")
-    assert "mean" in out and "median" in out
-    assert (folder / "document-lengths.png").read_bytes().startswith(b"\x89PNG")
-    meta = json.loads((folder / "meta.json").read_text())
-    assert 1_500_000 < meta["splits"]["train"]["bytes"] < 10_000_000
-    text = b"".join(bytes(tokens) for tokens in documents(folder, "bytes")["train"])
-    assert b"with statement" in text and b"Traceback" in text
-    bytes_model = {"vocab_size": 257, "tokenizer": "bytes"}
-    sandbox.write_run(model=bytes_model, train={"dataset": "local/python-docs"})
-    sandbox.train()
-
-
-# --- which tokens a step takes
+from gpt import GPTConfig
 
 
 def sequences(tmp_path: Path, tokens: int = 1000, start: int = 0, length: int = 10) -> Sequences:
@@ -149,6 +22,15 @@ def sequences(tmp_path: Path, tokens: int = 1000, start: int = 0, length: int = 
 
 def config(**values: object) -> TrainConfig:
     return TrainConfig(**{"dataset": "a/b", "microbatch_size": 4, "min_train_tokens": -1, **values})
+
+
+@pytest.mark.parametrize("meta", [None, {"description": "tokens", "token_dtype": "uint16", "files": {}}])
+def test_published_data_sets_say_little_of_themselves(tmp_path: Path, meta: dict | None) -> None:
+    folder = write_dataset(tmp_path, meta=meta)
+    check_tokenizer(folder, GPTConfig(**MODEL))
+    data = (folder / "train.safetensors").read_bytes()
+    found = fingerprint_files(folder, ["train.safetensors"])["train.safetensors"]
+    assert (found["size"], found["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
 
 
 def test_sequence_i_of_the_first_epoch_is_where_the_contract_says(tmp_path: Path) -> None:

@@ -1,18 +1,21 @@
 """Continuing text: the same tokens with a key-value cache as without, and together as one by one."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
-from helpers import MODEL, run_script
+from click.testing import CliRunner
+from helpers import MODEL, run_script, write_model
 from safetensors.torch import save_file
 
-from basemodel.generation import BATCH_SIZE, continuations, generate
-from basemodel.tokenizer import get_tokenizer
-from gpt import GPTConfig, GPTModel
-from test_smoke import printable
+from gpt import GPTConfig, GPTModel, generate
+from test_smoke import BATCH_SIZE, continuations, main, printable
+from tokenizer import get_tokenizer
+from weights import load_model
 
 torch.set_num_threads(1)  # the models are tiny, and the machine has other work
 SMALL = replace(GPTConfig(**MODEL), context_length=48)
@@ -37,9 +40,9 @@ def bytes_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_cached_generation_gives_the_same_tokens_past_the_context_limit_too(changes: dict) -> None:
     model = small_model(replace(SMALL, **changes))
     tokens = torch.randint(64, (3, 5))
-    plain = generate(model, tokens, 200, temperature=0, use_cache=False)
-    assert plain.shape == (3, 205)
-    assert torch.equal(generate(model, tokens, 200, temperature=0), plain)
+    plain = generate(model, tokens, 100, temperature=0, use_cache=False)
+    assert plain.shape == (3, 105)
+    assert torch.equal(generate(model, tokens, 100, temperature=0), plain)
     sampling = {"temperature": 0.8, "top_k": 10}
     cached, plain = (
         generate(model, tokens, 60, generator=torch.Generator().manual_seed(1), use_cache=use, **sampling)
@@ -94,22 +97,51 @@ def test_what_upsets_a_terminal_is_escaped() -> None:
 
 
 def test_several_prompts_and_samples(bytes_model: tuple[Path, Path]) -> None:
-    options = (
-        "--prompt",
-        "ab\x1b[2J",
-        "--prompt",
-        "Größe",
-        "--samples",
-        "2",
-        "--tokens",
-        "6",
-        "--temperature",
-        "0",
-    )
-    done = run_script("test_smoke.py", *bytes_model, *options, env={"PYTHONIOENCODING": "ascii"})
+    prompts = ("--prompt", "ab\x1b[2J", "--prompt", "Größe")
+    options = ("--samples", "2", "--tokens", "6", "--temperature", "0")
+    before = "import sys; sys.stdout.reconfigure(encoding='ascii')"
+    done = run_script("test_smoke.py", *bytes_model, *prompts, *options, before=before)
     assert done.returncode == 0, done.stderr
     first, second, third, fourth = done.stdout.rstrip("\n").split("\n\n")
     assert first == second
     assert first.startswith(r"ab\x1b[2J")
     assert third == fourth
     assert third.startswith(r"Gr\xf6\xdfe")
+
+
+def test_options_do_what_they_say(bytes_model: tuple[Path, Path]) -> None:
+    def continued(*options: str) -> str:
+        command = [*map(str, bytes_model), "--prompt", "a", *options]
+        return CliRunner().invoke(main, command, catch_exceptions=False).stdout
+
+    model, tokenizer = small_model(BYTES), get_tokenizer("bytes")
+    likeliest = {
+        count: f"a{printable(continuations(model, tokenizer, ['a'], count, temperature=0)[0])}\n"
+        for count in (20, 7)
+    }
+    assert continued("--temperature", "0") == likeliest[20] != likeliest[7]
+    assert continued("--temperature", "0", "--tokens", "7") == likeliest[7]
+    assert continued("--top-k", "1") == likeliest[20]
+    assert continued("--top-k", "2", "--seed", "5") != likeliest[20]
+    assert continued("--temperature", "0.001", "--seed", "5") == likeliest[20]
+
+
+def test_the_default_prompt_is_continued_with_gpt2s_tokens(gpt2: tiktoken.Encoding, tmp_path: Path) -> None:
+    files = write_model(tmp_path, vocab_size=gpt2.n_vocab, tokenizer="gpt2")
+    done = CliRunner().invoke(main, [*map(str, files), "--temperature", "0"], catch_exceptions=False)
+    model = load_model(*files)
+    tokens = torch.tensor([gpt2.encode_ordinary("Every effort moves you")])
+    continued = generate(model, tokens, 20, temperature=0, stop=gpt2.eot_token)[0].tolist()
+    assert done.stdout == printable(gpt2.decode(continued).removesuffix("<|endoftext|>")) + "\n"
+
+
+def test_defaults() -> None:
+    shown = CliRunner().invoke(main, ["--help"], terminal_width=200).stdout
+    defaults = dict(re.findall(r"^ +(--[a-z-]+) .*\[default: ([^];]+)", shown, flags=re.MULTILINE))
+    assert defaults == {
+        "--prompt": "Every effort moves you",
+        "--tokens": "20",
+        "--temperature": "1.0",
+        "--top-k": "25",
+        "--samples": "1",
+    }

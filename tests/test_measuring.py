@@ -1,11 +1,15 @@
 """The loss of trained models: what test_loss.py says is what an independent sum says."""
 
 import math
+import re
+import statistics
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
-from helpers import MODEL, Sandbox, needs_gpt2, run_script, write_dataset, write_model
+from click.testing import CliRunner
+from helpers import MODEL, Sandbox, run_script, write_dataset, write_model
 
 from basemodel.data import Sequences, TokenFile
 from basemodel.errors import InputError
@@ -14,15 +18,16 @@ from basemodel.tokenizer import get_tokenizer
 from gpt import GPTConfig, GPTModel
 from test_loss import main, sequence_losses
 
-TEXTS = ["The quick brown fox.\n", "Größe, 語言 and язык 👩‍👩‍👧", "def f(x):\n\treturn x ** 2\n"] * 12
+TEXTS = ["as quick as a fox.\n", "Größe, 語言 and язык 👩‍👩‍👧", "def f(x):\n\treturn x ** 2\n"] * 12
 
 
 def measure(sandbox: Sandbox, *arguments: str | Path) -> str:
-    done = run_script(
-        "test_loss.py", sandbox.datasets, *arguments, "--dataset", "test/texts", "--start-token", "0"
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    command = [sandbox.datasets, *arguments, "--dataset", "test/texts", "--start-token", "0"]
+    return CliRunner().invoke(main, list(map(str, command)), catch_exceptions=False).stdout
+
+
+def figures(printed: str) -> dict[str, str]:
+    return dict(line.split(": ", 1) for line in printed.splitlines() if ": " in line)
 
 
 def write_texts(sandbox: Sandbox, tokenizer_name: str) -> torch.Tensor:
@@ -34,24 +39,27 @@ def write_texts(sandbox: Sandbox, tokenizer_name: str) -> torch.Tensor:
     return tokens
 
 
-@pytest.mark.parametrize("tokenizer_name", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
-def test_bits_per_byte_is_that_of_the_evaluation_harness(sandbox: Sandbox, tokenizer_name: str) -> None:
-    """lm-evaluation-harness: minus the sum of log-likelihoods, over the number of UTF-8 bytes of the text, in
-    bits. Here over the text that the targets stand for, summed token by token."""
+@pytest.mark.parametrize("tokenizer_name", ["bytes", "gpt2"])
+def test_figures_are_those_of_a_sum_token_by_token(
+    sandbox: Sandbox, gpt2: tiktoken.Encoding, tokenizer_name: str
+) -> None:
+    """Bits per byte are lm-evaluation-harness's: minus the sum of log-likelihoods in bits, over the bytes
+    of the text in UTF-8. Here that is the text that the targets stand for."""
     tokens = write_texts(sandbox, tokenizer_name)
     tokenizer = get_tokenizer(tokenizer_name)
     config = {"vocab_size": tokenizer.n_vocab, "tokenizer": tokenizer_name}
     files = write_model(sandbox.path / "model", **config)
     count = (len(tokens) - 1) // 16
-    printed = measure(sandbox, *files, "--tokens", str(count * 16))
+    options = ("--dataset", "test/texts", "--start-token", "0", "--tokens", str(count * 16))
+    done = run_script("test_loss.py", sandbox.datasets, *files, *options)
+    assert done.returncode == 0, done.stderr
     torch.manual_seed(0)
     model = GPTModel(GPTConfig(**{**MODEL, **config})).eval()
-    log_likelihood = 0.0
+    losses = []  # of each sequence, in nats
     with torch.no_grad():
         for first in range(0, count * 16, 16):
-            window = tokens[first : first + 16]
-            for place, logits in enumerate(model(window[None])[0].double()):
-                log_likelihood += logits.log_softmax(-1)[tokens[first + place + 1]].item()
+            logits = model(tokens[None, first : first + 16])[0].double().log_softmax(-1)
+            losses.append(-sum(row[tokens[first + i + 1]].item() for i, row in enumerate(logits)))
     scored = [token for token in tokens[1 : count * 16 + 1].tolist() if token != tokenizer.eot_token]
     # A document's first bytes, less what the first token stands for, and its cut end, from the text itself.
     text = "".join(TEXTS).encode("utf-8")
@@ -59,10 +67,28 @@ def test_bits_per_byte_is_that_of_the_evaluation_harness(sandbox: Sandbox, token
     rest = [token for token in tokens[count * 16 + 1 :].tolist() if token != tokenizer.eot_token]
     size -= len(tokenizer.decode_bytes(rest))
     assert size == len(tokenizer.decode_bytes(scored))
-    bits_per_byte = -log_likelihood / size / math.log(2)
-    values = dict(line.split(": ", 1) for line in printed.splitlines() if ": " in line)
-    assert float(values["Bits per byte"]) == pytest.approx(bits_per_byte, abs=6e-5)
-    assert next(iter(values)) == "Loss against our test dataset"
+    loss, error = statistics.mean(losses) / 16, statistics.stdev(losses) / 16 / math.sqrt(count)
+    wanted = {
+        "Loss against our test dataset": pytest.approx(loss, abs=6e-4),
+        "Perplexity": pytest.approx(math.exp(loss), abs=6e-3),
+        "Standard error": pytest.approx(error, abs=6e-5),
+        "Bits per byte": pytest.approx(sum(losses) / size / math.log(2), abs=6e-5),
+    }
+    found = {name: float(value) for name, value in figures(done.stdout).items()}
+    assert found == wanted
+    assert list(found) == list(wanted)
+
+
+def test_defaults_are_the_published_test_set() -> None:
+    shown = CliRunner().invoke(main, ["--help"], terminal_width=200).stdout
+    defaults = dict(re.findall(r"^ +(--[a-z-]+) .*\[default: ([^];]+)", shown, flags=re.MULTILINE))
+    assert defaults == {
+        "--dataset": "gpjt/fineweb-gpt2-tokens",
+        "--split": "validation",
+        "--start-token": "50000000",
+        "--tokens": "19660800",
+        "--batch-size": "6",
+    }
 
 
 def test_several_models_share_one_pass_and_give_the_figures_of_each_alone(sandbox: Sandbox) -> None:
@@ -72,8 +98,7 @@ def test_several_models_share_one_pass_and_give_the_figures_of_each_alone(sandbo
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if ".safetensors |" in line]
     assert [row[0] for row in rows] == [str(weights) for _, weights in models]
     alone = measure(sandbox, *models[1], "--tokens", "640")
-    values = dict(line.split(": ", 1) for line in alone.splitlines() if ": " in line)
-    assert rows[1][2:5] == [values[key] for key in ("Standard error", "Perplexity", "Bits per byte")]
+    assert rows[1][2:5] == [figures(alone)[key] for key in ("Standard error", "Perplexity", "Bits per byte")]
     assert float(rows[1][5].split(" ± ")[0]) == pytest.approx(float(rows[1][1]) - float(rows[0][1]), abs=2e-4)
     assert not (models[0][1].parent / "test-loss.json").exists(), "no checkpoint, nothing is left beside it"
 

@@ -4,33 +4,37 @@ import base64
 import hashlib
 import http.server
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, Sandbox, run_script
+from helpers import Finished, Script, wait_for
 from huggingface_hub import DatasetCard
+from texts import assert_holds, split_texts
+
+from config import InputError
+from prepare_datasets import main
+from tokenizer import get_tokenizer
 
 REVISIONS = {"main": "a" * 40, "v1": "b" * 40}
-LINES = {name: "".join(f'{{"text": "{name} {i}"}}\n' for i in range(3000)) for name in ("one", "two", "old")}
+TEXTS = {name: [f"{name} {i}" for i in range(600)] for name in ("one", "two", "old")}
+TEXTS["large"] = [f"{i} " + "word " * 160 for i in range(300)]  # 240 kB
+LINES = {name: "".join(f'{{"text": "{text}"}}\n' for text in texts).encode() for name, texts in TEXTS.items()}
 FILES = {
     "a" * 40: {
-        "sample/1.jsonl": LINES["one"].encode(),
-        "sample/2.jsonl": LINES["two"].encode(),
+        "sample/1.jsonl": LINES["one"],
+        "sample/2.jsonl": LINES["two"],
         "other/3.jsonl": b'{"text": "not asked for"}\n',
-        "large/4.jsonl": b"".join(b'{"text": "%d %b"}\n' % (i, b"word " * 200_000) for i in range(12)),
+        "large/4.jsonl": LINES["large"],
         "README.md": b"# A data set\n",
     },
-    "b" * 40: {"sample/1.jsonl": LINES["old"].encode()},
+    "b" * 40: {"sample/1.jsonl": LINES["old"]},
 }
+SMALL_CHUNKS = "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 100_000"  # 10 MiB by default
 
 
 @dataclass
@@ -42,8 +46,8 @@ class FakeHub:
     cut_off: dict[str, int] = field(
         default_factory=dict
     )  # file name: bytes after which the line breaks, once
-    # Set: a line that broke stays open, and silent.
-    stall: threading.Event = field(default_factory=threading.Event)
+    stalls: bool = False  # a line that broke stays open, and silent, until `go_on`
+    go_on: threading.Event = field(default_factory=threading.Event)
     too_short: set[str] = field(default_factory=set)  # files of which the last byte is never sent
     damaged: set[str] = field(default_factory=set)  # files of which the first byte is another
     stored: dict[str, bytes] = field(default_factory=dict)  # uploaded objects by SHA-256
@@ -129,8 +133,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start:
             headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         self.answer(body, 206 if start else 200, **headers)
-        while self.close_connection and self.hub.stall.is_set():
-            time.sleep(0.05)
+        if self.close_connection and self.hub.stalls:
+            self.hub.go_on.wait(60)
 
     def do_POST(self) -> None:
         self.hub.requests.append((self.command, self.path, ""))
@@ -185,148 +189,128 @@ def hub() -> Iterator[FakeHub]:
         server.shutdown()
 
 
-def command(output: Path, *options: str, files: str = "sample/*") -> list[str | Path]:
-    source = ["prepare_datasets.py", "test/texts", output, "--files", files]
-    return [*source, "--tokenizer", "bytes", *options]
+def start(hub: FakeHub, output: Path, *options: str, files: str = "sample/*", home: Path) -> Script:
+    command = ["prepare_datasets.py", "test/texts", str(output), "--files", files, "--tokenizer", "bytes"]
+    return Script([*command, *options], hub.env(home), SMALL_CHUNKS)
 
 
-def prepare(hub: FakeHub, home: Path, output: Path, *options: str) -> dict[str, Any]:
-    """Prepare from the Hub; return meta.json."""
-    done = run_script(*command(output, *options), env=hub.env(home))
+def prepare(hub: FakeHub, output: Path, *options: str, files: str = "sample/*", texts: list[str]) -> dict:
+    """Prepare these texts from the Hub, with a cache beside the output; return meta.json."""
+    done = start(hub, output, *options, files=files, home=output.parent / "home").wait()
     assert done.returncode == 0, done.stderr
-    return json.loads((output / "meta.json").read_text())
+    return assert_holds(output, split_texts(texts), get_tokenizer("bytes"))
 
 
-def refused(hub: FakeHub, home: Path, *line: str | Path, status: int = 2) -> str:
-    done = run_script(*line, env=hub.env(home))
+def refused(done: Finished, status: int = 2) -> str:
+    """The one line of error of a process that has refused."""
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 1, done.stderr
-    return errors[0]
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("Error: "))
+    return error
 
 
 def test_files_are_downloaded_once_and_then_the_hub_is_not_asked(hub: FakeHub, tmp_path: Path) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *map(str, command(tmp_path / name))],
-            cwd=ROOT,
-            env={**os.environ, **hub.env(tmp_path / "home")},
-            stderr=subprocess.PIPE,
-        )
-        for name in ("first", "second")
-    ]
-    for process in processes:
-        error = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, error
+    scripts = [start(hub, tmp_path / name, home=tmp_path / "home") for name in ("first", "second")]
+    for script in scripts:
+        assert script.wait().returncode == 0, script.stderr
     assert hub.downloads("sample/1.jsonl") == hub.downloads("sample/2.jsonl") == [""]
     assert not hub.downloads("3.jsonl") and not hub.downloads("README.md")
     hub.requests.clear()
-    meta = prepare(hub, tmp_path / "home", tmp_path / "third")
+    meta = prepare(hub, tmp_path / "third", texts=TEXTS["one"] + TEXTS["two"])
     assert hub.requests == []
     assert meta["revision"] == "a" * 40 and (meta["source"], meta["files"]) == ("test/texts", "sample/*")
-    assert sum(split["documents"] for split in meta["splits"].values()) == 6000
-    assert len({(tmp_path / name / "meta.json").read_text() for name in ("first", "second", "third")}) == 1
+    for name in ("first", "second"):
+        assert json.loads((tmp_path / name / "meta.json").read_text()) == meta
 
 
-def check_large_file(hub: FakeHub, home: Path, output: Path) -> None:
-    """Prepare from the large file, of which 11 MB have been sent: the rest alone is asked for."""
-    done = run_script(*command(output, files="large/*"), env=hub.env(home))
-    assert done.returncode == 0, done.stderr
-    # The client writes 10 MiB at a time, so so much was there.
-    assert hub.downloads("large/4.jsonl") == ["", f"bytes={10 << 20}-"]
-    splits = json.loads((output / "meta.json").read_text())["splits"].values()
-    assert sum(split["bytes"] for split in splits) == sum(len(f"{i} ") + 1_000_000 for i in range(12))
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_download_that_was_cut_off_goes_on(hub: FakeHub, tmp_path: Path, killed: bool) -> None:
+    hub.cut_off["large/4.jsonl"] = 150_000
+    if killed:
+        hub.stalls = True
+        script = start(hub, tmp_path / "out", files="large/*", home=tmp_path / "home")
+        try:
+            wait_for(
+                lambda: sum(partial_sizes(tmp_path)) >= 100_000 or script.has_ended, "a part of the file"
+            )
+        finally:
+            script.kill()
+            hub.go_on.set()
+    prepare(hub, tmp_path / "out", files="large/*", texts=TEXTS["large"])
+    # The client writes 100,000 bytes at a time, so so much was there.
+    assert hub.downloads("large/4.jsonl") == ["", "bytes=100000-"]
+    assert not partial_sizes(tmp_path)
 
 
-def test_a_download_that_was_cut_off_goes_on(hub: FakeHub, tmp_path: Path) -> None:
-    hub.cut_off["large/4.jsonl"] = 11_000_000
-    check_large_file(hub, tmp_path / "home", tmp_path / "out")
-
-
-def test_a_download_that_was_killed_goes_on(hub: FakeHub, tmp_path: Path) -> None:
-    hub.cut_off["large/4.jsonl"] = 11_000_000
-    hub.stall.set()
-    line = [sys.executable, *map(str, command(tmp_path / "out", files="large/*"))]
-    env = {**os.environ, **hub.env(tmp_path / "home")}
-    with subprocess.Popen(line, cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while sum(path.stat().st_size for path in tmp_path.rglob(".incomplete-*")) < 10 << 20:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.01)
-        process.kill()
-    hub.stall.clear()
-    check_large_file(hub, tmp_path / "home", tmp_path / "out")
-    assert not list(tmp_path.rglob(".incomplete-*"))
+def partial_sizes(folder: Path) -> list[int]:
+    return [path.stat().st_size for path in folder.rglob(".incomplete-*")]
 
 
 def test_a_file_of_another_hash_is_refused(hub: FakeHub, tmp_path: Path) -> None:
     hub.damaged.add("large/4.jsonl")
-    error = refused(hub, tmp_path / "home", *command(tmp_path / "out", files="large/*"))
+    error = refused(start(hub, tmp_path / "out", files="large/*", home=tmp_path / "home").wait())
     assert "test/texts: the Hub did not give 'large/*'" in error and "the Hub announced sha256" in error
     hub.damaged.clear()
-    done = run_script(*command(tmp_path / "out", files="large/*"), env=hub.env(tmp_path / "home"))
-    assert done.returncode == 0, done.stderr
+    prepare(hub, tmp_path / "out", files="large/*", texts=TEXTS["large"])
     assert hub.downloads("large/4.jsonl") == ["", ""], "nothing of what was wrong is kept"
 
 
 def test_a_file_of_the_wrong_size_is_refused(hub: FakeHub, tmp_path: Path) -> None:
     hub.too_short.add("sample/2.jsonl")
-    error = refused(hub, tmp_path / "home", *command(tmp_path / "out"))
+    error = refused(start(hub, tmp_path / "out", home=tmp_path / "home").wait())
     assert "test/texts: the Hub did not give 'sample/*'" in error and "should be of size" in error
     assert not list(tmp_path.glob("out*"))
     hub.too_short.clear()
     hub.requests.clear()
-    prepare(hub, tmp_path / "home", tmp_path / "out")
+    prepare(hub, tmp_path / "out", texts=TEXTS["one"] + TEXTS["two"])
     assert hub.downloads("sample/2.jsonl") == [f"bytes={len(LINES['two']) - 1}-"], "what has come stays"
     assert hub.downloads("sample/1.jsonl") == []
 
 
 def test_a_revision_is_pinned(hub: FakeHub, tmp_path: Path) -> None:
-    meta = prepare(hub, tmp_path / "home", tmp_path / "out", "--revision", "v1")
-    assert meta["revision"] == "b" * 40 and meta["splits"]["train"]["documents"] < 3000
+    meta = prepare(hub, tmp_path / "out", "--revision", "v1", texts=TEXTS["old"])
+    assert meta["revision"] == "b" * 40
+    fetched = [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+    assert fetched == [f"/datasets/test/texts/resolve/{'b' * 40}/sample/1.jsonl"]
     hub.requests.clear()
-    again = prepare(hub, tmp_path / "home", tmp_path / "again", "--revision", "b" * 40)
+    again = prepare(hub, tmp_path / "again", "--revision", "b" * 40, texts=TEXTS["old"])
     assert again == meta and hub.requests == []
-    error = refused(hub, tmp_path / "home", *command(tmp_path / "none", "--revision", "v9"))
+    error = refused(start(hub, tmp_path / "none", "--revision", "v9", home=tmp_path / "home").wait())
     assert "test/texts: the Hub did not give 'sample/*'" in error and "--revision" in error
 
 
 def test_what_the_hub_does_not_have(hub: FakeHub, tmp_path: Path) -> None:
-    error = refused(hub, tmp_path / "home", *command(tmp_path / "out", files="smaple/*"))
+    error = refused(start(hub, tmp_path / "out", files="smaple/*", home=tmp_path / "home").wait())
     assert "test/texts: has no .parquet, .jsonl" in error and "that match --files 'smaple/*'" in error
-    line = ["prepare_datasets.py", "test/nothing", tmp_path / "out", "--files", "*", "--tokenizer", "bytes"]
-    error = refused(hub, tmp_path / "home", *line)
+    command = ["prepare_datasets.py", "test/nothing", str(tmp_path / "out"), "--files", "*"]
+    command += ["--tokenizer", "bytes"]
+    error = refused(Script(command, hub.env(tmp_path / "home")).wait())
     assert "test/nothing: the Hub did not give '*' (404 Client Error. Repository Not Found" in error
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_data_set_is_uploaded_and_trained_on(hub: FakeHub, sandbox: Sandbox) -> None:
-    output = sandbox.datasets / "me/mine"
-    line = command(output, "--push", "me/mine", "--stats")
+def test_a_data_set_is_uploaded(hub: FakeHub, tmp_path: Path) -> None:
+    output, home = tmp_path / "mine", tmp_path / "home"
     hub.refuse_after = 1
-    error = refused(hub, sandbox.path / "home", *line, status=1)
+    error = refused(start(hub, output, "--push", "me/mine", home=home).wait(), status=1)
     assert "is whole, but could not be uploaded to me/mine" in error and "--push goes on" in error
     assert not hub.committed
     hub.refuse_after = None
     hub.requests.clear()
-    done = run_script(*line, env=hub.env(sandbox.path / "home"))
+    done = start(hub, output, "--push", "me/mine", home=home).wait()
     assert done.returncode == 0, done.stderr
     assert "already prepared" in done.stdout and "Uploaded to me/mine" in done.stdout
     assert sum(method == "PUT" for method, _, _ in hub.requests) == 1, "what was there is not sent again"
     assert hub.committed == {path.name: path.read_bytes() for path in output.iterdir()}
     assert DatasetCard(hub.committed["README.md"].decode()).data.source_datasets == ["test/texts"]
 
-    bytes_model = {"vocab_size": 257, "tokenizer": "bytes"}
-    sandbox.write_run(model=bytes_model, train={"dataset": "me/mine"})
-    sandbox.train()
-
 
 def test_an_upload_needs_a_token_before_anything_is_prepared(hub: FakeHub, tmp_path: Path) -> None:
     env = hub.env(tmp_path / "home") | {"HF_TOKEN": "wrong"}
     (tmp_path / "in.txt").write_text("text")
-    line = ["prepare_datasets.py", tmp_path / "in.txt", tmp_path / "out", "--tokenizer", "bytes", "--push"]
-    done = run_script(*line, "me/mine", env=env)
-    assert done.returncode == 2 and "Error: --push me/mine: the Hub does not let you in" in done.stderr
+    command = ["prepare_datasets.py", str(tmp_path / "in.txt"), str(tmp_path / "out"), "--tokenizer", "bytes"]
+    error = refused(Script([*command, "--push", "me/mine"], env).wait())
+    assert "--push me/mine: the Hub does not let you in" in error
     assert not list(tmp_path.glob("out*"))
-    assert "must be OWNER/NAME" in refused(hub, tmp_path / "home", *line, "mine")
+    with pytest.raises(InputError, match="must be OWNER/NAME"):
+        main.main([*command[1:], "--push", "mine"], standalone_mode=False)

@@ -1,0 +1,191 @@
+"""Encoding: the tokens are tiktoken's, whichever library encodes and wherever a long text is cut."""
+
+import itertools
+import random
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiktoken
+from helpers import needs_gpt2
+from texts import assert_holds, nasty_text, prepare, random_characters, split_texts, write_jsonl
+
+from config import InputError
+from documents import TextFile, in_validation, safe_cut
+from tokenizer import (
+    WHITE_SPACE,
+    EnginesDisagree,
+    GigatokenEncoder,
+    GigatokenSetup,
+    TiktokenEncoder,
+    get_tokenizer,
+    is_usual,
+    set_up_engine,
+)
+
+# New in Unicode 17: a letter of Latin Extended-D, a Sidetic letter, a Chinese character.
+NEW_LETTERS = "\ua7ce\U00010940\U000323b0"
+
+
+def test_bytes_are_their_own_tokens() -> None:
+    tokenizer = get_tokenizer("bytes")
+    assert (tokenizer.n_vocab, tokenizer.eot_token) == (257, 256)
+    text = "a<|endoftext|>\u00e9 \n\U0001f600"
+    assert tokenizer.encode_ordinary(text) == list(text.encode())
+
+
+@needs_gpt2
+@pytest.mark.parametrize("engine", ["tiktoken", "gigatoken"])
+def test_gpt2_has_its_published_tokens(tmp_path: Path, engine: str) -> None:
+    tokenizer = get_tokenizer("gpt2")
+    setup = set_up_engine(engine, tokenizer, tmp_path)
+    encode = GigatokenEncoder(tokenizer, setup) if setup else TiktokenEncoder(tokenizer)
+    assert (tokenizer.n_vocab, tokenizer.eot_token) == (50257, 50256)
+    texts = [b"Every effort moves you", b"Hello,  world\n\n<|endoftext|>"]
+    known = [6109, 3626, 6100, 345, 50256]
+    known += [15496, 11, 220, 995, 198, 198, 27, 91, 437, 1659, 5239, 91, 29, 50256]
+    assert encode(texts).tolist() == known
+
+
+def test_marks_stand_in_for_looking_ahead(gpt2: tiktoken.Encoding) -> None:
+    """Runs of up to three white-space characters, in every surrounding, and much else, many at once."""
+    encode, rng = TiktokenEncoder(gpt2), random.Random(6)
+    runs = ["".join(run) for length in (1, 2, 3) for run in itertools.product(WHITE_SPACE, repeat=length)]
+    texts = [
+        template.format(run)
+        for run in [*(run for run in runs if len(run) < 3), *rng.sample(runs, 500)]
+        for template in ("a{}b", "{}'s 1", "\u201c{}", "{0}--{0}", "{}")
+    ]
+    texts += [random_characters(rng, 50) + nasty_text(rng, 8) for _ in range(2000)]
+    texts += ["", "", " ", "\x1e", "a\x1f b", "  \x1e ", "\x1f\x1e", "x" * 5000 + " " * 5000]
+    rng.shuffle(texts)
+    for first in range(0, len(texts), 100):
+        batch = texts[first : first + 100]
+        expected = [token for text in batch for token in (*gpt2.encode_ordinary(text), gpt2.eot_token)]
+        assert encode([text.encode() for text in batch]).tolist() == expected, ascii(batch)
+    usual = [text for text in texts if is_usual(text.encode())]
+    assert len(usual) > 1500 and any("\u4e2d" in text for text in usual)
+    # To the pattern; Python takes four separators more for white space.
+    everything = {chr(point) for point in range(0x110000) if chr(point).isspace()}
+    assert set(WHITE_SPACE) == everything - set("\x1c\x1d\x1e\x1f")
+
+
+def test_a_text_may_be_cut_where_it_is_cut(gpt2: tiktoken.Encoding) -> None:
+    rng, cuts = random.Random(1), 0
+    for _ in range(3000):
+        text = nasty_text(rng, 30)
+        if cut := safe_cut(text):
+            cuts += 1
+            parts = gpt2.encode_ordinary(text[:cut]) + gpt2.encode_ordinary(text[cut:])
+            assert parts == gpt2.encode_ordinary(text), ascii((text[:cut], text[cut:]))
+    assert cuts > 1000
+
+
+def test_a_long_text_is_read_in_fragments(tmp_path: Path) -> None:
+    rng = random.Random(2)
+    parts = [nasty_text(rng, 30) + "word " * rng.randrange(20) for _ in range(20_000)]
+    data = "".join(parts).encode() + b" \xff\xf0\x9f" + b"y" * 2_500_000 + b"\xf0\x9f"
+    path = tmp_path / "long.txt"
+    path.write_bytes(data)
+    document = TextFile(path)
+    fragments = list(document)
+    assert b"".join(fragments).decode() == data.decode(errors="replace")
+    assert len(fragments) > 2 and max(map(len, fragments[:-1])) < 2_500_000
+    assert document.replaced == 3
+
+
+def test_about_the_fraction_of_long_and_short_texts_is_for_validation() -> None:
+    """By the text alone, whole or in fragments; the larger fraction holds what the smaller does."""
+    texts = [f"{i} ".encode() * size for i in range(1000) for size in (1, 10)]
+    texts += [b"%d " % i * 600_000 for i in range(20)]
+    smaller = [False] * len(texts)
+    for fraction in (0.1, 0.5):
+        chosen = [in_validation([text], fraction) for text in texts]
+        assert sum(chosen) == pytest.approx(fraction * len(texts), rel=0.15)
+        assert any(chosen[-20:]), "texts of over a megabyte too"
+        halves = ([text[: len(text) // 2], text[len(text) // 2 :]] for text in texts)
+        assert [in_validation(parts, fraction) for parts in halves] == chosen
+        assert all(now for now, before in zip(chosen, smaller, strict=True) if before)
+        smaller = chosen
+    assert not in_validation([b""], 0.5)
+
+
+def test_gigatoken_agrees_on_all_characters(gpt2: tiktoken.Encoding, tmp_path: Path) -> None:
+    encode = GigatokenEncoder(gpt2, set_up_engine("gigatoken", gpt2, tmp_path))
+    rng = random.Random(3)
+    texts = [random_characters(rng, 30) + nasty_text(rng, 10) for _ in range(5000)]
+    texts += [f"{letter}'s {letter}1{letter}" for letter in NEW_LETTERS]
+    for text in texts:
+        assert encode([text.encode()]).tolist() == [*gpt2.encode_ordinary(text), gpt2.eot_token], ascii(text)
+
+
+WRONG_GIGATOKEN = """
+import sys, types, numpy, tiktoken
+class Tokenizer:
+    @classmethod
+    def from_tiktoken(cls, path, pretokenizer, special_tokens):
+        return cls()
+    def encode(self, data):
+        tokens = tiktoken.get_encoding("gpt2").encode_ordinary(data.decode())
+        return numpy.array([0] if b"number 7 " in data else tokens, numpy.uint32)
+sys.modules["gigatoken"] = types.ModuleType("gigatoken")
+sys.modules["gigatoken"].__spec__ = sys.modules["gigatoken"].Tokenizer = Tokenizer
+import tokenizer
+tokenizer.differing_characters = lambda *_: ""  # a second's work
+"""
+
+
+def test_tiktoken_takes_over_where_gigatoken_is_wrong(gpt2: tiktoken.Encoding, tmp_path: Path) -> None:
+    texts = [f"the number {i} is a number" for i in range(100)]
+    said = prepare(
+        write_jsonl(tmp_path / "in.jsonl", texts),
+        *(tmp_path / "out", "--workers", "1", "--validation-fraction", "0.2"),
+        before=WRONG_GIGATOKEN,
+    )
+    message = "gigatoken encodes the text b'the number 7 is a number'... unlike tiktoken; encoded shard 0"
+    assert message in said
+    assert_holds(tmp_path / "out", split_texts(texts, 0.2), gpt2)
+
+
+@pytest.fixture
+def gigatoken(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A library of that name, whose tokenizer a test can make what it likes."""
+    module = SimpleNamespace(__spec__=object())
+    module.Tokenizer = SimpleNamespace(from_tiktoken=lambda *_, **__: module)
+    monkeypatch.setitem(sys.modules, "gigatoken", module)
+    return module
+
+
+def test_a_sample_of_texts_is_compared(gpt2: tiktoken.Encoding, tmp_path: Path, gigatoken: Any) -> None:
+    right = gigatoken.encode = lambda data: np.array(gpt2.encode_ordinary(data.decode()), np.uint32)
+    encode = GigatokenEncoder(gpt2, GigatokenSetup(tmp_path / "ranks", differing="\u00e9"))
+    encode([b"text"] * 600)
+    gigatoken.encode = lambda data: right(data)[:-1]
+    encode([b"text"] * 424)  # 600 to 1023
+    differs = "caf\u00e9"
+    assert encode([differs.encode()]).tolist() == [*gpt2.encode_ordinary(differs), gpt2.eot_token]
+    with pytest.raises(EnginesDisagree, match="encodes the text b'text'"):
+        encode([b"text"])
+
+
+def test_gigatoken_that_does_not_work_here(
+    gpt2: tiktoken.Encoding, tmp_path: Path, gigatoken: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("no AVX")
+
+    gigatoken.Tokenizer.from_tiktoken = fail
+    reason = "gigatoken does not work here (OSError: no AVX)"
+    assert set_up_engine("auto", gpt2, tmp_path) is None
+    assert capsys.readouterr().err == f"{reason}; encoding with tiktoken\n"
+    with pytest.raises(InputError, match=re.escape(f"--engine gigatoken: {reason}; try --engine tiktoken")):
+        set_up_engine("gigatoken", gpt2, tmp_path)
+    monkeypatch.setitem(sys.modules, "gigatoken", None)  # as if it were not installed
+    assert set_up_engine("auto", gpt2, tmp_path) is None
+    with pytest.raises(InputError, match=re.escape("not installed; pip install -e '.[fast]' brings it")):
+        set_up_engine("gigatoken", gpt2, tmp_path)
+    assert capsys.readouterr().err == ""
