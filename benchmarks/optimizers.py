@@ -24,7 +24,8 @@ from basemodel.config import TrainConfig
 from basemodel.distributed import World, join_world
 from basemodel.json_config import read_config
 from basemodel.optimizer import make_optimizer
-from ddp_train import choose_precision, make_state, train_step
+from basemodel.precision import choose_precision
+from ddp_train import make_state, train_step
 from gpt import GPTConfig, GPTModel
 
 RUNS = Path(__file__).parent.parent / "runs"

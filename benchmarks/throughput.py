@@ -36,7 +36,8 @@ from basemodel.config import TrainConfig
 from basemodel.distributed import World, join_world
 from basemodel.json_config import read_config
 from basemodel.memory import keep_freed_memory
-from ddp_train import choose_precision, make_state, train_step
+from basemodel.precision import choose_precision
+from ddp_train import make_state, train_step
 from gpt import GPTConfig, GPTModel
 
 STARTED = time.time()

@@ -1,5 +1,9 @@
 """The fixtures that tests share."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: tests run beside one another
+
 import contextlib
 import hashlib
 import http.server
@@ -15,7 +19,7 @@ import tiktoken.registry
 from helpers import Hub, Sandbox, write_dataset
 from texts import gpt2_stand_in
 
-from tokenizer import tiktoken_encoder
+from basemodel.tokenizer import tiktoken_encoder
 
 
 @pytest.fixture

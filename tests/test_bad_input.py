@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 from basemodel.config import TrainConfig
+from basemodel.distributed import World
 from basemodel.errors import InputError
 from basemodel.json_config import read_config
-from ddp_train import World
 from gpt import GPTConfig, GPTModel
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}

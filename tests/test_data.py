@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from helpers import MODEL, random_tokens, write_dataset
 
-from config import TrainConfig
-from data import Sequences, TokenFile, check_tokenizer, fingerprint_files, plan_batches
-from ddp_train import learning_rate_at
+from basemodel.config import TrainConfig
+from basemodel.data import Sequences, TokenFile, check_tokenizer, plan_batches
+from basemodel.fetching import fingerprint_files
+from basemodel.optimizer import learning_rate_at
 from gpt import GPTConfig
 
 

@@ -14,9 +14,9 @@ import tiktoken
 from helpers import needs_gpt2
 from texts import assert_holds, nasty_text, prepare, random_characters, split_texts, write_jsonl
 
-from config import InputError
-from documents import TextFile, in_validation, safe_cut
-from tokenizer import (
+from basemodel.documents import TextFile, in_validation, safe_cut
+from basemodel.errors import InputError
+from basemodel.tokenizer import (
     WHITE_SPACE,
     EnginesDisagree,
     GigatokenEncoder,
@@ -134,7 +134,7 @@ class Tokenizer:
         return numpy.array([0] if b"number 7 " in data else tokens, numpy.uint32)
 sys.modules["gigatoken"] = types.ModuleType("gigatoken")
 sys.modules["gigatoken"].__spec__ = sys.modules["gigatoken"].Tokenizer = Tokenizer
-import tokenizer
+from basemodel import tokenizer
 tokenizer.differing_characters = lambda *_: ""  # a second's work
 """
 

@@ -12,10 +12,11 @@ from click.testing import CliRunner
 from helpers import MODEL, run_script, write_model
 from safetensors.torch import save_file
 
-from gpt import GPTConfig, GPTModel, generate
-from test_smoke import BATCH_SIZE, continuations, main, printable
-from tokenizer import get_tokenizer
-from weights import load_model
+from basemodel.generation import BATCH_SIZE, continuations, generate
+from basemodel.tokenizer import get_tokenizer
+from basemodel.weights import load_model
+from gpt import GPTConfig, GPTModel
+from test_smoke import main, printable
 
 torch.set_num_threads(1)  # the models are tiny, and the machine has other work
 SMALL = replace(GPTConfig(**MODEL), context_length=48)

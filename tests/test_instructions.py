@@ -18,12 +18,11 @@ from helpers import Script, refused, run_script, wait_for, write_model
 
 import test_ift
 from basemodel.errors import InputError
+from basemodel.generation import continuations
+from basemodel.tokenizer import get_tokenizer
 from basemodel.weights import load_model
 from gpt import GPTModel
 from test_ift import FineTuning
-from test_smoke import continuations
-from tokenizer import get_tokenizer
-from weights import load_model
 
 torch.set_num_threads(1)
 KEY = "sk-secret-0123456789"

@@ -6,14 +6,15 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MODEL
+from helpers import MODEL, TRAIN
 from reference import PlainTrainer
 
-import ddp_train
+from basemodel.compilation import compile_if_wanted
 from basemodel.config import TrainConfig
 from basemodel.distributed import World
+from basemodel.errors import RunError
 from basemodel.loss import IGNORED, NextTokenLoss, chunked_cross_entropy
-from ddp_train import make_state, train_step
+from ddp_train import Learner
 from gpt import GPTConfig, GPTModel
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), control=None)
@@ -64,16 +65,14 @@ def losses_of_both(model: dict, precision: str, *, steps: int = 50) -> tuple[lis
     config = TrainConfig(
         dataset="a/b", microbatch_size=4, min_train_tokens=1, precision=precision, learning_rate=1e-3
     )
-    plain, state = PlainTrainer(model_config, config, ALONE.device), make_state(config, model_config, ALONE)
-    plain.model.load_state_dict(state.model.state_dict())
+    plain, learner = PlainTrainer(model_config, config, ALONE.device), Learner(config, model_config, ALONE)
+    plain.model.load_state_dict(learner.model.state_dict())
     generator = torch.Generator().manual_seed(0)
     pairs = []
     for _ in range(steps):
         increments = torch.randint(7, (2, 4, 65), generator=generator)
         microbatches = list(increments.cumsum(-1) % 301)
-        ours, *_ = train_step(
-            state, microbatches, learning_rate=config.learning_rate, max_norm=config.clipping_max_norm
-        )
+        ours, *_ = learner.train_step(microbatches, config.learning_rate)
         pairs.append((plain.step(microbatches), ours.item()))
     return tuple(zip(*pairs, strict=True))
 
@@ -92,14 +91,16 @@ def test_50_steps_have_the_plain_losses_in_bf16() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_the_compiled_step_has_the_same_losses() -> None:
-    model_config = GPTConfig(**MODEL)
-    config = TrainConfig(dataset="a/b", microbatch_size=2, min_train_tokens=1, precision="fp32", compile=True)
-    eager = make_state(dataclasses.replace(config, compile=False), model_config, ALONE)
-    compiled = make_state(config, model_config, ALONE)
+    model_config = GPTConfig(**{**MODEL, "n_layers": 1})
+    settings = {**TRAIN, "clipping_max_norm": 1.0}
+    eager, compiled = (
+        Learner(TrainConfig(**settings, compile=compile), model_config, ALONE) for compile in (False, True)
+    )
+    assert (eager.loss.is_compiled, compiled.loss.is_compiled) == (False, True)
     sequences = torch.randint(64, (2, 17))
     for _ in range(5):
-        one, *_ = train_step(eager, [sequences], learning_rate=0.01, max_norm=1.0)
-        other, *_ = train_step(compiled, [sequences], learning_rate=0.01, max_norm=1.0)
+        one, *_ = eager.train_step([sequences], 0.01)
+        other, *_ = compiled.train_step([sequences], 0.01)
         assert other.item() == pytest.approx(one.item(), rel=1e-5)
 
 
@@ -110,10 +111,10 @@ def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.Monk
     loss = NextTokenLoss(GPTModel(GPTConfig(**MODEL)))
     cuda = dataclasses.replace(ALONE, device=torch.device("cuda"))
     config = TrainConfig(dataset="a/b", microbatch_size=2, min_train_tokens=1)
-    ddp_train.compile_if_wanted(loss, config, cuda, broken)
+    compile_if_wanted(loss, config, cuda, broken)
     assert (
         "without torch.compile, which failed: RuntimeError: no C++ compiler found" in capsys.readouterr().out
     )
     assert torch.isfinite(loss(torch.randint(64, (2, 17))))
-    with pytest.raises(ddp_train.RunError, match='"compile": "auto" or false trains without'):
-        ddp_train.compile_if_wanted(loss, dataclasses.replace(config, compile=True), ALONE, broken)
+    with pytest.raises(RunError, match='"compile": "auto" or false trains without'):
+        compile_if_wanted(loss, dataclasses.replace(config, compile=True), ALONE, broken)

@@ -23,9 +23,9 @@ from texts import (
     write_parquet,
 )
 
-from config import InputError
+from basemodel.errors import InputError
+from basemodel.tokenizer import get_tokenizer
 from prepare_datasets import main
-from tokenizer import get_tokenizer
 
 
 def write_corpus(folder: Path) -> list[str]:

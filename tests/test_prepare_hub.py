@@ -16,9 +16,9 @@ from helpers import Finished, Script, wait_for
 from huggingface_hub import DatasetCard
 from texts import assert_holds, split_texts
 
-from config import InputError
+from basemodel.errors import InputError
+from basemodel.tokenizer import get_tokenizer
 from prepare_datasets import main
-from tokenizer import get_tokenizer
 
 REVISIONS = {"main": "a" * 40, "v1": "b" * 40}
 TEXTS = {name: [f"{name} {i}" for i in range(600)] for name in ("one", "two", "old")}

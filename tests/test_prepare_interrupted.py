@@ -12,7 +12,7 @@ from helpers import Finished, Script, children_of, forked, is_alive, refused, wa
 from texts import assert_holds, split_texts, write_jsonl, write_parquet
 
 import prepare_datasets
-from tokenizer import get_tokenizer
+from basemodel.tokenizer import get_tokenizer
 
 SMALL_SHARDS = "import documents; documents.SHARD_BYTES = 20_000"
 

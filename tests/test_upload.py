@@ -20,9 +20,10 @@ from helpers import BYTES, ROOT, Sandbox, needs_gpt2, random_tokens, run_script,
 from safetensors.torch import load_file
 
 import upload_model
-from gpt import GPTConfig, GPTModel, generate
-from tokenizer import get_tokenizer
-from weights import from_huggingface, load_tensors, to_huggingface
+from basemodel.generation import generate
+from basemodel.tokenizer import get_tokenizer
+from basemodel.weights import from_huggingface, load_tensors, to_huggingface
+from gpt import GPTConfig, GPTModel
 
 torch.set_num_threads(1)
 SHAPE = {
