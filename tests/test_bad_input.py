@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import MODEL, ROOT, Sandbox, random_tokens, refused, run_script, write_dataset
+from helpers import MODEL, Sandbox, random_tokens, refused, run_script, write_dataset
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
@@ -353,10 +353,3 @@ def test_the_gpt2_vocabulary_that_cannot_be_had(tmp_path: Path) -> None:
     }
     error = refused("prepare_datasets.py", tmp_path / "in.txt", tmp_path / "out", env=nowhere)
     assert "the GPT-2 vocabulary is not here" in error and "TIKTOKEN_CACHE_DIR" in error
-
-
-def test_nothing_here_can_read_or_write_pickle() -> None:
-    import re
-
-    for path in ROOT.glob("*.py"):
-        assert not re.search(r"torch\.(load|save)\(|\b(pickle|dill|shelve|marshal)\b", path.read_text()), path
