@@ -16,7 +16,8 @@ install_packages() {
 }
 
 echo "== xkcd font"
-if fc-list 2>/dev/null | grep -qiE 'xkcd|humor sans|comic neue'; then
+# Not grep -q: it would leave fc-list with a broken pipe.
+if fc-list 2>/dev/null | grep -iE 'xkcd|humor sans|comic neue' >/dev/null; then
     echo "already there"
 else
     as_root apt-get update -qq && install_packages fontconfig fonts-humor-sans ||

@@ -21,6 +21,9 @@ from basemodel.errors import InputError, RunError, require
 
 Result = TypeVar("Result")
 
+START_SECONDS = 600.0  # so long the processes wait for one another to start
+REPEAT_SECONDS = 3.0  # so long a second signal counts as torchrun's copy of the first
+
 
 @dataclass(frozen=True)
 class World:
@@ -170,23 +173,26 @@ def store_of_these_processes(rank: int, size: int) -> dist.Store:
     When torchrun starts processes again, its store still holds the addresses of those that died, and new
     processes would wait for them in vain (pytorch issues 135712 and 167288). So each one puts down a number
     of its own, the first one reads out all numbers until everybody has found the own one among them, and
-    what they then share stands behind this list. Raises RunError if they are not all there in ten minutes.
+    what they then share stands behind this list. Raises RunError if they are not all there in START_SECONDS.
     """
-    store, _, _ = next(dist.rendezvous("env://"))
-    mine = uuid.uuid4().hex
-    store.set(f"member/{rank}", mine)
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        if rank == 0:
-            store.set("members", " ".join(store.get(f"member/{each}").decode() for each in range(size)))
-        members = store.get("members").decode()
-        if mine in members.split():
-            round_ = hashlib.sha256(members.encode()).hexdigest()
-            store.set(f"{round_}/present/{rank}", "")
-            if store.check([f"{round_}/present/{each}" for each in range(size)]):
-                return dist.PrefixStore(round_, store)
-        time.sleep(0.01)
-    raise RunError(f"process {rank} of {size} has waited ten minutes for the others to start")
+    late = f"process {rank} of {size} has waited {START_SECONDS:.0f} s for the others to start"
+    deadline, mine = time.monotonic() + START_SECONDS, uuid.uuid4().hex
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
+        store.set(f"member/{rank}", mine)
+        while time.monotonic() < deadline:
+            if rank == 0:
+                store.set("members", " ".join(store.get(f"member/{each}").decode() for each in range(size)))
+            members = store.get("members").decode()
+            if mine in members.split():
+                round_ = hashlib.sha256(members.encode()).hexdigest()
+                store.set(f"{round_}/present/{rank}", "")
+                if store.check([f"{round_}/present/{each}" for each in range(size)]):
+                    return dist.PrefixStore(round_, store)
+            time.sleep(0.01)
+    except dist.DistError as error:
+        raise RunError(late) from error
+    raise RunError(late)
 
 
 @contextmanager
@@ -206,9 +212,9 @@ def lost_processes_explained() -> Iterator[None]:
 class StopSignal:
     """Remembers that SIGTERM or SIGINT asked this process to stop; a second request ends it at once.
 
-    torchrun passes on a signal that the terminal has sent already: repeats within three seconds count as one.
-    A thread of its own takes the signals, for Python's handlers wait as long as the main thread does, which
-    may wait for a process that is gone.
+    torchrun passes on a signal that the terminal has sent already: repeats within REPEAT_SECONDS count as
+    one. A thread of its own takes the signals, for Python's handlers wait as long as the main thread does,
+    which may wait for a process that is gone.
     """
 
     def __init__(self) -> None:
@@ -243,6 +249,6 @@ class StopSignal:
         while number := os.read(reader, 1):
             if self.received is None:
                 self.received, since = number[0], time.monotonic()
-            elif time.monotonic() - since > 3:
+            elif time.monotonic() - since > REPEAT_SECONDS:
                 os._exit(128 + number[0])
         os.close(reader)

@@ -20,45 +20,42 @@ from typing import Any
 
 import click
 import torch
+from common import ROOT, measured_code, runs_dir_option, spread
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from basemodel.command_line import run_command
-from basemodel.config import TrainConfig
-from basemodel.data import TokenFile
-from basemodel.distributed import join_world
-from basemodel.errors import RunError, require
-from basemodel.fetching import dataset_folder
-from basemodel.json_config import read_config, read_json_object
+from config import RunError, TrainConfig, read_config, read_json_object, require, run_command
+from data import TokenFile, dataset_folder
 from ddp_train import make_state, train_step
 from gpt import GPTConfig
 
-ROOT = Path(__file__).parent.parent
 RESULT = "ablation.json"  # in the folder of a run that is done
 
 
-def changes(run: str) -> str:
+def changes(run: str, runs_dir: Path) -> str:
     """What a run changes in the demo's two files."""
     said = []
     for name in ("model", "train"):
-        ours, demo = (read_json_object(ROOT / "runs" / each / f"{name}.json") for each in (run, "demo"))
+        ours, demo = (read_json_object(runs_dir / each / f"{name}.json") for each in (run, "demo"))
         keys = [key for key in {**ours, **demo} if ours.get(key) != demo.get(key)]
         keys = [key for key in keys if not key.startswith("validation_")]
         said += [f"{key} {json.dumps(ours[key]) if key in ours else 'left out'}" for key in keys]
     return ", ".join(said)
 
 
-def train(run: str, seed: int, datasets: Path, folder: Path, *, threads: int, tokens: int | None) -> None:
+def train(
+    run_dir: Path, seed: int, datasets: Path, folder: Path, *, threads: int, tokens: int | None
+) -> None:
     """Train a run with a seed, or go on with it, and keep its loss and its process's peak memory."""
-    own = folder / f"{run}-{seed}"
-    model, config = (read_json_object(ROOT / "runs" / run / f"{name}.json") for name in ("model", "train"))
+    own = folder / f"{run_dir.name}-{seed}"
+    model, config = (read_json_object(run_dir / f"{name}.json") for name in ("model", "train"))
     split = TokenFile(dataset_folder(datasets, config["dataset"]) / "validation.safetensors")
     batches = (split.count - 1) // model["context_length"] // config["microbatch_size"]
     config |= {"random_seed": seed, "validation_interval": 1_000_000, "validation_batches": batches}
     config |= {"checkpoint_interval": 500, "keep_checkpoints": 1}
     config |= {"min_train_tokens": tokens} if tokens else {}
+    of = [model, config, measured_code()]
     if (own / RESULT).exists():
         was = read_json_object(own / RESULT).get("of")
-        require(was == [model, config], f"{own} is of another recipe or length; name another FOLDER")
+        require(was == of, f"{own} is of another recipe, length, commit or PyTorch; name another FOLDER")
         return
     own.mkdir(parents=True, exist_ok=True)
     (own / "model.json").write_text(json.dumps(model))
@@ -82,17 +79,17 @@ def train(run: str, seed: int, datasets: Path, folder: Path, *, threads: int, to
         raise RunError(f"{own.name} failed; see {own / 'output.txt'}")
     lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
     loss = [line["val_loss"] for line in lines if "val_loss" in line][-1]
-    result = {"loss": loss, "gibibytes": used.ru_maxrss / 2**20, "of": [model, config]}
+    result = {"loss": loss, "gibibytes": used.ru_maxrss / 2**20, "of": of}
     (own / RESULT).write_text(json.dumps(result))
     print(f"{own.name}: {loss:.4f}", flush=True)
 
 
-def step_times(runs: list[str], rounds: int) -> dict[str, float]:
+def step_times(runs: list[str], runs_dir: Path, rounds: int) -> dict[str, float]:
     """The median milliseconds of a training step of each run, taken in turns."""
     world, steps = join_world(), {}
     for run in runs:
-        model_config = read_config(GPTConfig, ROOT / "runs" / run / "model.json")
-        config = read_config(TrainConfig, ROOT / "runs" / run / "train.json")
+        model_config = read_config(GPTConfig, runs_dir / run / "model.json")
+        config = read_config(TrainConfig, runs_dir / run / "train.json")
         state = make_state(config, model_config, world)
         shape = config.microbatch_size, model_config.context_length + 1
         batch = [torch.randint(model_config.vocab_size, shape) for _ in range(config.accumulation_for(1))]
@@ -110,20 +107,19 @@ def step_times(runs: list[str], rounds: int) -> dict[str, float]:
 
 
 def print_table(
-    runs: list[str], results: dict[tuple[str, int], dict[str, Any]], times: dict[str, float]
+    runs: dict[str, str], results: dict[tuple[str, int], dict[str, Any]], times: dict[str, float]
 ) -> None:
     """A row for each run: its change, loss, difference to the demo with the same seed, time and memory."""
     seeds = sorted({seed for _, seed in results})
-    print(f"\nseeds {', '.join(map(str, seeds))}; mean (least to most) over them\n")
+    print(f"\nseeds {', '.join(map(str, seeds))}; median (least to most) over them\n")
     print("| run | change | validation loss | less the demo's | step, ms | ratio | peak GiB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for run in runs:
+    for run, change in runs.items():
         losses = [results[run, seed]["loss"] for seed in seeds]
         lesser = [results[run, seed]["loss"] - results["demo", seed]["loss"] for seed in seeds]
-        mean = f"{statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
-        less = f"{statistics.mean(lesser):+.3f} ({min(lesser):+.3f} to {max(lesser):+.3f})"
+        mean, less = spread(losses, ".3f"), spread(lesser, "+.3f")
         memory = max(results[run, seed]["gibibytes"] for seed in seeds)
-        cells = run, changes(run), mean, less if run != "demo" else "", f"{times[run]:.1f}"
+        cells = run, change, mean, less if run != "demo" else "", f"{times[run]:.1f}"
         print(f"| {' | '.join(cells)} | {times[run] / times['demo']:.2f} | {memory:.2f} |")
 
 
@@ -138,21 +134,30 @@ def print_table(
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="Timed steps of each."
 )
-def main(datasets_dir: Path, folder: Path, seeds: int, tokens: int | None, at_once: int, rounds: int) -> None:
+@runs_dir_option
+def main(
+    datasets_dir: Path,
+    folder: Path,
+    seeds: int,
+    tokens: int | None,
+    at_once: int,
+    rounds: int,
+    runs_dir: Path,
+) -> None:
     """Train runs/demo and runs/demo-* on DATASETS_DIR's data, in FOLDER, and compare them."""
-    runs = ["demo", *sorted(path.parent.name for path in (ROOT / "runs").glob("demo-*/train.json"))]
+    runs = ["demo", *sorted(path.parent.name for path in runs_dir.glob("demo-*/train.json"))]
     folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // at_once)
     todo = [(run, seed) for seed, run in product(range(42, 42 + seeds), runs)]
     common = {"datasets": datasets_dir, "folder": folder.resolve(), "threads": threads, "tokens": tokens}
     with ThreadPoolExecutor(at_once) as pool:
         try:
-            for done in [pool.submit(train, *each, **common) for each in todo]:
+            for done in [pool.submit(train, runs_dir / run, seed, **common) for run, seed in todo]:
                 done.result()
         finally:  # after a failure or Ctrl-C no other begins
             pool.shutdown(wait=False, cancel_futures=True)
     results = {(run, seed): read_json_object(folder / f"{run}-{seed}" / RESULT) for run, seed in todo}
-    print_table(runs, results, step_times(runs, rounds))
+    print_table({run: changes(run, runs_dir) for run in runs}, results, step_times(runs, runs_dir, rounds))
 
 
 if __name__ == "__main__":

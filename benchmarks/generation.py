@@ -6,21 +6,15 @@ python benchmarks/generation.py original --tokens 512 --batch-size 8 --rounds 1
 
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import click
 import torch
+from common import runs_dir_option, spread
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from basemodel.command_line import run_command
-from basemodel.errors import RunError
-from basemodel.generation import generate
-from basemodel.json_config import read_config
-from gpt import GPTConfig, GPTModel
-
-RUNS = Path(__file__).parent.parent / "runs"
+from config import RunError, read_config, run_command
+from gpt import GPTConfig, GPTModel, generate
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,10 +23,11 @@ RUNS = Path(__file__).parent.parent / "runs"
 @click.option("--prompt-tokens", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-def main(run: str, tokens: int, prompt_tokens: int, batch_size: int, rounds: int) -> None:
+@runs_dir_option
+def main(run: str, tokens: int, prompt_tokens: int, batch_size: int, rounds: int, runs_dir: Path) -> None:
     """Measure greedy generation by a random model of runs/RUN's shape."""
     torch.manual_seed(0)
-    model = GPTModel(read_config(GPTConfig, RUNS / run / "model.json")).eval()
+    model = GPTModel(read_config(GPTConfig, runs_dir / run / "model.json")).eval()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model = model.to(device)
     prompt = torch.randint(model.config.vocab_size, (batch_size, prompt_tokens), device=device)
@@ -58,11 +53,8 @@ def main(run: str, tokens: int, prompt_tokens: int, batch_size: int, rounds: int
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {platform.machine()}")
     for name, times in (("with cache", cached), ("without", plain)):
         middle = statistics.median(times)
-        print(
-            f"{name:11}{middle:7.2f} s ({min(times):.2f} to {max(times):.2f}), "
-            f"{batch_size * tokens / middle:.1f} tokens/s"
-        )
-    print(f"ratio      {statistics.median(ratios):7.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(f"{name:11}{spread(times)} s, {batch_size * tokens / middle:.1f} tokens/s")
+    print(f"ratio      {spread(ratios)}")
 
 
 if __name__ == "__main__":

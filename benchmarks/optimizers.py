@@ -9,7 +9,6 @@ training step of one microbatch takes without it.
 
 import dataclasses
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,18 +16,13 @@ from pathlib import Path
 import click
 import torch
 import torch.distributed as dist
+from common import runs_dir_option, spread
+from reference import plain_optimizers
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from basemodel.command_line import run_command
-from basemodel.config import TrainConfig
-from basemodel.distributed import World, join_world
-from basemodel.json_config import read_config
-from basemodel.optimizer import make_optimizer
-from basemodel.precision import choose_precision
-from ddp_train import make_state, train_step
+from config import TrainConfig, read_config, run_command
+from ddp_train import choose_precision, make_state, train_step
+from distributed import World, join_world
 from gpt import GPTConfig, GPTModel
-
-RUNS = Path(__file__).parent.parent / "runs"
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> float:
@@ -42,27 +36,10 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def torch_muon(model: GPTModel, config: TrainConfig, world: World, precision: str) -> Callable[[], None]:
-    """The update by torch's Muon and AdamW as they come."""
-    hidden = [p for p in model.trf_blocks.parameters() if p.dim() == 2]
-    apart = {id(parameter) for parameter in hidden}
-    muon = torch.optim.Muon(hidden, lr=config.muon_learning_rate)
-    adamw = torch.optim.AdamW(
-        [p for p in model.parameters() if id(p) not in apart],
-        fused=world.device.type in ("cpu", "cuda"),
-    )
-
-    def step() -> None:
-        muon.step()
-        adamw.step()
-
-    return step
-
-
-def measure(run: str, world: World, rounds: int, microbatch: int | None) -> dict[str, list[float]]:
+def measure(run_dir: Path, world: World, rounds: int, microbatch: int | None) -> dict[str, list[float]]:
     """The milliseconds of each side's updates of a run's model, and of a step without one, by round."""
-    model_config = read_config(GPTConfig, RUNS / run / "model.json")
-    config = read_config(TrainConfig, RUNS / run / "train.json")
+    model_config = read_config(GPTConfig, run_dir / "model.json")
+    config = read_config(TrainConfig, run_dir / "train.json")
     precision, alone = choose_precision(config, world.device), dataclasses.replace(world, rank=0, size=1)
     muon = dataclasses.replace(config, optimizer="muon")
     no_rate = TrainConfig.muon_learning_rate  # the default, for AdamW has no use for another
@@ -70,9 +47,11 @@ def measure(run: str, world: World, rounds: int, microbatch: int | None) -> dict
     model = GPTModel(model_config).to(world.device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
+    fused = world.device.type in ("cpu", "cuda")
+    plain = plain_optimizers(model, muon, fused=fused)
     sides: dict[str, Callable[[], object]] = {
         "AdamW": make_optimizer(model, adamw, alone, precision).step,
-        "torch's Muon": torch_muon(model, config, world, precision),
+        "torch's Muon": lambda: [optimizer.step() for optimizer in plain],
         "Muon": make_optimizer(model, muon, alone, precision).step,
     }
     if world.size > 1:
@@ -98,22 +77,24 @@ def measure(run: str, world: World, rounds: int, microbatch: int | None) -> dict
 @click.option(
     "--microbatch", type=click.IntRange(min=1), help="Sequences of the step; default: the run's own."
 )
-def main(runs: tuple[str, ...], rounds: int, microbatch: int | None) -> None:
+@runs_dir_option
+def main(runs: tuple[str, ...], rounds: int, microbatch: int | None, runs_dir: Path) -> None:
     """Measure the optimisers on the models of RUNS."""
     world = join_world()
     for run in runs:
-        times = measure(run, world, rounds, microbatch)
+        times = measure(runs_dir / run, world, rounds, microbatch)
         without = statistics.median(times.pop("step without"))
         if world.is_first:
             print(f"\n{run}: {world.size} x {world.device_name}, {torch.get_num_threads()} threads each")
-            print(f"a step of one microbatch without its update: {without:.1f} ms\n")
+            print(
+                f"a step of one microbatch without its update: {without:.1f} ms; torch's Muon multiplies in"
+            )
+            print("bf16, ours in bf16 too, or in float32 where the run's precision is fp32\n")
             print("| update by | ms (min to max) | of the step |")
             print("| --- | --- | --- |")
             for name, each in times.items():
                 middle = statistics.median(each)
-                print(
-                    f"| {name} | {middle:.1f} ({min(each):.1f} to {max(each):.1f}) | {middle / without:.0%} |"
-                )
+                print(f"| {name} | {spread(each, '.1f')} | {middle / without:.0%} |")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -7,22 +7,15 @@ what its metrics.jsonl says.
 """
 
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import click
+from common import run_python, runs_dir_option
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from basemodel.command_line import run_command
-from basemodel.config import TrainConfig
-from basemodel.data import plan_batches
-from basemodel.json_config import read_config
-from basemodel.reporting import Reporter
-from basemodel.run_folder import read_metrics
+from config import TrainConfig, read_config, run_command
+from data import plan_batches
 from gpt import GPTConfig
 
 
@@ -41,16 +34,17 @@ def seconds_per_log(run_dir: Path, folder: Path) -> float:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("run")
 @click.argument("datasets_dir", type=click.Path(path_type=Path))
-def main(run: str, datasets_dir: Path) -> None:
+@runs_dir_option
+def main(run: str, datasets_dir: Path, runs_dir: Path) -> None:
     """Measure what RUN, a folder of runs/, spends beside its training steps."""
     with tempfile.TemporaryDirectory() as folder:
-        log = seconds_per_log(ROOT / "runs" / run, Path(folder))
+        log = seconds_per_log(runs_dir / run, Path(folder))
         run_dir = Path(folder) / "runs" / run
         run_dir.mkdir(parents=True)
         for name in ("model.json", "train.json"):
-            shutil.copy(ROOT / "runs" / run / name, run_dir)
+            shutil.copy(runs_dir / run / name, run_dir)
         command = ["ddp_train.py", run, str(datasets_dir.resolve()), "--runs-dir", f"{folder}/runs"]
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        run_python(*command)
         lines = read_metrics(run_dir / "metrics.jsonl")
     total, steps = lines[-1]["seconds"], lines[-1]["step"]
     shares = {

@@ -30,13 +30,12 @@ import click
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from common import ROOT, spread
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from basemodel.documents import python_docs
-from basemodel.tokenizer import get_tokenizer
+from documents import python_docs
+from tokenizer import get_tokenizer
 
 FILES = 4
 
@@ -86,7 +85,7 @@ def random_documents(rng: random.Random, prose: list[str], code: list[str]) -> I
 
 
 def write_corpus(folder: Path, megabytes: float) -> None:
-    """Write so much text into parquet files, in row groups of 1,000 documents; the same every time."""
+    """Write so much text into parquet files, in row groups of up to 1,000 documents; the same every time."""
     folder.mkdir(parents=True)
     prose, code = paragraphs()
     for index in range(FILES):
@@ -94,7 +93,8 @@ def write_corpus(folder: Path, megabytes: float) -> None:
         schema, left = pyarrow.schema({"text": pyarrow.string()}), megabytes * 1e6 / FILES
         with pyarrow.parquet.ParquetWriter(folder / f"{index:03}.parquet", schema) as writer:
             while left > 0:
-                table = pyarrow.table({"text": list(itertools.islice(documents, 1000))}, schema=schema)
+                count = min(1000, 1 + int(left / 2600))
+                table = pyarrow.table({"text": list(itertools.islice(documents, count))}, schema=schema)
                 writer.write_table(table)
                 left -= table.nbytes
 
@@ -212,7 +212,10 @@ def main(
 
 def report(results: dict[str, Runs], tokens: int) -> None:
     """Print a Markdown table of what was measured."""
-    print(f"{tokens:,} tokens; all runs of prepare_datasets.py wrote the same bytes\n")
+    print(f"{tokens:,} tokens; all runs of prepare_datasets.py wrote the same bytes")
+    if "plain loop" in results:
+        print("the plain loop keeps all tokens in memory, and neither splits the text nor hashes its file")
+    print()
     print(
         "| side, workers | million tokens/s (min to max) | ratio (min to max) | CPU s | MiB: largest, all |"
     )
@@ -222,7 +225,7 @@ def report(results: dict[str, Runs], tokens: int) -> None:
         columns = [[tokens / seconds / 1e6 for seconds in runs.seconds]]
         if base:
             columns += [[one / other for one, other in zip(base.seconds, runs.seconds, strict=True)]]
-        cells = [f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in columns]
+        cells = [spread(column) for column in columns]
         cells += [] if base else ["not measured"]
         cells += [f"{statistics.median(runs.cpu_seconds):.1f}"]
         cells += [f"{runs.largest >> 20}, {runs.together >> 20}"]

@@ -1,23 +1,24 @@
-"""How much memory of its own each of 8 processes takes that read the same token file to its end.
+"""How much memory of its own each of several processes takes that read the same token file to its end.
 
-    python benchmarks/readers.py [GIGABYTES]
+    python benchmarks/readers.py --gigabytes 2 --readers 8
 
 Prints, for each reader, how resident memory and its unshared part (USS) grew while it read. Linux only.
 """
 
 import multiprocessing
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import click
+import common  # noqa: F401  the project is found through it
 import numpy as np
 from safetensors.numpy import save_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from basemodel.data import Sequences, TokenFile
+from config import RunError, run_command
+from data import Sequences, TokenFile
 
-READERS, LENGTH, BATCH = 8, 1024, 64
+LENGTH, BATCH = 1024, 64
 
 
 def memory() -> tuple[float, float]:
@@ -43,26 +44,30 @@ def read(path: Path, barrier: Any, results: Any) -> None:
     results.put([late - early for late, early in zip(after, before, strict=True)])
 
 
-def main() -> None:
+@click.command()
+@click.option("--gigabytes", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True)
+@click.option("--readers", type=click.IntRange(1), default=8, show_default=True)
+def main(gigabytes: float, readers: int) -> None:
     """Make a file, have it read, print the growth."""
-    gigabytes = float(sys.argv[1]) if len(sys.argv) > 1 else 2.0
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.safetensors"
         tokens = np.arange(int(gigabytes * 5e8), dtype=np.uint32).astype(np.uint16)
         save_file({"tokens": tokens}, path)
         del tokens
-        barrier, results = context.Barrier(READERS), context.Queue()
-        readers = [context.Process(target=read, args=(path, barrier, results)) for _ in range(READERS)]
-        for reader in readers:
-            reader.start()
-        growth = [results.get() for _ in readers]
-        for reader in readers:
-            reader.join()
-    print(f"{READERS} readers of one file of {gigabytes} GB")
+        barrier, results = context.Barrier(readers, timeout=600), context.SimpleQueue()
+        processes = [context.Process(target=read, args=(path, barrier, results)) for _ in range(readers)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    if any(process.exitcode for process in processes):
+        raise RunError(f"readers ended with status {[process.exitcode for process in processes]}")
+    growth = [results.get() for _ in processes]
+    print(f"{readers} readers of one file of {gigabytes} GB")
     print(f"{'resident, grew by MB':28}" + " ".join(f"{resident:8.1f}" for resident, _ in growth))
     print(f"{'of it unshared, MB':28}" + " ".join(f"{unshared:8.1f}" for _, unshared in growth))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

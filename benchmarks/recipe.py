@@ -14,8 +14,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,17 +22,15 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import run_python, runs_dir_option
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from basemodel.command_line import run_command
-from basemodel.data import TokenFile
-from basemodel.errors import require
+from config import require, run_command
+from data import TokenFile
 
-ROOT = Path(__file__).parent.parent
-LAYERS, WIDTH, HEADS, CONTEXT, BATCH, STEPS, WARMUP = 4, 128, 4, 64, 12, 2000, 100
-PEAK, LEAST = 1e-3, 1e-4
+LAYERS, WIDTH, HEADS, CONTEXT, BATCH, STEPS = 4, 128, 4, 64, 12, 2000
+PEAK, LEAST, WARMUP = 1e-3, 1e-4, 100
 TRIAL_TOKENS = 409_600  # of a run that shows how fast this machine is
 
 
@@ -77,7 +73,7 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten())
 
 
-def train_nanogpt(train: Tensor, validation: Tensor, seed: int) -> tuple[float, float]:
+def train_nanogpt(train: Tensor, validation: Tensor, *, seed: int, steps: int) -> tuple[float, float]:
     """Train by nanoGPT's recipe; return the seconds of the training and the loss on all of `validation`."""
     start = time.monotonic()
     torch.manual_seed(seed)
@@ -91,8 +87,8 @@ def train_nanogpt(train: Tensor, validation: Tensor, seed: int) -> tuple[float, 
         starts = torch.randint(len(tokens) - CONTEXT - 1, (BATCH,)).tolist()
         return torch.stack([tokens[start : start + CONTEXT + 1] for start in starts]).long()
 
-    for step in range(STEPS + 1):
-        progress = (step - WARMUP) / (STEPS - WARMUP)
+    for step in range(steps + 1):
+        progress = (step - WARMUP) / max(1, steps - WARMUP)
         cosine = LEAST + 0.5 * (1 + math.cos(math.pi * progress)) * (PEAK - LEAST)
         for group in optimizer.param_groups:
             group["lr"] = PEAK * (step + 1) / (WARMUP + 1) if step < WARMUP else cosine
@@ -112,13 +108,13 @@ def train_nanogpt(train: Tensor, validation: Tensor, seed: int) -> tuple[float, 
         return seconds, torch.stack([model(row[None]) for row in rows]).mean().item()
 
 
-def run_demo(folder: Path, seed: int, tokens: int) -> tuple[float, float, float]:
+def run_demo(folder: Path, demo: Path, seed: int, tokens: int) -> tuple[float, float, float]:
     """The demo's recipe over so many tokens of the text: the seconds of the whole command, the tokens
     per second of its steps, and the loss on all of the validation."""
     run = folder / "runs/demo"
     run.mkdir(parents=True, exist_ok=True)
-    model = json.loads((ROOT / "runs/demo/model.json").read_text())
-    train = json.loads((ROOT / "runs/demo/train.json").read_text())
+    model = json.loads((demo / "model.json").read_text())
+    train = json.loads((demo / "train.json").read_text())
     train |= {"dataset": "bytes/text", "min_train_tokens": tokens, "random_seed": seed}
     counts = {
         split: TokenFile(folder / f"bytes/text/{split}.safetensors").count
@@ -131,9 +127,8 @@ def run_demo(folder: Path, seed: int, tokens: int) -> tuple[float, float, float]
     )
     (run / "model.json").write_text(json.dumps(model))
     (run / "train.json").write_text(json.dumps(train))
-    command = [sys.executable, "ddp_train.py", "demo", str(folder), "--runs-dir", str(run.parent)]
     start = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    run_python("ddp_train.py", "demo", folder, "--runs-dir", run.parent)
     seconds = time.monotonic() - start
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     speed = statistics.median(line["tokens_per_second"] for line in lines if "train_loss" in line)
@@ -143,12 +138,18 @@ def run_demo(folder: Path, seed: int, tokens: int) -> tuple[float, float, float]
 @click.command()
 @click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-def main(text: Path, rounds: int) -> None:
+@click.option("--steps", type=click.IntRange(1), default=STEPS, show_default=True, help="Of nanoGPT's.")
+@click.option(
+    "--tokens", type=click.IntRange(1), help="Of the demo's; default: what the seconds of nanoGPT's allow."
+)
+@runs_dir_option
+def main(text: Path, rounds: int, steps: int, tokens: int | None, runs_dir: Path) -> None:
     """Compare the demo's recipe with nanoGPT's on the bytes of the file TEXT."""
-    tokens = np.frombuffer(text.read_bytes(), dtype=np.uint8).astype(np.uint16)
-    require(len(tokens) >= 100_000, f"{text}: {len(tokens):,} bytes are too few; a megabyte would do")
-    parts = {"train": tokens[: len(tokens) * 9 // 10], "validation": tokens[len(tokens) * 9 // 10 :]}
-    print(f"{text.name}: {len(tokens):,} bytes; {os.cpu_count()} cores, torch {torch.__version__}")
+    read = np.frombuffer(text.read_bytes(), dtype=np.uint8).astype(np.uint16)
+    require(len(read) >= 100_000, f"{text}: {len(read):,} bytes are too few; a megabyte would do")
+    parts = {"train": read[: len(read) * 9 // 10], "validation": read[len(read) * 9 // 10 :]}
+    print(f"{text.name}: {len(read):,} bytes; {os.cpu_count()} cores, torch {torch.__version__}")
+    print("timed: of nanoGPT's recipe its training loop alone, of the demo's the whole command")
     print("\n| round | recipe | seconds | of nanoGPT's | validation loss, nats per byte |")
     print("| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
@@ -156,19 +157,20 @@ def main(text: Path, rounds: int) -> None:
         (folder / "bytes/text").mkdir(parents=True)
         for split, part in parts.items():
             save_file({"tokens": part}, folder / f"bytes/text/{split}.safetensors")
-        whole, speed, _ = run_demo(folder, 0, TRIAL_TOKENS)
-        around = whole - TRIAL_TOKENS / speed
+        demo = runs_dir / "demo"
+        if tokens is None:
+            whole, speed, _ = run_demo(folder, demo, 0, TRIAL_TOKENS)
+            around = whole - TRIAL_TOKENS / speed
         for turn in range(1, rounds + 1):
-            nanogpt, loss = train_nanogpt(*(torch.from_numpy(part) for part in parts.values()), seed=turn)
+            tensors = (torch.from_numpy(part) for part in parts.values())
+            nanogpt, loss = train_nanogpt(*tensors, seed=turn, steps=steps)
             print(f"| {turn} | nanoGPT's | {nanogpt:.1f} | 1 | {loss:.3f} |", flush=True)
-            for share in (1 / 3, 1.0):
-                budget = int((0.93 * share * nanogpt - around) * speed)
+            for share in (1 / 3, 1.0) if tokens is None else (1.0,):
+                budget = tokens or int((0.93 * share * nanogpt - around) * speed)
                 require(budget > 0, f"{share * nanogpt:.0f} s is what starting takes; is the machine busy?")
-                seconds, _, loss = run_demo(folder, turn, budget)
-                print(
-                    f"| {turn} | the demo's | {seconds:.1f} | {seconds / nanogpt:.2f} | {loss:.3f} |",
-                    flush=True,
-                )
+                seconds, _, loss = run_demo(folder, demo, turn, budget)
+                row = f"| {turn} | the demo's | {seconds:.1f} | {seconds / nanogpt:.2f} | {loss:.3f} |"
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The training step in the manner of the published code, to measure against: plain, and none of it tuned.
 
 Attention materialises its T x T matrix, LayerNorm and GELU are written out, logits are whole and in float32,
-AdamW is not fused, and the loss is read after every microbatch. On CUDA in float16 autocast, elsewhere in
-float32. Parameter names are the model's own, so that both sides can start from the same weights.
+the optimiser is torch's as it comes, and the loss is read after every microbatch. It clips and updates as the
+run says: the work is that of our side. On CUDA in float16 autocast, elsewhere in float32. Parameter names are
+the model's own, so that both sides can start from the same weights.
 """
 
 import math
@@ -108,28 +109,44 @@ class PlainGPT(nn.Module):
         return self.out_head(self.final_norm(self.trf_blocks(x)))
 
 
+def plain_optimizers(model: nn.Module, config: TrainConfig, **options: bool) -> list[torch.optim.Optimizer]:
+    """torch's own optimisers as they come: AdamW, and Muon where the run has it; `options` are AdamW's."""
+    hidden = [p for p in model.trf_blocks.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
+    apart = {id(parameter) for parameter in hidden}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in apart]
+    decay = config.weight_decay
+    adamw = torch.optim.AdamW(rest, config.learning_rate, config.betas, weight_decay=decay, **options)
+    if not hidden:
+        return [adamw]
+    return [torch.optim.Muon(hidden, lr=config.muon_learning_rate, weight_decay=decay), adamw]
+
+
 class PlainTrainer:
     """The plain step with what it needs between steps."""
 
     def __init__(self, model_config: GPTConfig, config: TrainConfig, device: torch.device) -> None:
         torch.manual_seed(config.random_seed)
         self.model = PlainGPT(model_config).to(device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay
-        )
+        self.optimizers = plain_optimizers(self.model, config)
+        self.max_norm = config.clipping_max_norm
         self.half = device.type == "cuda"
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.half)
 
     def step(self, microbatches: list[Tensor]) -> float:
         """One optimiser step over sequences (B, T + 1) each; returns the mean loss, read from the device."""
         total = 0.0
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         for sequences in microbatches:
             with torch.autocast(sequences.device.type, torch.float16, enabled=self.half):
                 logits = self.model(sequences[:, :-1])
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), sequences[:, 1:].flatten())
             self.scaler.scale(loss / len(microbatches)).backward()
             total += loss.item() / len(microbatches)
-        self.scaler.step(self.optimizer)
+        if self.max_norm is not None:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
         return total

@@ -8,9 +8,7 @@ Trains the run RUN on synthetic tokens in a temporary folder, saves every few st
 
 import dataclasses
 import json
-import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,20 +17,17 @@ from pathlib import Path
 
 import click
 import numpy as np
+from common import ROOT, runs_dir_option, spread
 from safetensors.numpy import save_file
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from basemodel.command_line import run_command
-from basemodel.config import TrainConfig
-from basemodel.json_config import read_config
+from config import RunError, TrainConfig, read_config, run_command
 from gpt import GPTConfig
 
 
-def write_run(folder: Path, run: str, microbatch: int | None, interval: int, saves: int) -> Path:
+def write_run(folder: Path, source: Path, microbatch: int | None, interval: int, saves: int) -> Path:
     """A copy of a run that saves every `interval` steps, with tokens for it; returns its folder."""
-    model = read_config(GPTConfig, ROOT / "runs" / run / "model.json")
-    config = read_config(TrainConfig, ROOT / "runs" / run / "train.json")
+    model = read_config(GPTConfig, source / "model.json")
+    config = read_config(TrainConfig, source / "train.json")
     microbatch = microbatch or config.microbatch_size
     config = dataclasses.replace(
         config,
@@ -46,7 +41,7 @@ def write_run(folder: Path, run: str, microbatch: int | None, interval: int, sav
         checkpoint_interval=interval,
         keep_checkpoints=1,
     )
-    target = folder / "runs" / run
+    target = folder / "runs" / source.name
     target.mkdir(parents=True)
     for name, values in (("model", model), ("train", config)):
         (target / f"{name}.json").write_text(json.dumps(dataclasses.asdict(values)))
@@ -67,20 +62,23 @@ def saved_step(run_dir: Path) -> int:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("run")
 @click.option("--microbatch", type=int, help="In place of the run's.")
-@click.option("--interval", type=int, default=6, show_default=True, help="Steps between checkpoints.")
-@click.option("--saves", type=int, default=4, show_default=True, help="Checkpoints before SIGTERM.")
-def main(run: str, microbatch: int | None, interval: int, saves: int) -> None:
+@click.option("--interval", type=click.IntRange(3), default=6, show_default=True, help="Steps between saves.")
+@click.option("--saves", type=click.IntRange(2), default=4, show_default=True, help="Before SIGTERM.")
+@runs_dir_option
+def main(run: str, microbatch: int | None, interval: int, saves: int, runs_dir: Path) -> None:
     """Measure what the checkpoints of RUN, a folder of runs/, cost it."""
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = write_run(Path(folder), run, microbatch, interval, saves)
+        run_dir = write_run(Path(folder), runs_dir / run, microbatch, interval, saves)
         command = ["ddp_train.py", run, f"{folder}/datasets", "--runs-dir", f"{folder}/runs"]
         training = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL)
         while saved_step(run_dir) < saves * interval and training.poll() is None:
             time.sleep(0.05)
         start = time.monotonic()
-        os.kill(training.pid, signal.SIGTERM)
-        training.wait()
+        training.send_signal(signal.SIGTERM)
+        status = training.wait()
         stopped = time.monotonic() - start
+        if status != 128 + signal.SIGTERM:
+            raise RunError(f"the training ended with status {status}, not by the signal")
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         newest = max((run_dir / "checkpoints").glob("2*-iteration-*"))
         size = sum(path.stat().st_size for path in newest.iterdir())
@@ -90,17 +88,11 @@ def main(run: str, microbatch: int | None, interval: int, saves: int) -> None:
     during = [value for step, value in seconds.items() if step % interval in (1, 2) and step > interval]
     others = [value for step, value in seconds.items() if step % interval not in (1, 2)]
     stalls = [line["checkpoint_seconds"] for line in lines if line["step"] % interval == 0 and line["step"]]
-    print(f"Checkpoint:             {size / 1e9:.2f} GB")
-    print(
-        f"Stall per save:         {statistics.median(stalls):.3f} s ({min(stalls):.3f} to {max(stalls):.3f})"
-    )
-    print(
-        f"Step:                   {statistics.median(others):.2f} s ({min(others):.2f} to {max(others):.2f})"
-    )
-    print(
-        f"Step while one is saved: {statistics.median(during):.2f} s ({min(during):.2f} to {max(during):.2f})"
-    )
-    print(f"SIGTERM to exit:        {stopped:.1f} s, with a checkpoint that is durable")
+    print(f"Checkpoint:              {size / 1e9:.2f} GB")
+    print(f"Stall per save:          {spread(stalls, '.3f')} s")
+    print(f"Step:                    {spread(others)} s")
+    print(f"Step while one is saved: {spread(during)} s")
+    print(f"SIGTERM to exit:         {stopped:.1f} s, with a checkpoint that is durable")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ over the best rate that a plain matrix product in the same precision reaches on 
 
 import ctypes
 import dataclasses
+import functools
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,10 +26,9 @@ from typing import Any
 import click
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+from common import run_python, runs_dir_option, spread
 from reference import PlainTrainer
+from torch.nn.parallel import DistributedDataParallel
 
 from basemodel.command_line import run_command
 from basemodel.config import TrainConfig
@@ -41,7 +40,6 @@ from ddp_train import make_state, train_step
 from gpt import GPTConfig, GPTModel
 
 STARTED = time.time()
-RUNS = Path(__file__).parent.parent / "runs"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 Step = Callable[[], Any]
 
@@ -52,13 +50,14 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def gemm_ceiling(precision: str, device: torch.device) -> float:
+@functools.cache
+def gemm_ceiling(precision: str, device: torch.device, tries: int) -> float:
     """The best rate of a plain matrix product in a precision, in FLOP/s, over a few shapes."""
     best, dtype = 0.0, DTYPES[precision]
     sizes = [8192, 4096] if device.type == "cuda" else [2048, 1024]
     for m, k, n in [(size, size, size) for size in sizes] + [(sizes[0], 768, 3072)]:
         a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
-        for _ in range(10):
+        for _ in range(tries):
             synchronize(device)
             start = time.perf_counter()
             a @ b
@@ -108,21 +107,12 @@ def measure_alone(
 
 def alone(side: str, arguments: list[str], config: TrainConfig) -> dict[str, float]:
     """`measure_alone` in a process of its own."""
-    command = [
-        sys.executable,
-        __file__,
-        *arguments,
-        "--alone",
-        side,
-        "--microbatch",
-        str(config.microbatch_size),
-    ]
+    command = [__file__, *arguments, "--alone", side, "--microbatch", str(config.microbatch_size)]
     env = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
     env["BENCHMARK_STARTED"] = str(time.time())
-    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run_python(*command, env=env).splitlines()[-1])
 
 
 def as_if_untuned() -> None:
@@ -136,8 +126,8 @@ def as_if_untuned() -> None:
         libc.malloc_trim(0)
 
 
-def in_turns(sides: dict[str, Step], rounds: int, world: World) -> dict[str, list[float]]:
-    """Seconds per step of each side in each round; sides take turns, and a turn lasts at least a second."""
+def in_turns(sides: dict[str, Step], rounds: int, least: float, world: World) -> dict[str, list[float]]:
+    """Seconds per step of each side in each round; sides take turns of at least `least` seconds."""
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds + 1):
         for side, step in sides.items():
@@ -151,7 +141,7 @@ def in_turns(sides: dict[str, Step], rounds: int, world: World) -> dict[str, lis
                 steps += 1
                 synchronize(world.device)
                 elapsed = world.from_first(time.perf_counter() - start)
-                if elapsed > 1:
+                if elapsed > least:
                     break
             if number:  # the first round warms up
                 seconds[side].append(elapsed / steps)
@@ -166,9 +156,11 @@ def in_turns(sides: dict[str, Step], rounds: int, world: World) -> dict[str, lis
 @click.option("--dropout", type=float, help="In place of the run's, for both sides.")
 @click.option("--precision", type=click.Choice(["auto", *DTYPES]), default="auto", show_default=True)
 @click.option("--rounds", type=int, default=5, show_default=True)
+@click.option("--turn", type=float, default=1.0, show_default=True, help="Least seconds of a side's turn.")
 @click.option("--without", multiple=True, help="Leave a side out: plain, eager or compiled.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Keep the numbers in a file.")
 @click.option("--alone", "only", hidden=True)
+@runs_dir_option
 def main(
     run: str,
     microbatch: int | None,
@@ -177,16 +169,17 @@ def main(
     dropout: float | None,
     precision: str,
     rounds: int,
+    turn: float,
     without: tuple[str, ...],
     json_file: Path | None,
     only: str | None,
+    runs_dir: Path,
 ) -> None:
     """Measure the training step of RUN, a folder of runs/."""
-    model_config = read_config(GPTConfig, RUNS / run / "model.json")
-    model_config = dataclasses.replace(
-        model_config, drop_rate=model_config.drop_rate if dropout is None else dropout
-    )
-    config = read_config(TrainConfig, RUNS / run / "train.json")
+    model_config = read_config(GPTConfig, runs_dir / run / "model.json")
+    drop_rate = model_config.drop_rate if dropout is None else dropout
+    model_config = dataclasses.replace(model_config, drop_rate=drop_rate)
+    config = read_config(TrainConfig, runs_dir / run / "train.json")
     config = dataclasses.replace(
         config,
         microbatch_size=microbatch or config.microbatch_size,
@@ -205,13 +198,21 @@ def main(
         )
         return
 
-    arguments = [run, "--accumulation", str(accumulation), "--precision", precision]
+    arguments = [
+        run,
+        "--runs-dir",
+        str(runs_dir),
+        "--accumulation",
+        str(accumulation),
+        "--precision",
+        precision,
+    ]
     arguments += [] if dropout is None else ["--dropout", str(dropout)]
     rank = int(os.environ.get("RANK", 0))
     single = {side: alone(side, arguments, values) for side, values in configs.items()} if rank == 0 else {}
     world = join_world()
     sides = {side: make_side(side, values, model_config, world) for side, values in configs.items()}
-    seconds = in_turns(sides, rounds, world)
+    seconds = in_turns(sides, rounds, turn, world)
     if world.is_first:
         results = summarise(configs, model_config, seconds, single, world)
         show(results)
@@ -237,6 +238,7 @@ def summarise(
         "torch": torch.__version__,
         "python": platform.python_version(),
         "command": " ".join(sys.argv),
+        "work": in_words(next(iter(configs.values()))),
         "sides": {},
     }
     for side, config in configs.items():
@@ -246,7 +248,7 @@ def summarise(
             config.microbatch_size * (config.gradient_accumulation_steps or 1) * model_config.context_length
         )
         speeds = [tokens * world.size / value for value in seconds[side]]
-        ceiling = gemm_ceiling(precision, world.device)
+        ceiling = gemm_ceiling(precision, world.device, 2 * len(seconds[side]))
         results["sides"][side] = {
             "precision": precision,
             "microbatch": config.microbatch_size,
@@ -262,10 +264,18 @@ def summarise(
     return results
 
 
+def in_words(config: TrainConfig) -> str:
+    """What a step does on both sides, and what it does on ours alone."""
+    norm = config.clipping_max_norm
+    both = f"{config.optimizer}, {f'clipping to {norm:g}' if norm else 'no clipping'}"
+    ours = "the norm of the gradient and a check that it is finite"
+    return f"on both sides {both}; on ours alone {'document masks, ' * config.document_masking}{ours}"
+
+
 def show(results: dict[str, Any]) -> None:
     """Print the numbers as a Markdown table."""
     print(f"{results['processes']} x {results['device']}, torch {results['torch']}: {results['command']}")
-    print()
+    print(f"{results['work']}\n")
     print(
         "| side | precision, microbatch | tokens/s (min to max) | MFU of GEMM ceiling | peak GiB | first "
         "step | ratio |"
@@ -273,9 +283,9 @@ def show(results: dict[str, Any]) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for side, row in results["sides"].items():
         speeds, ratio = row["tokens_per_second"], row.get("ratio")
-        speed = f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})"
+        speed = spread(speeds, ",.0f")
         mfu = f"{row['mfu']:.0%} of {row['gemm_ceiling'] / 1e12:.2f} TFLOP/s"
-        shown = f"{statistics.median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})" if ratio else ""
+        shown = spread(ratio) if ratio else ""
         print(
             f"| {side} | {row['precision']}, {row['microbatch']} | {speed} | {mfu} | {row['peak_gib']:.2f} | "
             f"{row['first_step_seconds']:.1f} s | {shown} |"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import tiktoken
 import tiktoken.registry
-from helpers import Hub, Sandbox, write_dataset
+from helpers import Hub, Sandbox, make_sandbox, write_dataset
 from texts import gpt2_stand_in
 
 from basemodel.tokenizer import tiktoken_encoder
@@ -26,6 +26,14 @@ from basemodel.tokenizer import tiktoken_encoder
 def sandbox(tmp_path: Path) -> Sandbox:
     write_dataset(tmp_path / "datasets/test/tokens")
     return Sandbox(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run like those of make_sandbox that two processes have trained undisturbed."""
+    sandbox = make_sandbox(tmp_path_factory.mktemp("undisturbed"), "whole")
+    sandbox.train("whole", processes=2)
+    return sandbox.run_dir("whole")
 
 
 @pytest.fixture

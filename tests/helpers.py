@@ -53,7 +53,7 @@ TORTURED_MODEL = {**MODEL, "drop_rate": 0.2}
 TORTURED_TRAIN = {
     **TRAIN,
     "epochs": 100,
-    "min_train_tokens": 60 * 8 * 16,
+    "min_train_tokens": 30 * 8 * 16,
     "checkpoint_interval": 5,
     "validation_interval": 10,
     "validation_batches": 3,
@@ -122,6 +122,7 @@ SCRIPTS = (
 )
 HEAVY = (
     "torch._dynamo",
+    "torch.distributed.run",
     "matplotlib.pyplot",
     "matplotlib.font_manager",
     "tiktoken",

@@ -1,0 +1,143 @@
+"""Each script of benchmarks/ runs to its end on a tiny model, and prints figures."""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import BYTES, ROOT, Sandbox, Script, needs_gpt2, random_tokens, write_dataset
+
+from config import RunError
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import common
+
+FIGURE = r"-?[\d,]*\.?\d+"
+SPREAD = rf"{FIGURE} \({FIGURE} to {FIGURE}\)"
+SIGNED = SPREAD.replace("-?", "[+-]")
+BESIDE = "import sys; sys.path.insert(0, 'benchmarks')"  # where Python looks first for a script
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Sandbox:
+    """The runs demo and demo-rate: tiny, with all that a benchmark has to cope with."""
+    sandbox = Sandbox(tmp_path, {"OMP_NUM_THREADS": "1"})
+    tokens = {"train": random_tokens(4000, 257), "validation": random_tokens(2000, 257)}
+    write_dataset(sandbox.datasets / "test/tokens", **tokens)
+    changes = {
+        "optimizer": "muon",
+        "clipping_max_norm": 1.0,
+        "validation_interval": 4,
+        "validation_batches": 2,
+    }
+    sandbox.write_run("demo", BYTES, changes)
+    sandbox.write_run("demo-rate", BYTES, {**changes, "learning_rate": 0.02})
+    return sandbox
+
+
+def measured(sandbox: Sandbox, name: str, *options: object, runs: bool = True, before: str = BESIDE) -> str:
+    """What a benchmark prints."""
+    words = [f"benchmarks/{name}.py", *map(str, options)]
+    words += ["--runs-dir", str(sandbox.path / "runs")] if runs else []
+    done = Script(words, sandbox.env, before).wait()
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_lines(said: str, *patterns: str) -> None:
+    """Each pattern is that of one line; a space in it stands for any number of them."""
+    for pattern in patterns:
+        spaced = pattern.replace(" ", " +")
+        assert len(re.findall(rf"^{spaced}$", said, re.MULTILINE)) == 1, f"{pattern}\n{said}"
+
+
+def test_every_benchmark_is_run_here() -> None:
+    scripts = {path.stem for path in ROOT.glob("benchmarks/*.py")} - {"common", "reference"}
+    assert scripts == set(re.findall(r'(?:measured|Script)\([^"]*"(\w+)"', Path(__file__).read_text()))
+
+
+def test_ablations(sandbox: Sandbox) -> None:
+    command = sandbox.datasets, sandbox.path / "kept", "--seeds", 1, "--tokens", 256, "--rounds", 2
+    said = measured(sandbox, "ablations", *command)
+    assert_lines(said, rf"\| demo \| \| {SPREAD} \| \| {FIGURE} \| 1.00 \| {FIGURE} \|")
+    row = rf"\| {SIGNED} \| {FIGURE} \| {FIGURE} \| {FIGURE} \|"
+    assert_lines(said, rf"\| demo-rate \| learning_rate 0.02 \| {SPREAD} {row}")
+    # What is kept is read again, unless it is of other code.
+    assert "demo-rate-42" not in measured(sandbox, "ablations", *command)
+    kept = sandbox.path / "kept/demo-42/ablation.json"
+    *configs, code = json.loads(kept.read_text())["of"]
+    assert set(code) == {"commit", "torch"}
+    kept.write_text(json.dumps({"of": [*configs, code | {"torch": "2.11.0"}]}))
+    with pytest.raises(AssertionError, match="is of another recipe, length, commit or PyTorch"):
+        measured(sandbox, "ablations", *command)
+
+
+def test_generation(sandbox: Sandbox) -> None:
+    said = measured(sandbox, "generation", "demo", "--tokens", 24, "--rounds", 2)
+    assert_lines(
+        said, rf"with cache {SPREAD} s, {FIGURE} tokens/s", rf"without {SPREAD} s, {FIGURE} tokens/s"
+    )
+    assert_lines(said, rf"ratio {SPREAD}")
+
+
+def test_optimizers(sandbox: Sandbox) -> None:
+    said = measured(sandbox, "optimizers", "demo", "--rounds", 2)
+    for side in ("AdamW", "torch's Muon", "Muon"):
+        assert_lines(said, rf"\| {side} \| {SPREAD} \| {FIGURE}% \|")
+
+
+def test_overhead(sandbox: Sandbox) -> None:
+    said = measured(sandbox, "overhead", "demo", sandbox.datasets)
+    assert_lines(said, rf"{FIGURE} s, 8 steps, {FIGURE} µs to log each")
+    for part in ("logging", "validation", "checkpoints, the stall"):
+        assert_lines(said, rf"{part}: {FIGURE} s, {FIGURE}%")
+
+
+@needs_gpt2
+def test_prepare(sandbox: Sandbox) -> None:
+    command = "--megabytes", 0.5, "--rounds", 1, "--only", "tiktoken, 1"
+    few = f"{BESIDE}; import documents; documents.python_docs = lambda: ['Few words do.']"
+    said = measured(sandbox, "prepare", *command, runs=False, before=few)
+    for side in ("plain loop", "tiktoken, 1"):
+        assert_lines(said, rf"\| {side} \| {SPREAD} \| {SPREAD} \| {FIGURE} \| {FIGURE}, {FIGURE} \|")
+
+
+def test_readers(sandbox: Sandbox) -> None:
+    said = measured(sandbox, "readers", "--gigabytes", 0.001, "--readers", 1, runs=False)
+    assert_lines(said, rf"resident, grew by MB {FIGURE}", rf"of it unshared, MB {FIGURE}")
+
+
+def test_recipe(sandbox: Sandbox) -> None:
+    text = sandbox.path / "text"
+    text.write_bytes(random.Random(0).randbytes(100_000))
+    said = measured(sandbox, "recipe", text, "--rounds", 1, "--steps", 2, "--tokens", 1024)
+    loss = r"[56]\.\d{3}"  # log 257 = 5.549
+    assert_lines(said, rf"\| 1 \| nanoGPT's \| {FIGURE} \| 1 \| {loss} \|")
+    assert_lines(said, rf"\| 1 \| the demo's \| {FIGURE} \| {FIGURE} \| {loss} \|")
+
+
+def test_saving(sandbox: Sandbox) -> None:
+    said = measured(sandbox, "saving", "demo", "--interval", 3, "--saves", 3)
+    for figure in ("Stall per save", "Step", "Step while one is saved"):
+        assert_lines(said, rf"{figure}: {SPREAD} s")
+    assert_lines(said, rf"Checkpoint: {FIGURE} GB", rf"SIGTERM to exit: {FIGURE} s, .* durable")
+
+
+def test_startup(sandbox: Sandbox) -> None:
+    said = measured(sandbox, "startup", 1, runs=False)
+    row = rf"{FIGURE} s \(min {FIGURE}, max {FIGURE}\)"
+    assert_lines(said, f"import torch {row}", f"ddp_train.py --help {row}")
+
+
+def test_throughput(sandbox: Sandbox) -> None:
+    said = measured(sandbox, "throughput", "demo", "--rounds", 1, "--turn", 0.05, "--without", "compiled")
+    assert "on both sides muon, clipping to 1; on ours alone" in said
+    speed = rf"fp32, 2 \| {SPREAD} \| {FIGURE}% of {FIGURE} TFLOP/s \| {FIGURE} \| {FIGURE} s \|"
+    assert_lines(said, rf"\| plain \| {speed} 1.00 \(1.00 to 1.00\) \|", rf"\| eager \| {speed} {SPREAD} \|")
+
+
+def test_a_process_that_fails_fails_the_benchmark() -> None:
+    with pytest.raises(RunError, match=r"^-c import sys; sys.exit\('broken'\) ended with status 1: broken$"):
+        common.run_python("-c", "import sys; sys.exit('broken')")

@@ -1,0 +1,145 @@
+"""What has changed under a run that goes on (data, configs, its end) or leads elsewhere."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import MODEL, TRAIN, Sandbox, random_tokens, run_script, write_dataset
+from safetensors.torch import load_file
+
+import checkpointing
+from config import InputError, TrainConfig
+from data import same_on_all_nodes
+from gpt import GPTConfig
+
+CONFIGS = {"model.json": GPTConfig, "train.json": TrainConfig}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+def test_data_are_compared_with_their_hashes_once(sandbox: Sandbox) -> None:
+    folder = sandbox.datasets / "test/tokens"
+    (folder / "meta.json").write_text(json.dumps({"sha256": hashes(folder)}))
+    sandbox.write_run()
+    sandbox.train()
+    known = folder / ".fingerprints.json"
+    assert json.loads(known.read_text())["train.safetensors"]["sha256"] == hashes(folder)["train.safetensors"]
+    read = known.stat().st_mtime_ns
+    sandbox.train("tiny", "--resume")
+    assert known.stat().st_mtime_ns == read, "not read again"
+    data = bytearray((folder / "train.safetensors").read_bytes())
+    data[-2] ^= 1
+    (folder / "train.safetensors").write_bytes(data)
+    done = run_script(*sandbox.command("tiny"))
+    assert done.returncode == 2
+    assert (
+        "train.safetensors: damaged (its SHA-256 is not meta.json's); fetch or prepare it again"
+        in done.stderr
+    )
+
+
+def test_other_data_or_configs_under_a_resumed_run_are_refused_unless_allowed(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"checkpoint_interval": 4})
+    sandbox.train()
+    shutil.rmtree(sandbox.checkpoints()[-1])
+    write_dataset(sandbox.datasets / "test/tokens", train=random_tokens(4000, seed=7))
+    sandbox.write_run(train={"checkpoint_interval": 4, "learning_rate": 0.02})
+    done = run_script(*sandbox.command("tiny", "--resume"))
+    assert done.returncode == 2
+    for part in (
+        "train.json: learning_rate was 0.01, is 0.02",
+        "train.safetensors of test/tokens had the SHA-256",
+        "--allow-config-change",
+    ):
+        assert part in done.stderr
+    assert len(sandbox.checkpoints()) == 1
+    said = sandbox.train("tiny", "--resume", "--allow-config-change")
+    assert "Going on, as allowed, although train.json: learning_rate was 0.01, is 0.02; train.safeten" in said
+    assert sandbox.metrics(key="learning_rate") == [0.01] * 4 + [0.02] * 4
+
+
+FREE = {
+    *("microbatch_size", "gradient_accumulation_steps", "global_batch_size", "compile", "usd_per_hour"),
+    *("checkpoint_interval", "keep_checkpoints", "validation_interval", "validation_batches"),
+    "start_val_token",
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [(file, field.name) for file, kind in CONFIGS.items() for field in dataclasses.fields(kind)],
+)
+def test_a_run_goes_on_with_what_it_was_trained_with(tmp_path: Path, file: str, key: str) -> None:
+    configs = GPTConfig(**MODEL), TrainConfig(**TRAIN)
+    saved = dict(zip(CONFIGS, map(dataclasses.asdict, configs), strict=True))
+    saved[file][key] = "something else"
+    meta = {"model_config": saved["model.json"], "train_config": saved["train.json"], "global_batch": 8}
+    checkpoint = checkpointing.Checkpoint(tmp_path / "x", {}, {}, meta)
+    if key in FREE:
+        checkpointing.check_resumable(checkpoint, *configs, {}, 8, None)
+        return
+    with pytest.raises(InputError, match=rf'of another run: {file}: {key} was "something else", is '):
+        checkpointing.check_resumable(checkpoint, *configs, {}, 8, None)
+    said: list[str] = []
+    checkpointing.check_resumable(checkpoint, *configs, {}, 8, said.append)
+    assert len(said) == 1 and f"{file}: {key} was" in said[0]
+    with pytest.raises(InputError, match="set global_batch_size to 8"):
+        checkpointing.check_resumable(checkpoint, *configs, {}, 4, said.append)
+
+
+def test_nodes_with_other_data_are_told_so() -> None:
+    one, other = ({"train.safetensors": {"size": 8, "sha256": digit * 64}} for digit in "ab")
+    assert same_on_all_nodes([one, dict(one)]) == one
+    with pytest.raises(InputError, match=r"train\.safetensors is not the same on all nodes"):
+        same_on_all_nodes([one, one, other])
+
+
+@pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw")])
+def test_an_allowed_change_of_optimiser_keeps_the_weights_and_begins_its_state_afresh(
+    sandbox: Sandbox, before: str, after: str
+) -> None:
+    sandbox.write_run(train={"checkpoint_interval": 4, "optimizer": before})
+    sandbox.train()
+    shutil.rmtree(sandbox.checkpoints()[-1])
+    sandbox.write_run(train={"checkpoint_interval": 4, "optimizer": after})
+    said = sandbox.train("tiny", "--resume", "--allow-config-change")
+    assert f'optimizer was "{before}", is "{after}"' in said
+    assert "Going on after step 4" in said
+    state = load_file(sandbox.checkpoints()[-1] / "optimizer.safetensors")
+    of_matrices = {key.rsplit(".", 1)[1] for key in state if ".ff.layers.0.weight." in key}
+    assert of_matrices == ({"momentum_buffer"} if after == "muon" else {"exp_avg", "exp_avg_sq", "step"})
+    assert state["out_head.weight.step"] == 8
+
+
+def test_a_checkpoint_behind_the_end_that_a_changed_config_has_is_refused(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"checkpoint_interval": 6})
+    sandbox.train()
+    sandbox.write_run(train={"checkpoint_interval": 6, "min_train_tokens": 4 * 8 * 16})
+    done = run_script(*sandbox.command("tiny", "--resume", "--allow-config-change"))
+    assert done.returncode == 2
+    assert "is past the run's end, 4 steps; raise min_train_tokens, or name an earlier" in done.stderr
+
+
+def test_links_in_names_lead_nowhere(sandbox: Sandbox, tmp_path: Path) -> None:
+    sandbox.write_run("real", train={"checkpoint_interval": 4})
+    sandbox.train("real")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.move(sandbox.run_dir("real"), elsewhere)
+    sandbox.run_dir("linked").symlink_to(elsewhere)
+    shutil.move(sandbox.datasets / "test", tmp_path / "data")
+    (sandbox.datasets / "test").symlink_to(tmp_path / "data")
+    shutil.copytree(elsewhere, sandbox.run_dir("run"), symlinks=True)
+    checkpoints = sandbox.run_dir("run") / "checkpoints"
+    (checkpoints / "mine").symlink_to(elsewhere / "checkpoints/latest")
+    for command, message in (
+        (("linked",), "linked: is a link that leads out of"),
+        (("run",), "datasets/test/tokens: is a link that leads out of"),
+        (("run", "mine"), "mine: is a link; name the checkpoint's own folder"),
+    ):
+        done = run_script(*sandbox.command(*command))
+        assert done.returncode == 2 and message in done.stderr, done.stderr

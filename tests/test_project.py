@@ -1,0 +1,242 @@
+"""The project around its scripts: what is installed and imported, `make`, the set-up of a rented machine."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from packaging.requirements import Requirement
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CORE = {
+    *("torch", "tiktoken", "datasets", "huggingface_hub", "safetensors"),
+    *("numpy", "matplotlib", "tqdm", "click"),
+}
+PRODUCT = [*ROOT.glob("*.py"), *ROOT.glob("basemodel/**/*.py")]
+EVERYTHING = [*PRODUCT, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    lines = [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
+    return [Requirement(line) for line in (lines if extras else PROJECT["dependencies"])]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is installed and imported
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_pytest_leaves_the_scripts_at_the_root_alone(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "tests").mkdir()
+    for path in ("tests/test_one.py", *(path.name for path in ROOT.glob("test_*.py"))):
+        (tmp_path / path).write_text("def test_one(): pass")
+    command = [sys.executable, "-m", "pytest", "-n0", "--collect-only"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    collected = [line for line in done.stdout.splitlines() if "::" in line]
+    assert (done.returncode, collected) == (0, ["tests/test_one.py::test_one"]), done.stdout
+
+
+def test_the_lock_pins_one_version_of_all_that_can_be_asked_for() -> None:
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line[:1] != "#"]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][0-9A-Za-z.]*", line)] == []
+    pins = dict(line.replace("-", "_").lower().split("==") for line in lines)
+    assert len(pins) == len(lines), "each package once"
+    assert pins["torch"] == "2.13.0"
+    for asked in [*requirements(), *requirements(*PROJECT["optional-dependencies"])]:
+        assert asked.specifier.contains(pins[asked.name.replace("-", "_")]), asked
+
+
+def imports(node: ast.AST, *, loaded: bool = True) -> Iterator[tuple[str, bool]]:
+    """The packages that a file imports, each with whether that happens as soon as the file is loaded."""
+    if isinstance(node, ast.Import):
+        yield from ((alias.name.partition(".")[0], loaded) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield node.module.partition(".")[0], loaded
+    elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+        loaded = loaded and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from imports(child, loaded=loaded)
+
+
+def test_the_core_dependencies_are_the_nine() -> None:
+    assert sorted(each.name for each in requirements()) == sorted(CORE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.xfail(strict=True, reason="prepare_datasets.py does not use it yet")]
+            if name == "datasets"
+            else [],
+        )
+        for name in sorted(CORE)
+    ],
+)
+def test_each_core_dependency_is_used(name: str) -> None:
+    assert any(name == package for path in PRODUCT for package, _ in imports(ast.parse(path.read_text())))
+
+
+def test_files_load_core_dependencies_alone_and_extras_only_where_used() -> None:
+    own = {path.stem for path in PRODUCT} | {"basemodel"}
+    at_once = sys.stdlib_module_names | CORE | own
+    extras = set(PROJECT["optional-dependencies"]) - {"test"}
+    # pyarrow comes with datasets.
+    later = at_once | {each.name.replace("-", "_") for each in requirements(*extras)} | {"pyarrow"}
+    for path in PRODUCT:
+        for package, loaded in imports(ast.parse(path.read_text())):
+            assert package in (at_once if loaded else later), f"{path.name} imports {package}"
+
+
+def test_nothing_reads_or_writes_pickles() -> None:
+    """Neither by a module of that kind nor through torch or numpy."""
+    forbidden = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    calls = {f"{module}.{name}" for module in ("torch", "np", "numpy") for name in ("load", "save")}
+    assert len(EVERYTHING) > 40
+    for path in EVERYTHING:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = {ast.unparse(node)} if isinstance(node, ast.Attribute) else set()
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            if isinstance(node, ast.keyword):
+                names |= {node.arg}
+            assert not names & (forbidden | calls | {"allow_pickle"}), f"{path}:{node.lineno}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# make, and the set-up of a rented machine, with stand-ins for what would download or train
+# ------------------------------------------------------------------------------------------------------------
+
+STAND_IN = r"""#!/bin/sh
+name=${0##*/}
+echo "$name $*" >>"$HOME/calls"
+case "$name $*" in
+    "id -u") echo 1000 ;;
+    "sudo "*) exec "$@" ;;
+    "apt-get install "*fonts-humor-sans*) touch "$HOME/font" ;;
+    "fc-list "*) [ ! -e "$HOME/font" ] || { echo "Humor Sans"; yes | head -n 100000; } ;;
+    "python3 -c "*version_info*) [ ! -e "$HOME/old" ] || exec "$REAL" -c "$OLD$2" ;;
+    *" -m venv .venv" | "uv venv "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+    "pip3 install "*" uv") mkdir -p "$HOME/.local/bin" && cp "$0" "$HOME/.local/bin/uv" ;;
+    "nvidia-smi "*) for _ in 1 2 3 4; do echo "NVIDIA H100 80GB HBM3"; done ;;
+    "python prepare_datasets.py "*) mkdir -p "$3" && touch "$3/meta.json" ;;
+    "python ddp_train.py "*) mkdir "$SAVED" && ln -s TODAY-iteration-9 "$SAVED/best" ;;
+esac
+"""
+
+
+class Machine:
+    """A copy of the project on a machine that has some commands, each of which notes how it was called."""
+
+    def __init__(self, folder: Path, *stand_ins: str) -> None:
+        self.home, self.project, commands = folder / "home", folder / "project", folder / "bin"
+        for path in (self.home, commands, self.project / "runs/demo"):
+            path.mkdir(parents=True)
+        for name in ("Makefile", "setup_lambda.sh", "pyproject.toml", "requirements.lock"):
+            shutil.copy(ROOT / name, self.project)
+        for name in stand_ins:
+            (commands / name).write_text(STAND_IN)
+            (commands / name).chmod(0o755)
+        usual = "bash sh make echo dirname env grep wc cat cp mkdir touch ln yes head readlink"
+        for name in set(usual.split()) - set(stand_ins):
+            (commands / name).symlink_to(shutil.which(name))
+        self.env = {
+            "PATH": str(commands),
+            "HOME": str(self.home),
+            "SAVED": "runs/demo/checkpoints",
+            "REAL": sys.executable,
+            "OLD": "import sys; sys.version_info = 3, 10; ",
+        }
+
+    def run(self, *command: str) -> tuple[list[str], list[str]]:
+        """Run a command that must end well: the calls that it made, and the lines that it printed."""
+        (self.home / "calls").unlink(missing_ok=True)
+        done = subprocess.run(command, cwd=self.project, env=self.env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        calls = self.home / "calls"
+        return calls.read_text().splitlines() if calls.exists() else [], done.stdout.splitlines()
+
+
+INSTALL = "python -m pip install --quiet -c requirements.lock -e ."
+
+
+def test_make_demo_prepares_trains_and_says_where_things_are(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "python3")
+    calls, said = machine.run("make", "demo")
+    assert calls[1:3] == ["python3 -m venv .venv", INSTALL]
+    assert [" ".join(call.split()[1:4]) for call in calls[3:]] == [
+        "prepare_datasets.py python-docs datasets/local/python-docs",
+        "ddp_train.py demo datasets",
+        "test_smoke.py runs/demo/model.json runs/demo/checkpoints/best/model.safetensors",
+    ]
+    assert said[-2:] == [
+        "Chart:      runs/demo/training-run-chart.png",
+        "Checkpoint: runs/demo/checkpoints/TODAY-iteration-9",
+    ]
+    shutil.rmtree(machine.project / "runs/demo/checkpoints")
+    calls, _ = machine.run("make", "demo")
+    assert [call.split()[1] for call in calls] == ["ddp_train.py", "test_smoke.py"], "the rest is there"
+    calls, _ = machine.run("make", "test")
+    assert calls == [f"{INSTALL[:-2]} .[test]", "python -m pytest"]
+
+
+def test_make_refuses_an_old_python(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "python3")
+    (machine.home / "old").touch()
+    with pytest.raises(AssertionError, match="Error 1"):
+        machine.run("make", "test")
+    assert len((machine.home / "calls").read_text().splitlines()) == 1, "nothing after the first look"
+
+
+def test_the_set_up_of_a_rented_machine_can_be_repeated(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "id", "sudo", "apt-get", "fc-list", "python3", "python3.12", "nvidia-smi")
+    calls, said = machine.run("bash", "setup_lambda.sh")
+    font = "apt-get install -y --no-install-recommends fontconfig fonts-humor-sans"
+    for call in ("apt-get update -qq", font, "python3.12 -m venv .venv", INSTALL):
+        assert calls.count(call) == 1, call
+    assert said.count("NVIDIA H100 80GB HBM3") == 4
+    assert said[-1].strip() == "torchrun --nproc_per_node=4 ddp_train.py 8xa100m40 datasets --resume"
+    assert (ROOT / "runs/8xa100m40/train.json").exists()
+
+    calls, said = machine.run("bash", "setup_lambda.sh")
+    assert "already there" in said
+    assert not [call for call in calls if "apt-get" in call or "venv" in call]
+    assert calls.count(INSTALL) == 1
+
+
+def test_the_set_up_gets_uv_where_python_is_too_old(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "id", "python3", "pip3")
+    (machine.home / "old").touch()
+    calls, said = machine.run("bash", "setup_lambda.sh")
+    assert calls[-3:] == [
+        "pip3 install --quiet --user uv",
+        "uv venv --python 3.12 --seed .venv",
+        "uv pip install --quiet --python .venv/bin/python -c requirements.lock -e .",
+    ]
+    assert "no font could be installed: charts will be drawn in DejaVu Sans" in said
+    assert "no NVIDIA GPU answers; training would run on the CPU" in said
+    assert said[-1].strip().startswith("torchrun --nproc_per_node=1 ")
+
+
+BESIDE_PYTHON = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+
+
+@pytest.mark.parametrize("script", ["setup_lambda.sh", ".ci/run"])
+@pytest.mark.parametrize("check", ["bash -n", "shellcheck"])
+def test_shell_scripts_are_sound(check: str, script: str) -> None:
+    if shutil.which(check.split()[0], path=BESIDE_PYTHON) is None:
+        pytest.skip(f"{check} is not installed")
+    env = {**os.environ, "PATH": BESIDE_PYTHON}
+    done = subprocess.run([*check.split(), script], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

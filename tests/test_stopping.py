@@ -1,0 +1,312 @@
+"""Processes that train together stop together: for a signal, for an error, and when one dies or hangs.
+
+Trainings are forked from a process that has imported everything and computed nothing (see torture.py); so is
+torchrun, where its own part is under test.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import click
+import pytest
+import torch.distributed.run
+from helpers import (
+    Sandbox,
+    Script,
+    children_of,
+    forked,
+    is_alive,
+    make_sandbox,
+    random_tokens,
+    reserve_port,
+    step_reached,
+    wait_for,
+    write_dataset,
+)
+from torture import Training, assert_same_end, train
+
+import checkpointing
+import config
+import distributed
+from config import InputError, RunError, run_command
+
+# ------------------------------------------------------------------------------------------------------------
+# Signals
+# ------------------------------------------------------------------------------------------------------------
+
+
+def slow_save(rank: int) -> None:
+    real = checkpointing.save_checkpoint
+    checkpointing.save_checkpoint = lambda *arguments: time.sleep(1) or real(*arguments)
+
+
+def slow_validation(rank: int) -> None:
+    real = distributed.World.any
+
+    def slow(*arguments: object) -> bool:
+        print("validating")
+        time.sleep(0.3)
+        return real(*arguments)
+
+    distributed.World.any = slow
+
+
+def second_validation(sandbox: Sandbox, run: str) -> bool:
+    """Whether the run is in its second validation: three microbatches are two rounds of two processes."""
+    return (sandbox.path / f"{run}.log").read_text().count("validating") >= 2 * 2 + 1
+
+
+MOMENTS = {
+    "step": (lambda rank: None, lambda sandbox, run: step_reached(sandbox, run, 7)()),
+    "save": (slow_save, lambda sandbox, run: step_reached(sandbox, run, 5)()),
+    "validation": (slow_validation, second_validation),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGINT, None)])
+@forked
+def test_a_signal_stops_all_after_the_same_step(
+    tmp_path: Path, whole: Path, moment: str, number: int, rank: int | None
+) -> None:
+    """A run stops for a signal after the same step everywhere, says so, and goes on as if it had not."""
+    sandbox = make_sandbox(tmp_path, "stopped")
+    sandbox.run_dir("whole").symlink_to(whole)
+    slow, reached = MOMENTS[moment]
+    training = Training(sandbox, "stopped", "--collective-timeout", "5", patch=slow)
+    training.wait_until(lambda: reached(sandbox, "stopped"))
+    training.signal(number, rank)
+    if rank is None:  # once more, as torchrun does with what the terminal has sent already
+        time.sleep(0.01)
+        training.signal(number)
+    expected = [128 + number if rank in (None, each) else 128 + signal.SIGTERM for each in (0, 1)]
+    assert training.wait() == expected
+    status = sandbox.status("stopped")
+    assert status["status"] == "preempted"
+    (newest,) = sandbox.checkpoints("stopped")[-1:]
+    assert newest.name == status["checkpoint"] and newest.name.endswith(f"-{status['step']}")
+    if moment == "validation":
+        lines = (sandbox.run_dir("stopped") / "metrics.jsonl").read_text().splitlines()
+        validated = [line["step"] for line in map(json.loads, lines) if "val_loss" in line]
+        assert status["step"] == 10 and 10 not in validated
+    train(sandbox, "stopped", "--resume")
+    assert_same_end(sandbox, "stopped", "whole")
+    assert not sandbox.run_dir("stopped").joinpath("checkpoints/latest").readlink().is_absolute()
+
+
+@forked
+def test_a_second_signal_ends_a_process_at_once_and_leaves_the_old_checkpoint(
+    tmp_path: Path, whole: Path
+) -> None:
+    def patch(rank: int) -> None:
+        real = checkpointing.fingerprint
+
+        def stuck_in_the_second(path: Path) -> dict:
+            if path.parent.name.startswith(".incomplete") and path.parent.name.endswith("-10"):
+                time.sleep(60)
+            return real(path)
+
+        checkpointing.fingerprint = stuck_in_the_second
+        distributed.REPEAT_SECONDS = 0.1
+
+    sandbox = make_sandbox(tmp_path, "stopped")
+    sandbox.run_dir("whole").symlink_to(whole)
+    training = Training(sandbox, "stopped", patch=patch)
+    training.wait_until(step_reached(sandbox, "stopped", 10))
+    training.signal(signal.SIGTERM)
+    time.sleep(0.5)  # an earlier one counts as the launcher's copy of the first
+    training.signal(signal.SIGTERM)
+    assert training.wait(30) == [128 + signal.SIGTERM] * 2
+    assert "-iteration-5" in train(sandbox, "stopped", "--resume")
+    assert_same_end(sandbox, "stopped", "whole")
+
+
+@forked
+def test_the_search_for_a_microbatch_stops_for_a_signal(tmp_path: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "run")
+    training = Training(sandbox, "run", "-f")
+    training.wait_until(lambda: "microbatch 2: fits" in training.log.read_text())
+    training.signal(signal.SIGTERM, rank=1)
+    assert training.wait() == [1, 1]
+    said = training.log.read_text()
+    assert "Error: stopped by a signal; the largest microbatch that fitted so far is" in said
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Errors
+# ------------------------------------------------------------------------------------------------------------
+
+
+def shout_at_once(rank: int) -> None:
+    config.SILENCE_SECONDS = 0.0
+
+
+@forked
+def test_an_error_of_the_first_process_is_an_error_of_all_and_said_once(tmp_path: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "run")
+    error = "nonsense: no such checkpoint; there are: none"
+    assert Training(sandbox, "run", "nonsense", patch=shout_at_once).wait() == [2, 2]
+    assert (sandbox.path / "run.log").read_text().count(error) == 2
+    # torchrun ends the other processes of a node as soon as the first has left: till then they are silent.
+    training = Training(sandbox, "run", "nonsense")
+    training.log.write_text("")
+    assert training.wait(rank=0) == [2]
+    assert training.log.read_text().count("Error: ") == 1
+    training.signal(signal.SIGKILL, rank=1)
+    assert training.wait(rank=1) == [-signal.SIGKILL]
+
+
+@forked
+def test_a_token_outside_the_vocabulary_is_found_by_whichever_process_looks(tmp_path: Path) -> None:
+    """Each looks at a half, before the first step: 30 steps of 8 sequences of 16 use tokens 0 to 3840."""
+    sandbox = make_sandbox(tmp_path, "run")
+    for index in (0, 3000, 3840):
+        tokens = random_tokens(4000)
+        tokens[index] = 64
+        write_dataset(sandbox.datasets / "test/tokens", train=tokens)
+        training = Training(sandbox, "run", patch=shout_at_once)
+        assert training.wait() == [2, 2]
+        error = f"token 64 at index {index} is outside the model's vocabulary of 64"
+        assert training.log.read_text().count(error) == 2
+        assert not (sandbox.run_dir("run") / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "said"),
+    [
+        (InputError("runs/x:\n no such run"), 2, "Error: runs/x: no such run\n"),
+        (click.UsageError("No such option: --resum"), 2, "Error: No such option: --resum\n"),
+        (RunError("another one has died"), 1, "Error: another one has died\n"),
+        (OSError(28, "No space left on device"), 1, "Error: [Errno 28] No space left on device\n"),
+        (KeyboardInterrupt(), 130, "\nError: interrupted\n"),
+        (143, 143, ""),
+        (None, 0, ""),
+    ],
+)
+def test_exit_statuses_and_the_line_that_goes_with_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, outcome: object, status: int, said: str
+) -> None:
+    @click.command()
+    def command() -> object:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    with pytest.raises(SystemExit) as left:
+        run_command(command)
+    assert (left.value.code, capsys.readouterr().err) == (status, said)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A process that dies, hangs or never comes
+# ------------------------------------------------------------------------------------------------------------
+
+
+@forked
+def test_when_a_process_dies_the_others_end(tmp_path: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "run")
+    training = Training(sandbox, "run")
+    training.wait_until(step_reached(sandbox, "run", 7))
+    training.signal(signal.SIGKILL, rank=1)
+    assert training.wait(30) == [1, -signal.SIGKILL]
+    assert "Error: another of the processes that train together has died" in training.log.read_text()
+    assert sandbox.status("run")["status"] == "failed"
+
+
+@forked
+def test_when_a_process_hangs_the_others_end_at_the_timeout(tmp_path: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "run")
+    training = Training(sandbox, "run", "--collective-timeout", "2")
+    training.wait_until(step_reached(sandbox, "run", 7))
+    training.signal(signal.SIGSTOP, rank=1)
+    assert training.wait(30, rank=0) == [1]
+    assert "died or stands still" in training.log.read_text()
+    training.signal(signal.SIGKILL, rank=1)
+    training.wait(rank=1)
+
+
+def test_a_process_whose_others_do_not_start_ends_too(sandbox: Sandbox) -> None:
+    sandbox.write_run()
+    with reserve_port() as holder:
+        env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        env["MASTER_PORT"] = str(holder.getsockname()[1])
+        soon = "import distributed; distributed.START_SECONDS = 1.0"
+        done = Script(sandbox.command("tiny"), env, before=soon).wait(30)
+    error = "Error: process 0 of 2 has waited 1 s for the others to start"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, error)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# torchrun
+# ------------------------------------------------------------------------------------------------------------
+
+
+def torchrun(sandbox: Sandbox, run: str, *launch: str, options: tuple[str, ...] = ()) -> Script:
+    processes = 1 if "--nnodes=2" in launch else 2
+    command = sandbox.command(run, *options, processes=processes, torchrun=launch)
+    # The second, else torchrun (2.13) tells a node that joins later nothing of the store that it has kept.
+    env = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return Script([torch.distributed.run.__file__, *command[2:]], env)
+
+
+def test_torchrun_restarts_a_run_as_often_as_it_may(tmp_path: Path, whole: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "killed")
+    sandbox.run_dir("whole").symlink_to(whole)
+    # Without --resume too: a process that is started again goes on.
+    agent = torchrun(sandbox, "killed", "--standalone", "--max-restarts=1")
+    wait_for(step_reached(sandbox, "killed", 7), "the seventh step")
+    os.kill(children_of(agent.pid)[-1], signal.SIGKILL)
+    wait_for(lambda: "Going on after step 5" in agent.stdout, "the restart")
+    workers = children_of(agent.pid)
+    os.kill(workers[0], signal.SIGKILL)
+    assert agent.wait(60).returncode == 1
+    assert len(workers) == 2 and not any(map(is_alive, workers))
+    assert not list(sandbox.run_dir("killed").glob("earlier-*"))
+    sandbox.train("killed", "--resume", processes=2)
+    assert_same_end(sandbox, "killed", "whole")
+
+
+def test_a_node_that_was_killed_and_started_again_is_taken_back(tmp_path: Path, whole: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "killed")
+    sandbox.run_dir("whole").symlink_to(whole)
+    with reserve_port() as holder:
+        port = holder.getsockname()[1]
+        launch = (
+            *("--nnodes=2", "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"),
+            "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=2",
+        )
+        nodes = [torchrun(sandbox, "killed", *launch, options=("--resume",)) for _ in range(2)]
+        wait_for(step_reached(sandbox, "killed", 7), "the seventh step")
+        # The one that holds the rendezvous stays.
+        other = next(node for node in nodes if not listens(node.pid, port))
+        workers = children_of(other.pid)
+        other.kill()
+        for worker in workers:  # each leads a group of its own
+            os.kill(worker, signal.SIGKILL)
+        nodes[nodes.index(other)] = torchrun(sandbox, "killed", *launch, options=("--resume",))
+        for node in nodes:
+            done = node.wait(120)
+            assert done.returncode == 0, done.stderr
+    assert_same_end(sandbox, "killed", "whole")
+
+
+def listens(process: int, port: int) -> bool:
+    """Whether a process has a socket that listens on a port of this machine."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    rows += [row.split() for row in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
+    sockets = {
+        f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port
+    }
+    return any(str(handle.readlink()) in sockets for handle in Path(f"/proc/{process}/fd").iterdir())
+
+
+def test_torchrun_passes_the_one_line_on(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"min_train_tokens": 10_000})
+    done = torchrun(sandbox, "tiny", "--standalone").wait()
+    assert done.returncode == 1, "torchrun's own"
+    assert sum(line.startswith("Error: ") for line in done.stderr.splitlines()) == 1, done.stderr
+    assert not (sandbox.run_dir("tiny") / "status.json").exists()
