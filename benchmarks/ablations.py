@@ -7,6 +7,7 @@ and validates each on all of the validation split. Stopped, it goes on with the 
 afterwards, in turns on all cores, when nothing trains. Prints a Markdown table.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -22,9 +23,14 @@ import click
 import torch
 from common import ROOT, measured_code, runs_dir_option, spread
 
-from config import RunError, TrainConfig, read_config, read_json_object, require, run_command
-from data import TokenFile, dataset_folder
-from ddp_train import make_state, train_step
+from basemodel.command_line import run_command
+from basemodel.config import TrainConfig
+from basemodel.data import TokenFile
+from basemodel.distributed import join_world
+from basemodel.errors import RunError, require
+from basemodel.fetching import dataset_folder
+from basemodel.json_config import read_config, read_json_object
+from ddp_train import Learner
 from gpt import GPTConfig
 
 RESULT = "ablation.json"  # in the folder of a run that is done
@@ -90,12 +96,10 @@ def step_times(runs: list[str], runs_dir: Path, rounds: int) -> dict[str, float]
     for run in runs:
         model_config = read_config(GPTConfig, runs_dir / run / "model.json")
         config = read_config(TrainConfig, runs_dir / run / "train.json")
-        state = make_state(config, model_config, world)
+        learner = Learner(config, model_config, world)
         shape = config.microbatch_size, model_config.context_length + 1
         batch = [torch.randint(model_config.vocab_size, shape) for _ in range(config.accumulation_for(1))]
-        steps[run] = lambda state=state, batch=batch, norm=config.clipping_max_norm: train_step(
-            state, batch, learning_rate=1e-4, max_norm=norm
-        )
+        steps[run] = functools.partial(learner.train_step, batch, 1e-4)
     taken: dict[str, list[float]] = {run: [] for run in runs}
     for turn in range(rounds + 3):
         for run, step in steps.items():

@@ -10,7 +10,7 @@ import click
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for those that import this module first
-from config import RunError  # noqa: E402
+from basemodel.errors import RunError
 
 runs_dir_option = click.option(
     "--runs-dir",

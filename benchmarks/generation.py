@@ -13,8 +13,11 @@ import click
 import torch
 from common import runs_dir_option, spread
 
-from config import RunError, read_config, run_command
-from gpt import GPTConfig, GPTModel, generate
+from basemodel.command_line import run_command
+from basemodel.errors import RunError
+from basemodel.generation import generate
+from basemodel.json_config import read_config
+from gpt import GPTConfig, GPTModel
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -19,9 +19,13 @@ import torch.distributed as dist
 from common import runs_dir_option, spread
 from reference import plain_optimizers
 
-from config import TrainConfig, read_config, run_command
-from ddp_train import choose_precision, make_state, train_step
-from distributed import World, join_world
+from basemodel.command_line import run_command
+from basemodel.config import TrainConfig
+from basemodel.distributed import World, join_world
+from basemodel.json_config import read_config
+from basemodel.optimizer import make_optimizer
+from basemodel.precision import choose_precision
+from ddp_train import Learner
 from gpt import GPTConfig, GPTModel
 
 
@@ -50,17 +54,18 @@ def measure(run_dir: Path, world: World, rounds: int, microbatch: int | None) ->
     fused = world.device.type in ("cpu", "cuda")
     plain = plain_optimizers(model, muon, fused=fused)
     sides: dict[str, Callable[[], object]] = {
-        "AdamW": make_optimizer(model, adamw, alone, precision).step,
+        "AdamW": make_optimizer(model, adamw, precision, alone).step,
         "torch's Muon": lambda: [optimizer.step() for optimizer in plain],
-        "Muon": make_optimizer(model, muon, alone, precision).step,
+        "Muon": make_optimizer(model, muon, precision, alone).step,
     }
     if world.size > 1:
-        sides[f"Muon, shared by {world.size}"] = make_optimizer(model, muon, world, precision).step
-    state = make_state(dataclasses.replace(config, compile=False), model_config, alone)
-    state.optimizer.step = lambda: None
+        sides[f"Muon, shared by {world.size}"] = make_optimizer(model, muon, precision, world).step
+    eager = dataclasses.replace(config, compile=False, clipping_max_norm=None)
+    learner = Learner(eager, model_config, alone)
+    learner.optimizer.step = lambda: None
     shape = microbatch or config.microbatch_size, model_config.context_length + 1
     tokens = torch.randint(model_config.vocab_size, shape, device=world.device)
-    sides["step without"] = lambda: train_step(state, [tokens], learning_rate=0.0, max_norm=None)
+    sides["step without"] = lambda: learner.train_step([tokens], 0.0)
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, step in sides.items():

@@ -14,8 +14,12 @@ from pathlib import Path
 import click
 from common import run_python, runs_dir_option
 
-from config import TrainConfig, read_config, run_command
-from data import plan_batches
+from basemodel.command_line import run_command
+from basemodel.config import TrainConfig
+from basemodel.data import plan_batches
+from basemodel.json_config import read_config
+from basemodel.reporting import Reporter
+from basemodel.run_folder import read_metrics
 from gpt import GPTConfig
 
 

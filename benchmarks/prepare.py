@@ -34,8 +34,8 @@ from common import ROOT, spread
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from documents import python_docs
-from tokenizer import get_tokenizer
+from basemodel.documents import python_docs
+from basemodel.tokenizer import get_tokenizer
 
 FILES = 4
 

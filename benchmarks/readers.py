@@ -15,8 +15,9 @@ import common  # noqa: F401  the project is found through it
 import numpy as np
 from safetensors.numpy import save_file
 
-from config import RunError, run_command
-from data import Sequences, TokenFile
+from basemodel.command_line import run_command
+from basemodel.data import Sequences, TokenFile
+from basemodel.errors import RunError
 
 LENGTH, BATCH = 1024, 64
 

@@ -20,7 +20,10 @@ import numpy as np
 from common import ROOT, runs_dir_option, spread
 from safetensors.numpy import save_file
 
-from config import RunError, TrainConfig, read_config, run_command
+from basemodel.command_line import run_command
+from basemodel.config import TrainConfig
+from basemodel.errors import RunError
+from basemodel.json_config import read_config
 from gpt import GPTConfig
 
 

@@ -36,7 +36,7 @@ from basemodel.distributed import World, join_world
 from basemodel.json_config import read_config
 from basemodel.memory import keep_freed_memory
 from basemodel.precision import choose_precision
-from ddp_train import make_state, train_step
+from ddp_train import Learner
 from gpt import GPTConfig, GPTModel
 
 STARTED = time.time()
@@ -79,9 +79,9 @@ def make_side(side: str, config: TrainConfig, model_config: GPTConfig, world: Wo
             trainer.model = DistributedDataParallel(trainer.model, device_ids=device_ids)
         return lambda: trainer.step(microbatches)
     config = dataclasses.replace(config, compile=side == "compiled")
-    state = make_state(config, model_config, world)
-    norm, rate = config.clipping_max_norm, config.learning_rate
-    return lambda: train_step(state, microbatches, learning_rate=rate, max_norm=norm)
+    return functools.partial(
+        Learner(config, model_config, world).train_step, microbatches, config.learning_rate
+    )
 
 
 def measure_alone(

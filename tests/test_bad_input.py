@@ -13,7 +13,9 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 import ddp_train
-from config import InputError, TrainConfig, read_config
+from basemodel.config import TrainConfig
+from basemodel.errors import InputError
+from basemodel.json_config import read_config
 from gpt import GPTConfig, GPTModel
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import BYTES, ROOT, Sandbox, Script, needs_gpt2, random_tokens, write_dataset
 
-from config import RunError
+from basemodel.errors import RunError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common

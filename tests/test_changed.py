@@ -10,9 +10,12 @@ import pytest
 from helpers import MODEL, TRAIN, Sandbox, random_tokens, run_script, write_dataset
 from safetensors.torch import load_file
 
-import checkpointing
-from config import InputError, TrainConfig
-from data import same_on_all_nodes
+from basemodel.config import TrainConfig
+from basemodel.data import BatchPlan
+from basemodel.errors import InputError
+from basemodel.fetching import same_on_all_nodes
+from basemodel.resume import check_resumable
+from basemodel.run import Run
 from gpt import GPTConfig
 
 CONFIGS = {"model.json": GPTConfig, "train.json": TrainConfig}
@@ -75,21 +78,24 @@ FREE = {
     [(file, field.name) for file, kind in CONFIGS.items() for field in dataclasses.fields(kind)],
 )
 def test_a_run_goes_on_with_what_it_was_trained_with(tmp_path: Path, file: str, key: str) -> None:
-    configs = GPTConfig(**MODEL), TrainConfig(**TRAIN)
-    saved = dict(zip(CONFIGS, map(dataclasses.asdict, configs), strict=True))
+    config, model_config = TrainConfig(**TRAIN), GPTConfig(**MODEL)
+    run, other = (
+        Run(tmp_path, config, model_config, BatchPlan(2, accumulation, 1, 16, 8), files={})
+        for accumulation in (4, 2)
+    )
+    saved = dict(zip(CONFIGS, map(dataclasses.asdict, (model_config, config)), strict=True))
     saved[file][key] = "something else"
     meta = {"model_config": saved["model.json"], "train_config": saved["train.json"], "global_batch": 8}
-    checkpoint = checkpointing.Checkpoint(tmp_path / "x", {}, {}, meta)
     if key in FREE:
-        checkpointing.check_resumable(checkpoint, *configs, {}, 8, None)
+        check_resumable("x", meta, run, None)
         return
     with pytest.raises(InputError, match=rf'of another run: {file}: {key} was "something else", is '):
-        checkpointing.check_resumable(checkpoint, *configs, {}, 8, None)
+        check_resumable("x", meta, run, None)
     said: list[str] = []
-    checkpointing.check_resumable(checkpoint, *configs, {}, 8, said.append)
+    check_resumable("x", meta, run, said.append)
     assert len(said) == 1 and f"{file}: {key} was" in said[0]
     with pytest.raises(InputError, match="set global_batch_size to 8"):
-        checkpointing.check_resumable(checkpoint, *configs, {}, 4, said.append)
+        check_resumable("x", meta, other, said.append)
 
 
 def test_nodes_with_other_data_are_told_so() -> None:

@@ -22,6 +22,7 @@ from torture import Training, assert_same_end, train
 import checkpointing
 from basemodel import charts, loss
 from basemodel.errors import InputError
+from basemodel.run_folder import lock_run
 
 
 def write_checkpoints(folder: Path, steps: int = 3) -> list[Path]:
@@ -124,9 +125,10 @@ def test_neither_the_best_nor_the_newest_is_pruned(tmp_path: Path) -> None:
 
 
 def test_a_run_is_locked_for_one_process(tmp_path: Path) -> None:
-    assert checkpointing.lock_run(tmp_path, None)
+    (tmp_path / "status.json").write_text('{"pid": 42}')
+    assert lock_run(tmp_path)
     with pytest.raises(InputError, match=r"is being trained by another process \(pid 42\)"):
-        checkpointing.lock_run(tmp_path, 42)
+        lock_run(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -186,8 +188,8 @@ def leave(status, really=os._exit):
     shutil.copytree(disk / "runs", runs + "-after", symlinks=True)
     really(status)
 os._exit = leave
-import reporting
-reporting.draw_chart = lambda *_: None
+from basemodel import charts
+charts.draw_chart = lambda *_: None
 """
 
 

@@ -51,7 +51,7 @@ def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest(precision: str
     in bf16, so of the 0.02 that a weight moves a few hundredths are rounding."""
     settings = config(optimizer="muon", weight_decay=0.1, decay_all_parameters=False)
     ours, theirs = model_with_gradients(qkv_bias=True), model_with_gradients(qkv_bias=True)
-    optimizer = make_optimizer(ours, settings, ALONE, precision)
+    optimizer = make_optimizer(ours, settings, precision, ALONE)
     of_theirs = dict(theirs.named_parameters())
     hidden = {n for n, p in of_theirs.items() if n.startswith("trf_blocks.") and n.endswith("weight")}
     assert all(of_theirs[name].dim() == 2 for name in hidden)
@@ -83,7 +83,7 @@ def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest(precision: str
 @pytest.mark.parametrize("tie_weights", [False, True])
 def test_every_parameter_has_one_optimiser(tie_weights: bool) -> None:
     model = GPTModel(GPTConfig(**{**MODEL, "tie_weights": tie_weights}))
-    optimizer = make_optimizer(model, config(optimizer="muon"), ALONE, "fp32")
+    optimizer = make_optimizer(model, config(optimizer="muon"), "fp32", ALONE)
     stepped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(stepped) == sorted(id(parameter) for parameter in model.parameters())
 
@@ -93,7 +93,7 @@ def test_state_that_is_allocated_ahead_changes_no_weight_and_no_later_step() -> 
     before = {name: tensor.clone() for name, tensor in ahead.tensors().items()}
     gradients = [parameter.grad.clone() for parameter in ahead.parameters()]
     optimizers = [
-        make_optimizer(model, config(optimizer="muon"), ALONE, "fp32") for model in (at_once, ahead)
+        make_optimizer(model, config(optimizer="muon"), "fp32", ALONE) for model in (at_once, ahead)
     ]
     allocate_state(optimizers[1])
     assert_same_tensors(before, ahead.tensors())
@@ -106,7 +106,7 @@ def test_state_that_is_allocated_ahead_changes_no_weight_and_no_later_step() -> 
 
 def test_muon_leaves_everything_as_it_is_where_gradients_are_no_numbers() -> None:
     model = model_with_gradients()
-    optimizer = make_optimizer(model, config(optimizer="muon"), ALONE, "fp32")
+    optimizer = make_optimizer(model, config(optimizer="muon"), "fp32", ALONE)
     allocate_state(optimizer)
     before = {name: tensor.clone() for name, tensor in model.tensors().items()}
     for parameter in model.parameters():
@@ -151,7 +151,7 @@ def test_a_schedule_has_two_names_where_the_published_runs_had_one() -> None:
 
 def test_both_optimisers_follow_the_schedule_each_from_its_own_peak() -> None:
     settings = config(optimizer="muon", learning_rate=0.004, muon_learning_rate=0.03)
-    optimizer = make_optimizer(GPTModel(GPTConfig(**MODEL)), settings, ALONE, "fp32")
+    optimizer = make_optimizer(GPTModel(GPTConfig(**MODEL)), settings, "fp32", ALONE)
     set_learning_rate(optimizer, 0.001)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.0075, 0.001])
 

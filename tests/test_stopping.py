@@ -29,9 +29,9 @@ from helpers import (
 from torture import Training, assert_same_end, train
 
 import checkpointing
-import config
-import distributed
-from config import InputError, RunError, run_command
+from basemodel import command_line, distributed
+from basemodel.command_line import run_command
+from basemodel.errors import InputError, RunError
 
 # ------------------------------------------------------------------------------------------------------------
 # Signals
@@ -141,7 +141,7 @@ def test_the_search_for_a_microbatch_stops_for_a_signal(tmp_path: Path) -> None:
 
 
 def shout_at_once(rank: int) -> None:
-    config.SILENCE_SECONDS = 0.0
+    command_line.SILENCE_SECONDS = 0.0
 
 
 @forked
@@ -234,7 +234,7 @@ def test_a_process_whose_others_do_not_start_ends_too(sandbox: Sandbox) -> None:
     with reserve_port() as holder:
         env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         env["MASTER_PORT"] = str(holder.getsockname()[1])
-        soon = "import distributed; distributed.START_SECONDS = 1.0"
+        soon = "from basemodel import distributed; distributed.START_SECONDS = 1.0"
         done = Script(sandbox.command("tiny"), env, before=soon).wait(30)
     error = "Error: process 0 of 2 has waited 1 s for the others to start"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, error)
