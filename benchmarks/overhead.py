@@ -6,6 +6,7 @@ Times the logging of a step by itself, then trains the run RUN in a temporary fo
 what its metrics.jsonl says.
 """
 
+import dataclasses
 import shutil
 import tempfile
 import time
@@ -15,19 +16,17 @@ import click
 from common import run_python, runs_dir_option
 
 from basemodel.command_line import run_command
-from basemodel.config import TrainConfig
 from basemodel.data import plan_batches
-from basemodel.json_config import read_config
 from basemodel.reporting import Reporter
+from basemodel.run import Run
 from basemodel.run_folder import read_metrics
-from gpt import GPTConfig
 
 
 def seconds_per_log(run_dir: Path, folder: Path) -> float:
     """How long it takes to log a step, on average of 20,000."""
-    config = read_config(TrainConfig, run_dir / "train.json")
-    plan = plan_batches(config, read_config(GPTConfig, run_dir / "model.json").context_length, 1, None)
-    reporter = Reporter(folder, config, plan, step=0, seconds=0.0, speaks=True)
+    run = Run.read(run_dir.parent, run_dir.name)
+    plan = plan_batches(run.config, run.model_config.context_length, 1, None)
+    reporter = Reporter(dataclasses.replace(run, directory=folder, plan=plan), 0, 0.0, enabled=True)
     start = time.perf_counter()
     for step in range(1, 20_001):
         values = {"train_loss": 3.1415926, "grad_norm": 0.57721566, "learning_rate": 0.0004}

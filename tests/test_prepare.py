@@ -182,7 +182,7 @@ def test_texts_that_turn_out_to_be_no_good(tmp_path: Path) -> None:
     second = write_jsonl(tmp_path / "second.jsonl", [f"{i}" for i in range(5000)])
     with second.open("a") as file:
         file.write('{"body": "not"}\n')
-    small_shards = "import documents; documents.SHARD_BYTES = 20_000"
+    small_shards = "from basemodel import documents; documents.SHARD_BYTES = 20_000"
     for source, before, message in (
         (cut, "", "cut.parquet: no whole parquet file"),
         (tmp_path / "empty.txt", "", "no text for validation beside that for training"),

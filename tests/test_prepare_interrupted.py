@@ -14,7 +14,7 @@ from texts import assert_holds, split_texts, write_jsonl, write_parquet
 import prepare_datasets
 from basemodel.tokenizer import get_tokenizer
 
-SMALL_SHARDS = "import documents; documents.SHARD_BYTES = 20_000"
+SMALL_SHARDS = "from basemodel import documents; documents.SHARD_BYTES = 20_000"
 
 
 @pytest.fixture
