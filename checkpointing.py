@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from basemodel.command_line import require_plain_name
-from basemodel.errors import InputError, RunError, require
+from basemodel.errors import InputError, RunError
 from basemodel.files import fingerprint, sync
 from basemodel.json_config import read_json_object
 
@@ -159,21 +159,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a whole checkpoint. Raises InputError, naming the file, if it is damaged or half there."""
     meta = read_json_object(path / META_FILE)
     missing = REQUIRED_META - meta.keys()
-    require(
-        not missing,
-        f"{path / META_FILE}: is no checkpoint's meta.json: it has no {', '.join(sorted(missing))}",
-    )
+    if missing:
+        raise InputError(
+            f"{path / META_FILE}: is no checkpoint's meta.json: it has no {', '.join(sorted(missing))}"
+        )
     digest = meta.pop("digest", None)
-    require(digest == _digest(meta), f"{path / META_FILE}: damaged (its own digest differs)")
+    if digest != _digest(meta):
+        raise InputError(f"{path / META_FILE}: damaged (its own digest differs)")
     for name in (MODEL_FILE, OPTIMIZER_FILE):
         try:
             found = fingerprint(path / name)
         except OSError:
             raise InputError(f"{path / name}: missing or unreadable") from None
-        require(
-            found == meta["files"].get(name),
-            f"{path / name}: damaged (its size or SHA-256 is not meta.json's)",
-        )
+        if found != meta["files"].get(name):
+            raise InputError(f"{path / name}: damaged (its size or SHA-256 is not meta.json's)")
     model, optimizer = (safetensors.torch.load_file(path / name) for name in (MODEL_FILE, OPTIMIZER_FILE))
     return Checkpoint(path, model, optimizer, meta)
 
@@ -204,8 +203,10 @@ def named_checkpoint(folder: Path, name: str, say: Callable[[str], None]) -> Che
         return load_checkpoint(require_named(folder, name))
     link = folder / name
     try:
-        require(link.is_symlink(), f"{link}: no such link")
-        require(str(link.readlink()) not in LINKS, f"{link}: leads to no checkpoint")
+        if not link.is_symlink():
+            raise InputError(f"{link}: no such link")
+        if str(link.readlink()) in LINKS:
+            raise InputError(f"{link}: leads to no checkpoint")
         return load_checkpoint(require_named(folder, str(link.readlink())))
     except InputError as error:
         say(f"Passing over {name}: {error}")
@@ -223,7 +224,8 @@ def require_named(folder: Path, name: str) -> Path:
     require_plain_name(name, "checkpoint")
     if name in LINKS:
         return folder / name
-    require(not (folder / name).is_symlink(), f"{folder / name}: is a link; name the checkpoint's own folder")
+    if (folder / name).is_symlink():
+        raise InputError(f"{folder / name}: is a link; name the checkpoint's own folder")
     if not (folder / name).is_dir():
         raise InputError(
             f"{folder / name}: no such checkpoint; there are: {_described(*list_checkpoints(folder))}"
@@ -299,11 +301,11 @@ def require_space(folder: Path, to_come: int, keep: int | None, parameters: int)
     here = len(list_checkpoints(folder))
     checkpoints = to_come if keep is None else max(1, min(to_come, keep + 2 - here))
     needed, free = checkpoints * 12 * parameters, _free_space(folder)
-    require(
-        needed <= free,
-        f"{folder}: {checkpoints} checkpoints take {_in_words(needed)}, only {_in_words(free)} are free; "
-        "free some, or set keep_checkpoints or a larger checkpoint_interval in train.json",
-    )
+    if needed > free:
+        raise InputError(
+            f"{folder}: {checkpoints} checkpoints take {_in_words(needed)}, only {_in_words(free)} are free; "
+            "free some, or set keep_checkpoints or a larger checkpoint_interval in train.json"
+        )
 
 
 def _in_words(size: int) -> str:
@@ -342,7 +344,10 @@ def load_optimizer_tensors(
         saved = {key[len(prefix) :]: rest.pop(key) for key in mine}
         if saved.keys() == optimizer.state[parameter].keys():
             state[index] = saved
-    require(not rest, f"the optimiser has no place for '{next(iter(rest), '')}'; it is configured otherwise")
+    if rest:
+        raise InputError(
+            f"the optimiser has no place for '{next(iter(rest), '')}'; it is configured otherwise"
+        )
     optimizer.load_state_dict(layout | {"state": state})
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from basemodel.attention import Cache, TanhGELU, Visible, attend, linear_together
-from basemodel.errors import require
+from basemodel.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,15 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         size, width, heads, rate = self.vocab_size, self.emb_dim, self.n_heads, self.drop_rate
-        require(size <= 65_536, f"vocab_size must be at most 65536 (tokens are uint16), not {size}")
-        require(width % heads == 0, f"emb_dim {width} must be a multiple of n_heads {heads}")
-        require(0.0 <= rate < 1.0, f"drop_rate must be at least 0 and below 1, not {rate}")
+        if size > 65_536:
+            raise InputError(f"vocab_size must be at most 65536 (tokens are uint16), not {size}")
+        if width % heads != 0:
+            raise InputError(f"emb_dim {width} must be a multiple of n_heads {heads}")
+        if not 0.0 <= rate < 1.0:
+            raise InputError(f"drop_rate must be at least 0 and below 1, not {rate}")
 
     @property
     def end_of_text(self) -> int:

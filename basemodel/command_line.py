@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from basemodel.errors import InputError, RunError, require
+from basemodel.errors import InputError, RunError
 
 # How long a torchrun process other than the node's first waits with an error, in seconds: all processes of a
 # node meet the same error, the first one says it, and torchrun then ends the others. One that still lives met
@@ -53,21 +53,21 @@ def require_plain_name(name: str, what: str) -> str:
     Raises InputError otherwise. Plain is `[A-Za-z0-9._-]+`, and neither `.` nor `..`.
     """
     plain = re.fullmatch(r"[A-Za-z0-9._-]+", name) and name not in (".", "..")
-    require(bool(plain), f"{what} '{name}' must be a plain name of letters, digits, '.', '_' and '-'")
+    if not plain:
+        raise InputError(f"{what} '{name}' must be a plain name of letters, digits, '.', '_' and '-'")
     return name
 
 
 def require_inside(folder: Path, path: Path) -> None:
     """Raise InputError if `path`, by way of links, leads out of the folder that it was looked up in."""
-    require(
-        path.resolve().is_relative_to(folder.resolve()),
-        f"{path}: is a link that leads out of {folder}; give the folder itself",
-    )
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{path}: is a link that leads out of {folder}; give the folder itself")
 
 
 def require_dataset_id(dataset: str) -> None:
     """Raise InputError unless `dataset` is a Hub data set id, OWNER/NAME, both of them plain names."""
     owner, slash, name = dataset.partition("/")
-    require(bool(slash), f"dataset must be OWNER/NAME, not '{dataset}'")
+    if not slash:
+        raise InputError(f"dataset must be OWNER/NAME, not '{dataset}'")
     require_plain_name(owner, "the dataset's owner")
     require_plain_name(name, "the dataset's name")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from basemodel.command_line import require_dataset_id
-from basemodel.errors import InputError, require
+from basemodel.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_dataset_id(self.dataset)
         for key in ("microbatch_size", "epochs"):
-            require(getattr(self, key) >= 1, f"{key} must be at least 1, not {getattr(self, key)}")
+            if getattr(self, key) < 1:
+                raise InputError(f"{key} must be at least 1, not {getattr(self, key)}")
         positive_if_set = ("gradient_accumulation_steps", "global_batch_size", "checkpoint_interval")
         for key in (
             *positive_if_set,
@@ -55,7 +56,8 @@ class TrainConfig:
             "usd_per_hour",
         ):
             value = getattr(self, key)
-            require(value is None or value > 0, f"{key} must be more than 0 or null, not {value}")
+            if value is not None and value <= 0:
+                raise InputError(f"{key} must be more than 0 or null, not {value}")
         for key in (
             "start_train_token",
             "start_val_token",
@@ -63,54 +65,49 @@ class TrainConfig:
             "weight_decay",
             "random_seed",
         ):
-            require(getattr(self, key) >= 0, f"{key} must be at least 0, not {getattr(self, key)}")
+            if getattr(self, key) < 0:
+                raise InputError(f"{key} must be at least 0, not {getattr(self, key)}")
         tokens = self.min_train_tokens
-        require(
-            tokens == -1 or tokens > 0, f"min_train_tokens must be more than 0, or -1 for all, not {tokens}"
-        )
-        require(self.random_seed < 2**63, f"random_seed must be below 2^63, not {self.random_seed}")
+        if tokens != -1 and tokens <= 0:
+            raise InputError(f"min_train_tokens must be more than 0, or -1 for all, not {tokens}")
+        if self.random_seed >= 2**63:
+            raise InputError(f"random_seed must be below 2^63, not {self.random_seed}")
         for key in ("learning_rate", "muon_learning_rate"):
-            require(getattr(self, key) > 0, f"{key} must be more than 0, not {getattr(self, key)}")
-        require(
-            all(0 <= beta < 1 for beta in self.betas),
-            f"betas must be at least 0 and below 1, not {self.betas}",
-        )
+            if getattr(self, key) <= 0:
+                raise InputError(f"{key} must be more than 0, not {getattr(self, key)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be at least 0 and below 1, not {self.betas}")
         for key in ("warmup_period_percent", "decay_period_percent"):
             percent = getattr(self, key)
-            require(0 <= percent <= 100, f"{key} must be from 0 to 100, not {percent}")
+            if not 0 <= percent <= 100:
+                raise InputError(f"{key} must be from 0 to 100, not {percent}")
         self._check_schedule()
-        require(
-            self.optimizer == "muon" or self.muon_learning_rate == TrainConfig.muon_learning_rate,
-            'muon_learning_rate does nothing without "optimizer": "muon"',
-        )
-        require(
-            self.use_amp or self.precision in ("auto", "fp32"),
-            f'precision "{self.precision}" is at odds with "use_amp": false, which means "fp32"; drop one',
-        )
-        require(
-            self.validation_interval is None or self.validation_batches > 0,
-            "validation_batches must be at least 1 where validation_interval is set",
-        )
+        if self.optimizer != "muon" and self.muon_learning_rate != TrainConfig.muon_learning_rate:
+            raise InputError('muon_learning_rate does nothing without "optimizer": "muon"')
+        if not self.use_amp and self.precision not in ("auto", "fp32"):
+            raise InputError(
+                f'precision "{self.precision}" is at odds with "use_amp": false, which means "fp32"; drop one'
+            )
+        if self.validation_interval is not None and self.validation_batches <= 0:
+            raise InputError("validation_batches must be at least 1 where validation_interval is set")
 
     def _check_schedule(self) -> None:
-        require(
-            not self.schedule_learning_rate or self.schedule == "cosine",
-            f'lr_schedule "{self.lr_schedule}" is at odds with "schedule_learning_rate": true, which means '
-            '"cosine"; drop one',
-        )
+        if self.schedule_learning_rate and self.schedule != "cosine":
+            raise InputError(
+                f'lr_schedule "{self.lr_schedule}" is at odds with "schedule_learning_rate": true, which means '
+                '"cosine"; drop one'
+            )
         warmup, decay = self.warmup_period_percent, self.decay_period_percent
-        require(
-            self.lr_schedule != "constant" or warmup == 0,
-            'lr_schedule "constant" has no warm-up; "wsd" with "decay_period_percent": 0 has one',
-        )
-        require(
-            self.schedule != "wsd" or warmup + decay <= 100,
-            f"warmup_period_percent {warmup:g} and decay_period_percent {decay:g} make more than 100",
-        )
-        require(
-            self.schedule == "wsd" or decay == TrainConfig.decay_period_percent,
-            'decay_period_percent does nothing without "lr_schedule": "wsd"',
-        )
+        if self.lr_schedule == "constant" and warmup != 0:
+            raise InputError(
+                'lr_schedule "constant" has no warm-up; "wsd" with "decay_period_percent": 0 has one'
+            )
+        if self.schedule == "wsd" and warmup + decay > 100:
+            raise InputError(
+                f"warmup_period_percent {warmup:g} and decay_period_percent {decay:g} make more than 100"
+            )
+        if self.schedule != "wsd" and decay != TrainConfig.decay_period_percent:
+            raise InputError('decay_period_percent does nothing without "lr_schedule": "wsd"')
 
     @property
     def schedule(self) -> str:
@@ -137,8 +134,7 @@ class TrainConfig:
             hint = f"microbatch_size {' or '.join(map(str, near))}, or {sizes}" if near else sizes
             raise InputError(
                 f"global_batch_size {size} is no multiple of microbatch_size {self.microbatch_size} x "
-                f"{processes} "
-                f"processes; {hint} would work"
+                f"{processes} processes; {hint} would work"
             )
         if asked not in (None, accumulation):
             raise InputError(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from basemodel.config import TrainConfig
-from basemodel.errors import InputError, require
+from basemodel.errors import InputError
 from basemodel.fetching import dataset_folder
 from basemodel.json_config import read_json_object
 from gpt import GPTConfig
@@ -36,16 +36,20 @@ class TokenFile:
         try:
             file = safe_open(path, framework="np")
         except (OSError, SafetensorError) as error:
-            require(path.exists(), f"{path}: no such file")
+            if not path.exists():
+                raise InputError(f"{path}: no such file")
             raise InputError(
                 f"{path}: no whole safetensors file ({error}); fetch or prepare it again"
             ) from None
         names = list(file.keys())
-        require(names == ["tokens"], f"{path}: must hold one tensor named 'tokens', not {names}")
+        if names != ["tokens"]:
+            raise InputError(f"{path}: must hold one tensor named 'tokens', not {names}")
         self._tokens = file.get_slice("tokens")
         shape, dtype = self._tokens.get_shape(), self._tokens.get_dtype()
-        require(len(shape) == 1, f"{path}: 'tokens' must have one dimension, not shape {shape}")
-        require(dtype == "U16", f"{path}: 'tokens' must be uint16 (U16), not {dtype}")
+        if len(shape) != 1:
+            raise InputError(f"{path}: 'tokens' must have one dimension, not shape {shape}")
+        if dtype != "U16":
+            raise InputError(f"{path}: 'tokens' must be uint16 (U16), not {dtype}")
         self.count: int = shape[0]
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -169,24 +173,21 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
         )
 
     train = sequences("train", config.start_train_token)
-    require(
-        train.count > 0,
-        f"{train.tokens.path}: too short: {train.tokens.count} tokens do not make one sequence of "
-        f"{model.context_length} "
-        f"after start_train_token {config.start_train_token}",
-    )
+    if train.count <= 0:
+        raise InputError(
+            f"{train.tokens.path}: too short: {train.tokens.count} tokens do not make one sequence of "
+            f"{model.context_length} after start_train_token {config.start_train_token}"
+        )
     if config.validation_interval is None:
         return RunData(train, None)
     validation = sequences("validation", config.start_val_token)
     most = validation.count // config.microbatch_size
-    require(
-        config.validation_batches <= most,
-        f"{validation.tokens.path}: too short: its {validation.tokens.count} tokens make {most} validation "
-        "batches of "
-        f"{config.microbatch_size} x {model.context_length} after start_val_token "
-        f"{config.start_val_token}, not "
-        f"{config.validation_batches}",
-    )
+    if config.validation_batches > most:
+        raise InputError(
+            f"{validation.tokens.path}: too short: its {validation.tokens.count} tokens make {most} "
+            f"validation batches of {config.microbatch_size} x {model.context_length} after start_val_token "
+            f"{config.start_val_token}, not {config.validation_batches}"
+        )
     return RunData(train, validation)
 
 
@@ -196,17 +197,16 @@ def check_tokenizer(folder: Path, model: GPTConfig) -> None:
         return
     meta = read_json_object(folder / "meta.json")
     theirs, vocab_size = meta.get("tokenizer", model.tokenizer), meta.get("vocab_size", 0)
-    require(
-        theirs == model.tokenizer,
-        f"{folder}: its tokenizer is '{theirs}', the model's '{model.tokenizer}'; set tokenizer in "
-        "model.json or "
-        f"prepare the text again with --tokenizer {model.tokenizer}",
-    )
-    require(
-        not isinstance(vocab_size, int) or vocab_size <= model.vocab_size,
-        f"{folder}: has a vocabulary of {vocab_size} tokens, the model only {model.vocab_size}; set "
-        "vocab_size to that",
-    )
+    if theirs != model.tokenizer:
+        raise InputError(
+            f"{folder}: its tokenizer is '{theirs}', the model's '{model.tokenizer}'; set tokenizer in "
+            f"model.json or prepare the text again with --tokenizer {model.tokenizer}"
+        )
+    if isinstance(vocab_size, int) and vocab_size > model.vocab_size:
+        raise InputError(
+            f"{folder}: has a vocabulary of {vocab_size} tokens, the model only {model.vocab_size}; set "
+            "vocab_size to that"
+        )
 
 
 def check_tokens(

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from basemodel.errors import InputError, RunError, require
+from basemodel.errors import InputError, RunError
 
 Result = TypeVar("Result")
 
@@ -146,10 +146,10 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     else:
         count = torch.accelerator.device_count()
-        require(
-            local_size <= count,
-            f"{local_size} processes on a node with {count} devices; --nproc_per_node={count}",
-        )
+        if local_size > count:
+            raise InputError(
+                f"{local_size} processes on a node with {count} devices; --nproc_per_node={count}"
+            )
         device = torch.device(accelerator.type, local_rank)
         torch.accelerator.set_device_index(local_rank)
     if size == 1:

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from basemodel.command_line import require_dataset_id, require_inside
-from basemodel.errors import InputError, require
+from basemodel.errors import InputError
 from basemodel.files import fingerprint, replace_text
 from basemodel.hub import download_file, reason
 from basemodel.json_config import read_json_object
@@ -32,18 +32,17 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     where it stopped. Raises InputError, naming the data set, where that fails.
     """
     folder = dataset_folder(datasets_dir, dataset)
-    require(
-        not datasets_dir.is_file(), f"{datasets_dir}: is a file; DATASETS_DIR is the folder of the data sets"
-    )
+    if datasets_dir.is_file():
+        raise InputError(f"{datasets_dir}: is a file; DATASETS_DIR is the folder of the data sets")
     names = [f"{split}.safetensors" for split in splits]
     missing = [name for name in names if not (folder / name).exists()]
     known = _known_fingerprints(folder)
     commits = [known[name].get("revision") for name in names if name in known and name not in missing]
     for commit in filter(None, commits):
-        require(
-            revision is None or len(revision) < 40 or revision == commit,
-            f"{folder}: is of commit {commit}, dataset_revision asks for {revision}; move it away",
-        )
+        if revision is not None and len(revision) >= 40 and revision != commit:
+            raise InputError(
+                f"{folder}: is of commit {commit}, dataset_revision asks for {revision}; move it away"
+            )
     if missing:
         _download(folder, dataset, revision or next(filter(None, commits), None), missing)
     return folder
@@ -91,10 +90,8 @@ def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str,
             if stat.st_size > 1 << 30:
                 tqdm.write(f"Checking {path} ({stat.st_size / 1e9:.1f} GB), once")
             known[name] = {**fingerprint(path), "mtime_ns": stat.st_mtime_ns}
-        require(
-            promised.get(name) in (None, known[name]["sha256"]),
-            f"{path}: damaged (its SHA-256 is not meta.json's); fetch or prepare it again",
-        )
+        if promised.get(name) not in (None, known[name]["sha256"]):
+            raise InputError(f"{path}: damaged (its SHA-256 is not meta.json's); fetch or prepare it again")
     if known != before:
         _keep_fingerprints(folder, known)
     return {name: known[name] for name in names}
@@ -104,9 +101,8 @@ def same_on_all_nodes(nodes: list[dict[str, dict[str, Any]]]) -> dict[str, dict[
     """What `fingerprint_files` found on each node, if it is the same. Raises InputError where it is not."""
     for name in nodes[0]:
         hashes = {node[name]["sha256"] for node in nodes}
-        require(
-            len(hashes) == 1, f"{name} is not the same on all nodes; remove the wrong one to fetch it anew"
-        )
+        if len(hashes) != 1:
+            raise InputError(f"{name} is not the same on all nodes; remove the wrong one to fetch it anew")
     return nodes[0]
 
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from basemodel.errors import InputError, require
+from basemodel.errors import InputError
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -38,9 +38,8 @@ def lock_run(run_dir: Path) -> bool:
     Raises InputError if the folder is locked or cannot be written to.
     """
     holder = read_status(run_dir).get("pid")  # most likely
-    require(
-        os.access(run_dir, os.W_OK), f"{run_dir}: cannot be written to; training writes its results there"
-    )
+    if not os.access(run_dir, os.W_OK):
+        raise InputError(f"{run_dir}: cannot be written to; training writes its results there")
     try:
         fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
