@@ -1,14 +1,13 @@
-"""Checkpoints: folders that are whole or not there, in safetensors and JSON alone.
+"""Checkpoints: folders that are complete or absent, in safetensors and JSON, without pickle.
 
     checkpoints/20261121Z101500-iteration-617/
         model.safetensors        every parameter, float32
-        optimizer.safetensors    every optimiser tensor, named PARAMETER.STATE
-        meta.json                where the run stood; size and SHA-256 of the two files; a digest of all this
-    checkpoints/latest, best     relative links, hints for people; what is good is decided by meta.json
+        optimizer.safetensors    every optimizer tensor, named PARAMETER.STATE
+        meta.json                progress and configs; size and SHA-256 of the two files; a digest of itself
+    checkpoints/latest, best     relative links, a convenience; what is valid is decided by meta.json
 
-A checkpoint is written under a temporary name and gets its own by one rename, when all of it is on the disk.
-So a reader finds the old one or the new one, never a half. Training copies its tensors to host memory and
-goes on while a thread writes them.
+A checkpoint is written to a temporary folder, fsynced, and renamed. So after a crash it is complete or
+absent. Training copies its tensors to host memory and goes on while a thread writes them.
 """
 
 import hashlib
@@ -42,7 +41,7 @@ LINKS = ("latest", "best")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What one checkpoint folder holds, on the CPU."""
+    """The contents of one checkpoint folder, on the CPU."""
 
     path: Path
     model: dict[str, Tensor]
@@ -51,16 +50,16 @@ class Checkpoint:
 
 
 class Saver:
-    """Saves checkpoints while training goes on, one at a time, in a thread of its own: `copy`, then `write`.
+    """Saves checkpoints in a background thread, one at a time: `copy`, then `write`.
 
-    Leaving its context waits for the save that is under way.
+    Leaving its context waits for the save in progress.
     """
 
     def __init__(self, folder: Path, keep: int | None, log: Path) -> None:
-        """`folder` is the run's checkpoints/; only the newest `keep` and the best stay, None: all. `log` is a
-        file whose lines must be on the disk when a checkpoint of the same step is."""
+        """Keep the newest `keep` checkpoints in `folder` and the best; None: all. `log` is fsynced before
+        each save, so that it is never behind a checkpoint."""
         self.folder, self.keep, self.log = folder, keep, log
-        self.saved: str | None = None  # the last checkpoint that is on the disk
+        self.saved: str | None = None  # name of the last checkpoint on disk
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._job: Future[None] | None = None
         self._host_copies: dict[str, Tensor] = {}
@@ -73,29 +72,29 @@ class Saver:
         self._thread.shutdown(wait=True)
 
     def copy(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
-        """Copy the tensors to host memory. Waits for the save before, and raises what that raised."""
+        """Copy the tensors to host memory. Waits for the previous save and raises its error, if any."""
         self.finish()
         self._copied = self._on_host("model", model), self._on_host("optimizer", optimizer)
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
     def write(self, meta: dict[str, Any]) -> None:
-        """Begin to write what was copied; then to point the links, `best` if `meta` says so, and to prune."""
+        """Start writing what was copied, then updating the links (`best` if `meta` says so), then pruning."""
         self._job = self._thread.submit(self._write, *self._copied, meta)
 
     def check(self) -> None:
-        """Raise what the last save raised, if it has come to its end."""
+        """Raise the error of the last save, if it has finished with one."""
         if self._job is not None and self._job.done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save under way. Raises RunError, saying what and how much, if it failed."""
+        """Wait for the save in progress. Raises RunError if it failed."""
         job, self._job = self._job, None
         if job is not None:
             job.result()
 
     def _on_host(self, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in memory that is kept from save to save, page-locked for a device that copies by itself."""
+        """Copies in buffers that are reused by every save, pinned so that CUDA copies asynchronously."""
         copies = {}
         for name, tensor in tensors.items():
             key = f"{kind}.{name}"
@@ -120,10 +119,10 @@ class Saver:
 def save_checkpoint(
     folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], meta: dict[str, Any]
 ) -> Path:
-    """Write a checkpoint of CPU tensors into `folder` and return its path; `meta` must hold `global_step`.
+    """Write a checkpoint of CPU tensors into `folder`, durably, and return its path.
 
-    Returns when it is durable. Raises RunError when the disk does not take it; nothing is left then but what
-    was there.
+    `meta` must have `global_step`. Raises RunError if that fails, for example on a full disk; then the folder
+    is as it was before.
     """
     path = _free_path(folder, meta["global_step"])
     temporary = folder / (TEMPORARY_PREFIX + path.name)
@@ -156,12 +155,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a whole checkpoint. Raises InputError, naming the file, if it is damaged or half there."""
+    """Read a checkpoint. Raises InputError, naming the file, if it is damaged or incomplete."""
     meta = read_json_object(path / META_FILE)
     missing = REQUIRED_META - meta.keys()
     if missing:
         raise InputError(
-            f"{path / META_FILE}: is no checkpoint's meta.json: it has no {', '.join(sorted(missing))}"
+            f"{path / META_FILE}: not a checkpoint's meta.json: it lacks {', '.join(sorted(missing))}"
         )
     digest = meta.pop("digest", None)
     if digest != _digest(meta):
@@ -180,9 +179,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def newest_checkpoint(
     folder: Path, say: Callable[[str], None], *, only_best: bool = False
 ) -> Checkpoint | None:
-    """The newest good checkpoint in `folder`, None where there is none; each bad one passed over is said.
+    """The newest valid checkpoint in `folder`, or None; `say` is told about each invalid one.
 
-    With `only_best`, of those that were the best when they were saved.
+    With `only_best`, the newest of those that were the best when they were saved.
     """
     for path in reversed(list_checkpoints(folder)):
         try:
@@ -196,8 +195,8 @@ def newest_checkpoint(
 def named_checkpoint(folder: Path, name: str, say: Callable[[str], None]) -> Checkpoint:
     """The checkpoint that a user named: `latest`, `best` or a folder's name. Raises InputError.
 
-    The two links are hints: where one leads nowhere good, it is said, and the newest good checkpoint, or of
-    those that were the best, is meant.
+    Where a link is broken, `say` is told, and it stands for the newest valid checkpoint, or the newest of
+    those that were the best.
     """
     if name not in LINKS:
         return load_checkpoint(require_named(folder, name))
@@ -206,20 +205,20 @@ def named_checkpoint(folder: Path, name: str, say: Callable[[str], None]) -> Che
         if not link.is_symlink():
             raise InputError(f"{link}: no such link")
         if str(link.readlink()) in LINKS:
-            raise InputError(f"{link}: leads to no checkpoint")
+            raise InputError(f"{link}: points to no checkpoint")
         return load_checkpoint(require_named(folder, str(link.readlink())))
     except InputError as error:
         say(f"Passing over {name}: {error}")
     found = newest_checkpoint(folder, say, only_best=name == "best")
     if found is None:
-        raise InputError(f"{folder}: holds no good checkpoint; start without '{name}'")
+        raise InputError(f"{folder}: has no good checkpoint; start without '{name}'")
     return found
 
 
 def require_named(folder: Path, name: str) -> Path:
-    """Where the checkpoint that a user named is: in this folder and no other. Raises InputError if it is not.
+    """The path of the checkpoint that a user named. Raises InputError if `folder` does not have it.
 
-    The links, which are hints, pass.
+    The names of the two links always pass.
     """
     require_plain_name(name, "checkpoint")
     if name in LINKS:
@@ -234,7 +233,7 @@ def require_named(folder: Path, name: str) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first. Other files and folders are left out, and links."""
+    """The checkpoints in `folder`, oldest first, without links and anything else there."""
     found = [
         path
         for path in folder.glob("*-iteration-*")
@@ -244,7 +243,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint, not looked into."""
+    """The newest checkpoint, valid or not."""
     return next(reversed(list_checkpoints(folder)), None)
 
 
@@ -253,7 +252,7 @@ def _described(*paths: Path | None) -> str:
 
 
 def point_link(folder: Path, name: str, target: Path) -> None:
-    """Make `folder/name` a relative link to `target`, in one step: it is never missing or half there."""
+    """Point the relative link `folder/name` to `target`, atomically."""
     if (folder / name).is_dir() and not (folder / name).is_symlink():  # copied by a tool that follows links
         (folder / name).rename(folder / f"{name}-copy-{int(time.time())}")
     temporary = folder / f"{TEMPORARY_PREFIX}{name}"
@@ -264,15 +263,14 @@ def point_link(folder: Path, name: str, target: Path) -> None:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, the last that was the best when saved, and what `best`
-    names."""
+    """Delete all but the newest `keep` checkpoints, the last one saved as best, and the target of `best`."""
     paths = list_checkpoints(folder)
     kept = {*paths[-keep:], *[path for path in paths if _was_best(path)][-1:]}
     if (folder / "best").is_symlink():
         kept.add(folder / (folder / "best").readlink())
     for path in paths:
         if path not in kept:
-            # First the name: a checkpoint that is half deleted must not look like one.
+            # Renamed first: a half-deleted checkpoint must not look like one.
             shutil.rmtree(path.rename(folder / (TEMPORARY_PREFIX + path.name)))
 
 
@@ -284,7 +282,7 @@ def _was_best(path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed saves have left in a locked run's checkpoints/, and nothing else."""
+    """Remove what killed saves left in a locked run's checkpoints/, and nothing else."""
     for path in folder.glob(TEMPORARY_PREFIX + "*"):
         name = path.name.removeprefix(TEMPORARY_PREFIX)
         if path.is_symlink() and name in LINKS:
@@ -294,9 +292,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def require_space(folder: Path, to_come: int, keep: int | None, parameters: int) -> None:
-    """Raise InputError unless the disk takes the checkpoints `to_come`, 3 x 4 bytes per parameter each.
+    """Raise InputError unless the disk has room for `to_come` checkpoints of 3 x 4 bytes per parameter.
 
-    Where only the newest `keep` and the best stay, there is one more at a time, while it is written.
+    With `keep`, at most `keep` + 2 exist at a time: the newest, the best, and the one being written.
     """
     here = len(list_checkpoints(folder))
     checkpoints = to_come if keep is None else max(1, min(to_come, keep + 2 - here))
@@ -313,12 +311,12 @@ def _in_words(size: int) -> str:
 
 
 def _free_space(folder: Path) -> int:
-    """Bytes that may still be written to a folder, which need not be there yet."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as tensors named PARAMETER.STATE, whatever the order of parameters."""
+    """The optimizer's state as tensors named PARAMETER.STATE, independent of the order of parameters."""
     return {
         f"{name}.{key}": torch.as_tensor(value)
         for name, parameter in model.named_parameters()
@@ -329,9 +327,9 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 def load_optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Undo `optimizer_tensors`. Raises InputError when a tensor belongs to no parameter of the model.
+    """Load what `optimizer_tensors` returned. Raises InputError if a tensor belongs to no parameter.
 
-    What another optimiser has kept of a parameter says nothing to this one, which begins afresh with it.
+    A parameter whose state comes from another kind of optimizer starts with fresh state.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     layout = optimizer.state_dict()
@@ -346,15 +344,15 @@ def load_optimizer_tensors(
             state[index] = saved
     if rest:
         raise InputError(
-            f"the optimiser has no place for '{next(iter(rest), '')}'; it is configured otherwise"
+            f"the optimizer has no place for '{next(iter(rest), '')}'; it is configured differently"
         )
     optimizer.load_state_dict(layout | {"state": state})
 
 
 def _free_path(folder: Path, step: int) -> Path:
-    """A name of the contract's form for a checkpoint made now."""
+    """An unused path for a checkpoint made now."""
     stamp = datetime.now(UTC).strftime("%Y%m%dZ%H%M%S")
-    # Should a checkpoint of this very second and step be there, it stays, and the new one sorts behind it.
+    # An existing checkpoint of the same second and step stays; the new one sorts behind it.
     while (path := folder / f"{stamp}-iteration-{step}").exists():
         date, clock = stamp.split("Z")
         stamp = f"{date}Z{int(clock) + 1:06d}"
@@ -362,5 +360,5 @@ def _free_path(folder: Path, step: int) -> Path:
 
 
 def _digest(meta: dict[str, Any]) -> str:
-    """The SHA-256 of what a meta.json says."""
+    """The SHA-256 of the contents of a meta.json."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

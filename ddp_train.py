@@ -104,7 +104,7 @@ class Learner:
         """One optimizer step over this process's share of the global batch, sequences of (B, T + 1) each.
 
         Returns the fields of StepResult as a tensor of shape (4,) on the device. A step whose loss or
-        gradient is not finite on one process is skipped on all. No host synchronisation except in `step_if`.
+        gradient is not finite on one process is skipped on all. No host synchronization except in `step_if`.
         """
         loss = self._accumulate_gradients(microbatches)
         grad_norm = self._clip_gradients()
@@ -323,7 +323,7 @@ class Trainer:
         start, learner = time.monotonic(), self.learner
         is_best = scheduled and self._close_interval()
         if not nn.utils.get_total_norm(learner.model.tensors().values(), math.inf).isfinite():
-            raise Diverged(f"the weights are no numbers after step {self.progress.step}")
+            raise Diverged(f"the weights are NaN or infinite after step {self.progress.step}")
         rng = self.world.gather(rng_state(self.world.device))
         if not self.world.is_first:
             return
@@ -389,14 +389,14 @@ class Trainer:
             best_loss=math.inf if meta["best_loss"] is None else meta["best_loss"],
             **{key: meta[key] for key in ("skipped", "seconds", "train_loss", "val_loss", "recent_losses")},
         )
-        said = [f"Going on after step {self.progress.step:,}, from {Path(source).name}"]
+        said = [f"Resuming after step {self.progress.step:,}, from {Path(source).name}"]
         if len(meta["rng"]) == world.size:
             set_rng_state(meta["rng"][world.rank], world.device)
         else:
             seed = np.random.SeedSequence((self.run.config.random_seed, self.progress.step, world.rank))
             torch.manual_seed(int(seed.generate_state(1)[0]))
             said.append(
-                f"Saved by {len(meta['rng'])} processes, resumed by {world.size}: the data go on exactly "
+                f"Saved by {len(meta['rng'])} processes, resumed by {world.size}: the data continue exactly "
                 "where they were; dropout masks differ"
             )
         if meta["precision"] != learner.precision:
@@ -621,8 +621,8 @@ def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpoin
     check_resumable(found.path.name, found.meta, run, tqdm.write if allow_change else None)
     if found.meta["global_step"] > run.plan.steps:
         raise InputError(
-            f"{found.path.name} is past the run's end, {run.plan.steps:,} steps; raise min_train_tokens, or "
-            "name an earlier checkpoint"
+            f"{found.path.name} is beyond the run's end, {run.plan.steps:,} steps; raise min_train_tokens, "
+            "or name an earlier checkpoint"
         )
     return found
 

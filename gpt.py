@@ -50,7 +50,7 @@ class GPTConfig:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation, with the parameter names of the published models."""
+    """Layer normalization, with the parameter names of the published models."""
 
     def __init__(self, emb_dim: int) -> None:
         super().__init__()

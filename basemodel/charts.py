@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def xkcd_figure(size: tuple[float, float]) -> "Iterator[Figure]":
-    """A figure of `size` inches to draw on, in xkcd style, in a font that is installed."""
-    import matplotlib  # here, because it takes half a second that only a process that draws should spend
+    """A figure of `size` inches in xkcd style, in an installed font."""
+    import matplotlib  # imported here because it takes half a second
 
     matplotlib.use("Agg")
     from matplotlib import font_manager
@@ -37,8 +37,7 @@ def xkcd_figure(size: tuple[float, float]) -> "Iterator[Figure]":
 def draw_chart(metrics: Path, chart: Path, title: str) -> None:
     """Draw loss, learning rate and gradient norm over the steps of a metrics.jsonl as a PNG.
 
-    Steps are drawn in at most 200 bins: the mean of each, and for the loss the band from its least to its
-    most.
+    Steps are drawn in at most 200 bins: the mean of each and, for the loss, the band between the extremes.
     """
     lines = read_metrics(metrics)
     trained = [line for line in lines if "train_loss" in line]

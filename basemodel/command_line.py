@@ -1,4 +1,4 @@
-"""What every script does with what a user typed: names, errors in one line, exit status."""
+"""Command-line plumbing of all scripts: one-line errors, exit statuses, checks of names and paths."""
 
 import os
 import re
@@ -12,18 +12,18 @@ import click
 
 from basemodel.errors import InputError, RunError
 
-# How long a torchrun process other than the node's first waits with an error, in seconds: all processes of a
-# node meet the same error, the first one says it, and torchrun then ends the others. One that still lives met
-# it alone.
+# Seconds that a torchrun process other than the node's first waits before it prints an error. All processes
+# usually hit the same error; the first one prints it, and torchrun then ends the others. A process that is
+# still alive after that hit it alone.
 SILENCE_SECONDS = 5.0
 
 
 def run_command(command: click.Command, leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
-    """Run a click command and `leave` with the exit status: what the command returns (None is 0), 2 for wrong
-    usage, configs or data, 1 for a failure while running.
+    """Run a click command and `leave` with its exit status.
 
-    Errors that the user can fix are one line on standard error, `Error: ...`; any other exception is a bug
-    in this project and keeps its traceback.
+    That is what the command returns (None means 0), 2 for wrong usage, configs or data, and 1 for a failure
+    while running. Errors that the user can fix are one line on standard error, `Error: ...`; any other
+    exception is a bug and keeps its traceback.
     """
     try:
         status = command.main(standalone_mode=False) or 0
@@ -47,10 +47,9 @@ def _say_error(message: str, status: int) -> int:
 
 
 def require_plain_name(name: str, what: str) -> str:
-    """Return `name` if it is a plain folder name, so that it cannot lead out of the folder it is looked up
-    in.
+    """Return `name` if it is a plain folder name, which cannot lead out of its parent folder.
 
-    Raises InputError otherwise. Plain is `[A-Za-z0-9._-]+`, and neither `.` nor `..`.
+    Plain means `[A-Za-z0-9._-]+`, and neither `.` nor `..`. Raises InputError otherwise.
     """
     plain = re.fullmatch(r"[A-Za-z0-9._-]+", name) and name not in (".", "..")
     if not plain:
@@ -59,13 +58,13 @@ def require_plain_name(name: str, what: str) -> str:
 
 
 def require_inside(folder: Path, path: Path) -> None:
-    """Raise InputError if `path`, by way of links, leads out of the folder that it was looked up in."""
+    """Raise InputError if `path` resolves, through links, to a place outside `folder`."""
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"{path}: is a link that leads out of {folder}; give the folder itself")
+        raise InputError(f"{path}: is a link that points outside {folder}; give the folder itself")
 
 
 def require_dataset_id(dataset: str) -> None:
-    """Raise InputError unless `dataset` is a Hub data set id, OWNER/NAME, both of them plain names."""
+    """Raise InputError unless `dataset` is a Hub data set id, OWNER/NAME, with plain names."""
     owner, slash, name = dataset.partition("/")
     if not slash:
         raise InputError(f"dataset must be OWNER/NAME, not '{dataset}'")

@@ -1,4 +1,4 @@
-"""Compile the loss where that works."""
+"""torch.compile, with a fallback that says why."""
 
 import os
 import tempfile
@@ -18,21 +18,21 @@ from basemodel.memory import is_out_of_memory
 def compile_if_wanted(
     loss: NextTokenLoss, config: TrainConfig, world: World, try_out: Callable[[nn.Module], None]
 ) -> None:
-    """Compile the loss if the config says so ("auto": on CUDA) and `try_out`, one pass through it, succeeds.
+    """Compile the loss if the config says so ("auto": on CUDA) and `try_out`, a pass through it, succeeds.
 
-    Raises RunError if the config insists and it fails; "auto" then says why and trains without.
+    If that fails, "auto" says why and goes on uncompiled, and `true` raises RunError.
     """
     if config.compile is False or (config.compile == "auto" and world.device.type != "cuda"):
         return
     if world.device.type == "cpu" and world.local_size > 1:
-        # Two processes that write the same compiled library at a time spoil it.
+        # Processes that write the same compiled library at the same time corrupt it.
         own = Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{world.local_rank}"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own))
     loss.compile()
     problem = None
     try:
         try_out(loss)
-    except Exception as error:  # compilers fail in many ways, all of them before training has begun
+    except Exception as error:  # compilers fail in many ways, but before training starts
         if is_out_of_memory(error):
             raise
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

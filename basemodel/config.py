@@ -16,7 +16,7 @@ class TrainConfig:
     min_train_tokens: int  # over all epochs, rounded up to whole global batches; -1: all there are
     dataset_revision: str | None = None
     gradient_accumulation_steps: int | None = None  # 1, or what global_batch_size makes it
-    global_batch_size: int | None = None  # per optimiser step, over all processes
+    global_batch_size: int | None = None  # per optimizer step, over all processes
     epochs: int = 1
     start_train_token: int = 0
     start_val_token: int = 0
@@ -83,10 +83,10 @@ class TrainConfig:
                 raise InputError(f"{key} must be from 0 to 100, not {percent}")
         self._check_schedule()
         if self.optimizer != "muon" and self.muon_learning_rate != TrainConfig.muon_learning_rate:
-            raise InputError('muon_learning_rate does nothing without "optimizer": "muon"')
+            raise InputError('muon_learning_rate has no effect without "optimizer": "muon"')
         if not self.use_amp and self.precision not in ("auto", "fp32"):
             raise InputError(
-                f'precision "{self.precision}" is at odds with "use_amp": false, which means "fp32"; drop one'
+                f'precision "{self.precision}" contradicts "use_amp": false, which means "fp32"; drop one'
             )
         if self.validation_interval is not None and self.validation_batches <= 0:
             raise InputError("validation_batches must be at least 1 where validation_interval is set")
@@ -94,7 +94,7 @@ class TrainConfig:
     def _check_schedule(self) -> None:
         if self.schedule_learning_rate and self.schedule != "cosine":
             raise InputError(
-                f'lr_schedule "{self.lr_schedule}" is at odds with "schedule_learning_rate": true, which means '
+                f'lr_schedule "{self.lr_schedule}" contradicts "schedule_learning_rate": true, which means '
                 '"cosine"; drop one'
             )
         warmup, decay = self.warmup_period_percent, self.decay_period_percent
@@ -104,10 +104,10 @@ class TrainConfig:
             )
         if self.schedule == "wsd" and warmup + decay > 100:
             raise InputError(
-                f"warmup_period_percent {warmup:g} and decay_period_percent {decay:g} make more than 100"
+                f"warmup_period_percent {warmup:g} and decay_period_percent {decay:g} add up to more than 100"
             )
         if self.schedule != "wsd" and decay != TrainConfig.decay_period_percent:
-            raise InputError('decay_period_percent does nothing without "lr_schedule": "wsd"')
+            raise InputError('decay_period_percent has no effect without "lr_schedule": "wsd"')
 
     @property
     def schedule(self) -> str:
@@ -120,7 +120,7 @@ class TrainConfig:
         return ["train"] if self.validation_interval is None else ["train", "validation"]
 
     def accumulation_for(self, processes: int) -> int:
-        """Microbatches per process per optimiser step. Raises InputError when the batch does not divide."""
+        """Microbatches per process per optimizer step. Raises InputError when the batch does not divide."""
         size, asked = self.global_batch_size, self.gradient_accumulation_steps
         if size is None:
             return asked or 1
@@ -133,13 +133,13 @@ class TrainConfig:
             sizes = f"global_batch_size {accumulation * at_once or at_once} or {(accumulation + 1) * at_once}"
             hint = f"microbatch_size {' or '.join(map(str, near))}, or {sizes}" if near else sizes
             raise InputError(
-                f"global_batch_size {size} is no multiple of microbatch_size {self.microbatch_size} x "
+                f"global_batch_size {size} is not a multiple of microbatch_size {self.microbatch_size} x "
                 f"{processes} processes; {hint} would work"
             )
         if asked not in (None, accumulation):
             raise InputError(
-                f"global_batch_size {size} and gradient_accumulation_steps {asked} are at odds: with "
-                f"microbatch_size {self.microbatch_size} and {processes} processes "
+                f"global_batch_size {size} and gradient_accumulation_steps {asked} contradict each other: "
+                f"with microbatch_size {self.microbatch_size} and {processes} processes "
                 f"gradient_accumulation_steps {accumulation} or global_batch_size {at_once * asked} works"
             )
         return accumulation

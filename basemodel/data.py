@@ -1,4 +1,4 @@
-"""Token files, and which tokens each training step takes.
+"""Token files, and which tokens each training step reads.
 
 A data set is a folder DATASETS_DIR/OWNER/NAME with train.safetensors and validation.safetensors, each one 1-D
 uint16 tensor named `tokens`: documents one after another, each followed by the end-of-text token. It comes
@@ -24,8 +24,7 @@ from gpt import GPTConfig
 
 
 class TokenFile:
-    """The tensor `tokens` of a safetensors file, mapped into memory: processes that read it share one copy of
-    it.
+    """The tensor `tokens` of a safetensors file, memory-mapped: all processes share one copy.
 
     Raises InputError if the file is missing, damaged, or holds anything but one 1-D uint16 tensor named
     `tokens`.
@@ -37,13 +36,13 @@ class TokenFile:
             file = safe_open(path, framework="np")
         except (OSError, SafetensorError) as error:
             if not path.exists():
-                raise InputError(f"{path}: no such file")
+                raise InputError(f"{path}: no such file") from None
             raise InputError(
-                f"{path}: no whole safetensors file ({error}); fetch or prepare it again"
+                f"{path}: not a complete safetensors file ({error}); fetch or prepare it again"
             ) from None
         names = list(file.keys())
         if names != ["tokens"]:
-            raise InputError(f"{path}: must hold one tensor named 'tokens', not {names}")
+            raise InputError(f"{path}: must contain one tensor named 'tokens', not {names}")
         self._tokens = file.get_slice("tokens")
         shape, dtype = self._tokens.get_shape(), self._tokens.get_dtype()
         if len(shape) != 1:
@@ -53,7 +52,7 @@ class TokenFile:
         self.count: int = shape[0]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1, as a uint16 array of its own."""
+        """Tokens start to stop - 1, copied into a new uint16 array."""
         return self._tokens[start:stop]
 
     def check_vocabulary(self, start: int, stop: int, vocab_size: int) -> None:
@@ -71,11 +70,10 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Sequences:
-    """A token file cut into sequences of `length` inputs, each with the token that follows: `length` + 1
-    tokens.
+    """A token file cut into sequences of `length` inputs and the token that follows: `length` + 1 tokens.
 
-    Sequence i starts at token start + i * length; `count` of them fit. Numbers from `count` on are later
-    epochs, each in an order of its own that the seed and the epoch's number fix.
+    Sequence i starts at token start + i * length, and `count` of them fit. Numbers from `count` on belong to
+    later epochs, each in an order of its own, determined by the seed and the epoch number.
     """
 
     tokens: TokenFile
@@ -85,7 +83,7 @@ class Sequences:
 
     @property
     def count(self) -> int:
-        """Whole sequences in one epoch; the last one's targets end at the file's last token at most."""
+        """Complete sequences per epoch; the last one's targets end at or before the file's last token."""
         return max(0, (self.tokens.count - self.start - 1) // self.length)
 
     def read(self, first: int, count: int) -> Tensor:
@@ -100,15 +98,18 @@ class Sequences:
         return place if epoch == 0 else int(_epoch_order(self.seed, epoch, self.count)[place])
 
 
-@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs
 def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(np.arange(count, dtype=np.uint32))
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which sequences each process takes in each step. Pure arithmetic: the g-th global batch is the same
-    sequences in the same order whatever the number of processes, the microbatch or the accumulation."""
+    """Which sequences each process reads in each step.
+
+    Pure arithmetic: the g-th global batch has the same sequences in the same order whatever the number of
+    processes, the microbatch size and the accumulation.
+    """
 
     microbatch_size: int
     accumulation: int
@@ -118,24 +119,24 @@ class BatchPlan:
 
     @property
     def global_batch(self) -> int:
-        """Sequences per optimiser step."""
+        """Sequences per optimizer step."""
         return self.microbatch_size * self.accumulation * self.processes
 
     @property
     def tokens_per_step(self) -> int:
-        """Training tokens per optimiser step."""
+        """Training tokens per optimizer step."""
         return self.global_batch * self.length
 
     def microbatches(self, step: int, rank: int) -> Iterator[int]:
-        """The first sequence of each microbatch that process `rank` takes in step `step`, counted from 0."""
+        """The first sequence of each microbatch that process `rank` reads in step `step`, counted from 0."""
         for turn in range(self.accumulation):
             yield step * self.global_batch + (turn * self.processes + rank) * self.microbatch_size
 
 
 def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: int | None) -> BatchPlan:
-    """Work out the steps of a run on `per_epoch` sequences of `length` tokens (None: not known yet).
+    """Plan the steps of a run over `per_epoch` sequences of `length` tokens (None: not known yet).
 
-    Raises InputError when the global batch does not divide, or the data are too few for what the config asks.
+    Raises InputError if the global batch cannot be divided up or there are too few tokens.
     """
     accumulation = config.accumulation_for(processes)
     global_batch = config.microbatch_size * accumulation * processes
@@ -163,7 +164,7 @@ class RunData:
 
 
 def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunData:
-    """Open a run's token files, which must be there. Raises InputError for a file that does not serve."""
+    """Open a run's token files. Raises InputError for a file that is missing, damaged or too short."""
     folder = dataset_folder(datasets_dir, config.dataset)
     check_tokenizer(folder, model)
 
@@ -175,7 +176,7 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
     train = sequences("train", config.start_train_token)
     if train.count <= 0:
         raise InputError(
-            f"{train.tokens.path}: too short: {train.tokens.count} tokens do not make one sequence of "
+            f"{train.tokens.path}: too short: {train.tokens.count} tokens do not fill one sequence of "
             f"{model.context_length} after start_train_token {config.start_train_token}"
         )
     if config.validation_interval is None:
@@ -184,7 +185,7 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
     most = validation.count // config.microbatch_size
     if config.validation_batches > most:
         raise InputError(
-            f"{validation.tokens.path}: too short: its {validation.tokens.count} tokens make {most} "
+            f"{validation.tokens.path}: too short: its {validation.tokens.count} tokens fill {most} "
             f"validation batches of {config.microbatch_size} x {model.context_length} after start_val_token "
             f"{config.start_val_token}, not {config.validation_batches}"
         )
@@ -192,7 +193,7 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
 
 
 def check_tokenizer(folder: Path, model: GPTConfig) -> None:
-    """Raise InputError if the data set says that its tokens are not the model's. No word, no error."""
+    """Raise InputError if the data set's meta.json names another tokenizer than the model's."""
     if not (folder / "meta.json").exists():
         return
     meta = read_json_object(folder / "meta.json")
@@ -212,10 +213,10 @@ def check_tokenizer(folder: Path, model: GPTConfig) -> None:
 def check_tokens(
     data: RunData, train: int, validation: int, vocab_size: int, *, share: tuple[int, int]
 ) -> None:
-    """Look at every token of the first `train` and `validation` sequences, which a run will use.
+    """Check every token of the first `train` and `validation` sequences, those that a run will use.
 
-    `share` (which, of how many): the processes of a node each look at a part. Raises InputError at an id
-    outside.
+    `share` (which, of how many): the processes of a node each check a part. Raises InputError for a token id
+    outside the vocabulary.
     """
     which, parts = share
     for sequences, count in ((data.train, min(train, data.train.count)), (data.validation, validation)):

@@ -1,4 +1,4 @@
-"""The processes that train together: how they agree, are asked to stop, and notice that one has died."""
+"""The processes that train together: how they communicate, stop together, and notice that one has died."""
 
 import hashlib
 import os
@@ -21,16 +21,16 @@ from basemodel.errors import InputError, RunError
 
 Result = TypeVar("Result")
 
-START_SECONDS = 600.0  # so long the processes wait for one another to start
-REPEAT_SECONDS = 3.0  # so long a second signal counts as torchrun's copy of the first
+START_SECONDS = 600.0  # how long processes wait for one another to start
+REPEAT_SECONDS = 3.0  # how long a second signal counts as torchrun's copy of the first
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, one per device, and which of them this one is.
+    """The processes that train together, one per device, and this process's place among them.
 
-    torchrun starts a process for each device of each node and says in the environment which is which: `rank`
-    counts over all nodes, `local_rank` within one. Without a launcher the world is this process alone.
+    torchrun starts a process per device on each node and tells it, in the environment, its `rank` among all
+    processes and its `local_rank` on the node. Without a launcher the world is this process alone.
     """
 
     rank: int
@@ -38,26 +38,25 @@ class World:
     size: int
     local_size: int
     device: torch.device
-    # Two groups for Python objects, on the CPU. A process may wait long for another's download, but not for
-    # one that trains.
+    # Two CPU groups for Python objects: one with the step timeout, one for slow tasks such as downloads.
     control: dist.ProcessGroup | None
     patient: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this process writes files and logs for all."""
         return self.rank == 0
 
     @property
     def device_name(self) -> str:
-        """What a person calls the device."""
+        """A human-readable name of the device."""
         cuda = self.device.type == "cuda"
         return (
             torch.cuda.get_device_name(self.device) if cuda else f"{self.device.type} ({platform.machine()})"
         )
 
     def gather(self, value: Result, *, patiently: bool = False) -> list[Result]:
-        """Every process's `value` (any small object), by rank, on every process."""
+        """All-gather: every process's `value` (any small object), by rank."""
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -65,7 +64,7 @@ class World:
         return values
 
     def agree(self, task: Callable[[], Result], *, on: bool = True) -> Result | None:
-        """Run `task`, however long, where `on` holds, while the others wait; return what it returned here.
+        """Run `task` on the processes where `on` is true while the others wait; return its result there.
 
         If it raises InputError or RunError on one process, all processes raise that error.
         """
@@ -81,7 +80,7 @@ class World:
         return result
 
     def from_first(self, value: Result) -> Result:
-        """The first process's `value` on every process."""
+        """Broadcast the first process's `value`."""
         if self.control is None:
             return value
         holder = [value]
@@ -89,7 +88,7 @@ class World:
         return holder[0]
 
     def tensors_from_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The first process's CPU tensors by name on every process; only its disk has to hold them."""
+        """Broadcast the first process's CPU tensors by name; the others need no copy on disk."""
         if self.control is None:
             return tensors
         for name, shape, dtype in self.from_first([(n, t.shape, t.dtype) for n, t in tensors.items()]):
@@ -99,7 +98,7 @@ class World:
         return tensors
 
     def any(self, flag: object) -> bool:
-        """Whether `flag` holds on one of the processes. Asks the hosts alone, not their devices."""
+        """Whether `flag` is true on any process. Communicates on the CPU; the device goes on working."""
         if self.control is None:
             return bool(flag)
         flags = torch.tensor(bool(flag), dtype=torch.int32)
@@ -107,13 +106,13 @@ class World:
         return flags.item() > 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Add up a device tensor over all processes, in place. Waits for nothing on a GPU."""
+        """All-reduce: sum a device tensor over all processes, in place. No host synchronization on a GPU."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def share(self, shares: list[list[Tensor]]) -> None:
-        """Send the tensors of `shares[rank]`, all of one type, from each process to all others, in place."""
+        """Broadcast the tensors of `shares[rank]`, all of one dtype, from each process, in place."""
         if self.size == 1:
             return
         flat = [torch.cat([tensor.flatten() for tensor in share]) if share else None for share in shares]
@@ -131,9 +130,9 @@ class World:
 
 
 def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
-    """Find this process's device and join the others; they wait `timeout` for one another within a step.
+    """Choose this process's device and join the process group; collectives time out after `timeout`.
 
-    Raises InputError if there are too few devices.
+    Raises InputError if the node has fewer devices than processes.
     """
     rank, local_rank, size, local_size = (
         int(os.environ.get(name, default))
@@ -142,7 +141,7 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         device = torch.device("cpu")
-        if local_size > 1:  # torchrun sets one thread per process, however many cores there are
+        if local_size > 1:  # torchrun sets one thread per process, regardless of the cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     else:
         count = torch.accelerator.device_count()
@@ -168,14 +167,14 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
 
 
 def store_of_these_processes(rank: int, size: int) -> dist.Store:
-    """The store through which processes find one another, with a part of its own for exactly these.
+    """The rendezvous store, with a key prefix that only this generation of processes uses.
 
-    When torchrun starts processes again, its store still holds the addresses of those that died, and new
-    processes would wait for them in vain (pytorch issues 135712 and 167288). So each one puts down a number
-    of its own, the first one reads out all numbers until everybody has found the own one among them, and
-    what they then share stands behind this list. Raises RunError if they are not all there in START_SECONDS.
+    When torchrun restarts processes, its store still has the addresses of the dead ones, and new processes
+    would wait for them forever (pytorch issues 135712 and 167288). So each process publishes a random id, the
+    first one publishes the list of all ids until every process has seen its own in it, and a hash of that
+    list becomes the prefix. Raises RunError if not all processes are there within START_SECONDS.
     """
-    late = f"process {rank} of {size} has waited {START_SECONDS:.0f} s for the others to start"
+    late = f"process {rank} of {size} waited {START_SECONDS:.0f} s for the others to start"
     deadline, mine = time.monotonic() + START_SECONDS, uuid.uuid4().hex
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
@@ -197,29 +196,29 @@ def store_of_these_processes(rank: int, size: int) -> dist.Store:
 
 @contextmanager
 def lost_processes_explained() -> Iterator[None]:
-    """Turn the errors of a group in which a process has died or hung into a RunError."""
+    """Turn the errors of collectives in which a process has died or hung into a RunError."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise RunError(
-                "another of the processes that train together has died or stands still; start again with "
+                "another training process died or hung; start again with "
                 "--resume, or have torchrun do so with --max-restarts=3"
             ) from error
         raise
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGINT asked this process to stop; a second request ends it at once.
+    """Remembers that SIGTERM or SIGINT asked this process to stop; a second signal exits at once.
 
-    torchrun passes on a signal that the terminal has sent already: repeats within REPEAT_SECONDS count as
-    one. A thread of its own takes the signals, for Python's handlers wait as long as the main thread does,
-    which may wait for a process that is gone.
+    torchrun forwards signals that the terminal has already sent, so repeats within REPEAT_SECONDS count as
+    one. A separate thread receives the signals: Python's own handlers run in the main thread, which may be
+    blocked in a collective with a process that is gone.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        # With its launcher dead a process cannot be stopped or restarted any more: it stops by itself.
+        # Without its launcher nothing can stop or restart this process, so it stops by itself.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""A data set's files: fetched from the Hub where they are missing, and known by their SHA-256."""
+"""A data set's files: downloaded from the Hub if missing, and identified by their SHA-256."""
 
 import contextlib
 import json
@@ -14,11 +14,11 @@ from basemodel.files import fingerprint, replace_text
 from basemodel.hub import download_file, reason
 from basemodel.json_config import read_json_object
 
-FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: what its files were found to be
+FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files
 
 
 def dataset_folder(datasets_dir: Path, dataset: str) -> Path:
-    """Where the data set OWNER/NAME is kept. Raises InputError for any other form of name, or a link away."""
+    """The folder of data set OWNER/NAME. Raises InputError for any other name, or a link that leads out."""
     require_dataset_id(dataset)
     folder = datasets_dir.joinpath(*dataset.split("/"))
     require_inside(datasets_dir, folder)
@@ -26,10 +26,10 @@ def dataset_folder(datasets_dir: Path, dataset: str) -> Path:
 
 
 def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits: Iterable[str]) -> Path:
-    """Make sure that the token files of `splits` are in the data set's folder, and return it.
+    """Download the token files of `splits` that are missing; return the data set's folder.
 
-    The Hub is asked only for what is missing, by name and at one commit; a download that was cut off goes on
-    where it stopped. Raises InputError, naming the data set, where that fails.
+    All files come from one commit, and an interrupted download resumes where it stopped. Raises InputError,
+    naming the data set, if that fails.
     """
     folder = dataset_folder(datasets_dir, dataset)
     if datasets_dir.is_file():
@@ -41,7 +41,7 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     for commit in filter(None, commits):
         if revision is not None and len(revision) >= 40 and revision != commit:
             raise InputError(
-                f"{folder}: is of commit {commit}, dataset_revision asks for {revision}; move it away"
+                f"{folder}: is at commit {commit}, but dataset_revision asks for {revision}; move it away"
             )
     if missing:
         _download(folder, dataset, revision or next(filter(None, commits), None), missing)
@@ -49,8 +49,8 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
 
 
 def _download(folder: Path, dataset: str, revision: str | None, names: list[str]) -> None:
-    """Fetch files, and meta.json if there is one, all as they were at one commit, which is recorded."""
-    # Here, because most runs find their files, and start sooner without.
+    """Download files, and meta.json if there is one, from one commit, which is recorded."""
+    # Imported here: most runs have their files and start faster without it.
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -68,16 +68,16 @@ def _download(folder: Path, dataset: str, revision: str | None, names: list[str]
             if name == "meta.json" and isinstance(error, EntryNotFoundError):
                 continue  # older data sets have none
             raise InputError(
-                f"{folder / name} is not there, and the Hub did not give it ({reason(error)}); check the "
+                f"{folder / name} is missing, and the Hub did not provide it ({reason(error)}); check the "
                 f"data set's name '{dataset}' and the network, or prepare it with prepare_datasets.py"
             ) from None
 
 
 def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The size and SHA-256 of files of a data set, and the commit ("revision") that they were fetched at.
+    """The size and SHA-256 of a data set's files, and the commit ("revision") they were downloaded from.
 
-    They are kept in the folder, and a file is read again only when its size or time of change is another.
-    Raises InputError if one is not what the data set's meta.json says.
+    They are cached in the folder; a file is hashed again only if its size or modification time changed.
+    Raises InputError if a hash differs from the one in the data set's meta.json.
     """
     meta = read_json_object(folder / "meta.json") if (folder / "meta.json").exists() else {}
     promised = meta.get("sha256") if isinstance(meta.get("sha256"), dict) else {}
@@ -98,7 +98,7 @@ def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str,
 
 
 def same_on_all_nodes(nodes: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """What `fingerprint_files` found on each node, if it is the same. Raises InputError where it is not."""
+    """The fingerprints of one node if those of all nodes agree. Raises InputError if they differ."""
     for name in nodes[0]:
         hashes = {node[name]["sha256"] for node in nodes}
         if len(hashes) != 1:
@@ -107,7 +107,7 @@ def same_on_all_nodes(nodes: list[dict[str, dict[str, Any]]]) -> dict[str, dict[
 
 
 def _keep_fingerprints(folder: Path, known: dict[str, dict[str, Any]]) -> None:
-    # A folder that cannot be written to is read again by the next run.
+    # In a read-only folder the next run hashes the files again.
     with contextlib.suppress(OSError):
         replace_text(folder / FINGERPRINTS, json.dumps(known, indent=1))
 

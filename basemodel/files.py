@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and on the disk when they are said to be."""
+"""Files that are hashed, fsynced and replaced atomically."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file's or a folder's contents to the disk now."""
+    """fsync a file or a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -22,7 +22,7 @@ def sync(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Write a file in one step: a reader finds the old text or the new; `durable`: after a power cut too."""
+    """Replace a file atomically: readers see the old text or the new; `durable`: after a power cut too."""
     temporary = path.with_name(path.name + ".incomplete")
     temporary.write_text(text, encoding="utf-8")
     if durable:

@@ -44,11 +44,11 @@ def read_json_object(path: Path) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         for key in keys:
             if keys.count(key) > 1:
-                raise InputError(f"{path}: the key '{key}' is there twice; keep one")
+                raise InputError(f"{path}: the key '{key}' appears twice; keep one")
         return dict(pairs)
 
     def refuse_constant(name: str) -> NoReturn:
-        raise InputError(f"{path}: {name} is no JSON number")
+        raise InputError(f"{path}: {name} is not a JSON number")
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
             raise
         raise InputError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold a JSON object, {{...}}")
+        raise InputError(f"{path}: must contain a JSON object, {{...}}")
     return values
 
 

@@ -1,11 +1,11 @@
-"""The training loss: the model's head and its cross-entropy in chunks, so that logits are never held whole.
+"""The training loss: the head and its cross-entropy in chunks, so that all logits never exist at once.
 
-Of GPT-2 small the logits of one sequence take 200 MB in float32, and as much again for their gradient: more
-than all activations of the twelve blocks. They are needed for an instant only, because the gradient of the
-mean cross-entropy with respect to the logits, (softmax - one-hot) / N, follows from the logits alone. So the
-forward pass makes a chunk of logits, takes from it the loss and the gradients of features and head weights,
-and forgets it; the backward pass only scales what is there. (The idea is that of Cut Cross-Entropy, Wijmans
-et al. 2024, and of Liger Kernel, Hsu et al. 2024, in plain PyTorch.)
+The logits of one GPT-2 small sequence take 200 MB in float32, and their gradient as much again: more than all
+activations of the twelve blocks. They are needed only briefly, because the gradient of the mean cross-entropy
+with respect to the logits, (softmax - one-hot) / N, follows from the logits alone. So the forward pass
+computes a chunk of logits, derives the loss and the gradients of features and head weights from it, and drops
+it; the backward pass only scales those gradients. (The idea is that of Cut Cross-Entropy, Wijmans et al. 2024,
+and of Liger Kernel, Hsu et al. 2024, in plain PyTorch.)
 """
 
 import functools
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from basemodel.attention import within_documents
 from gpt import GPTModel
 
-IGNORED = -100  # targets of this value count for nothing, as in F.cross_entropy
+IGNORED = -100  # targets of this value are ignored, as in F.cross_entropy
 
 
-# Logits held at once, in elements. On accelerators more: adding up the weight's gradient, once per chunk,
-# must stay small beside the matrix products.
+# Logits per chunk, in elements. More on accelerators, where accumulating the weight's gradient, once per
+# chunk, must stay cheap relative to the matrix products.
 CHUNK_LOGITS = {"cpu": 1 << 24}
 
 
@@ -40,7 +40,7 @@ def document_features(model: GPTModel, tokens: Tensor) -> Tensor:
 
 
 class NextTokenLoss(nn.Module):
-    """The model with its loss, the unit that exchanges gradients."""
+    """The model with its loss: the module that DDP wraps."""
 
     def __init__(self, model: GPTModel, *, document_masking: bool = False) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class NextTokenLoss(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the compiled halves are in use."""
+        """Whether the compiled graphs are in use."""
         return self._chunk is not chunk_loss_and_gradients
 
     def uncompile(self) -> None:
@@ -92,10 +92,10 @@ def chunked_cross_entropy(
     if torch.is_autocast_enabled(features.device.type):
         dtype = torch.get_autocast_dtype(features.device.type)
         if dtype == torch.float16:
-            # Its loss scale would come too late for gradients that are made in the forward pass.
+            # The loss scale would come too late for gradients computed in the forward pass.
             return F.cross_entropy(F.linear(features, weight).float(), targets, ignore_index=IGNORED)
         features = features.to(dtype)
-    if chunk_tokens is None:  # chunks of one size, for compiled code is made for one
+    if chunk_tokens is None:  # equal chunks, because compiled code is specialized for a size
         most = CHUNK_LOGITS.get(features.device.type, DEFAULT_CHUNK_LOGITS)
         chunks = math.ceil(len(features) * len(weight) / most)
         chunk_tokens = math.ceil(len(features) / chunks)
@@ -109,7 +109,7 @@ def chunk_loss_and_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of a chunk of features (n, C), and its gradient with respect to the logits, (n, V).
 
-    `weight` may have rows beyond vocab_size, padding that no token stands for.
+    Rows of `weight` beyond vocab_size are padding.
     """
     logits = features @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -119,7 +119,7 @@ def chunk_loss_and_gradients(
     rows = targets.where(counts, 0)[:, None]
     log_probabilities = F.log_softmax(logits, dim=-1)
     of_targets = log_probabilities.gather(1, rows)
-    # The gradient is the softmax, less one at the target, where that is taken off before rounding.
+    # The gradient is the softmax minus one at the target, subtracted before rounding.
     gradient = log_probabilities.exp_().to(features.dtype)
     gradient.scatter_(1, rows, of_targets.exp().sub(1).to(features.dtype))
     gradient *= counts[:, None]
@@ -141,7 +141,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants_gradients: bool,
     ) -> Tensor:
         vocab_size = weight.shape[0]
-        # GPUs multiply by whole tiles: there the copy for the products is padded to a multiple of 64 rows.
+        # GPUs multiply in tiles, so there the copy for the products is padded to a multiple of 64 rows.
         padding = -vocab_size % 64 if features.is_cuda else 0
         padded = F.pad(weight.to(features.dtype), (0, 0, 0, padding))
         loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Memory, of the device and of the host: how much is used, what is given back, and when it has run out."""
+"""Memory of the device and the host: how much is used, how it is freed, and how running out shows."""
 
 import ctypes
 import os
@@ -14,11 +14,10 @@ from basemodel.errors import RunError
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large blocks that are freed, for the next step to use, in place of returning them to
-    the system.
+    """Tell glibc to keep large freed blocks for the next step instead of returning them to the system.
 
-    On a CPU, a step that gets its gigabytes anew pays for as many page faults: keeping them nearly doubles
-    its speed. What compilation has left behind is returned first. Elsewhere than under glibc nothing happens.
+    A CPU step that allocates its gigabytes anew pays for the page faults; keeping the blocks nearly doubles
+    its speed. Memory left over from compilation is returned first. Does nothing without glibc.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
@@ -28,7 +27,7 @@ def keep_freed_memory() -> None:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """The most memory that this process has held since `release_memory`, in GiB."""
+    """Peak memory of this process since `release_memory`, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -36,7 +35,7 @@ def memory_in_use(device: torch.device) -> float:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give what is free back to the device or the system and, where possible, count use anew."""
+    """Return free memory to the device or the system and, where possible, reset the peak."""
     if device.type == "cpu":
         keep_freed_memory()
     else:
@@ -46,8 +45,10 @@ def release_memory(device: torch.device) -> None:
 
 
 def limit_host_memory(processes: int) -> None:
-    """Let this process take its share of the memory that is free now, and no more: without a limit a CPU
-    machine does not refuse memory, it kills the process that asked for too much."""
+    """Limit this process to its share of the memory that is free now.
+
+    Without a limit Linux does not refuse an allocation, it kills the process that made it.
+    """
 
     def kilobytes(path: str, key: str) -> int | None:
         lines = Path(path).read_text().splitlines() if Path(path).exists() else []
@@ -67,7 +68,7 @@ def limit_host_memory(processes: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a device or on the CPU."""
+    """Whether an exception means out of memory, on a device or on the CPU."""
     on_cpu = isinstance(error, RuntimeError) and any(
         words in str(error)
         for words in ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
@@ -77,7 +78,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_errors_explained(hint: str) -> Iterator[None]:
-    """Turn errors that say that memory ran out into a RunError that says what to do."""
+    """Turn out-of-memory errors into a RunError that says what to do."""
     try:
         yield
     except Exception as error:

@@ -23,7 +23,7 @@ def largest_that_fits(try_size: Callable[[int], str | None], world: World, stop:
         if world.is_first:
             tqdm.write(f"microbatch {size}: " + (f"fits, {taken}" if fits else "too large"))
         if world.any(stop):
-            raise RunError(f"stopped by a signal; the largest microbatch that fitted so far is {fitting}")
+            raise RunError(f"stopped by a signal; the largest microbatch that fit so far is {fitting}")
     if fitting == 0:
         raise RunError(
             "not even a microbatch of 1 fits; a smaller model, context_length or number of processes would"

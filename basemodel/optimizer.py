@@ -1,4 +1,4 @@
-"""The optimiser, the learning rate of each step, and the decision to leave a step out."""
+"""The optimizer, its learning rate at each step, and skipping non-finite steps."""
 
 import math
 from typing import Any, Protocol
@@ -11,13 +11,13 @@ from gpt import GPTModel
 
 
 class Peers(Protocol):
-    """The processes among which Muon shares out its matrices, and which of them this one is."""
+    """The processes that share Muon's work, and this process's rank among them."""
 
     rank: int
     size: int
 
     def share(self, shares: list[list[Tensor]]) -> None:
-        """Send the tensors of `shares[rank]` from each process to all others, in place."""
+        """Broadcast the tensors of `shares[rank]` from each process to the others, in place."""
 
 
 def make_optimizer(
@@ -25,7 +25,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest.
 
-    Weight decay is on everything, or only on matrices that are not embeddings.
+    Weight decay applies to everything, or only to matrices that are not embeddings.
     """
     hidden = [p for p in model.trf_blocks.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
     apart = {id(parameter) for parameter in hidden}
@@ -59,11 +59,11 @@ def make_optimizer(
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, which moves a matrix by its momentum made orthogonal (Jordan et al. 2024), in less time.
+    """torch's Muon, faster: it updates a matrix by its orthogonalized momentum (Jordan et al. 2024).
 
-    That takes fifteen small matrix products a matrix. Here matrices of one shape are multiplied at a time, in
-    `dtype`, and processes share out the matrices: each moves some and sends them to the others. All keep the
-    momentum of all, so that any of them can save it.
+    Orthogonalizing takes fifteen small matrix products per matrix. Here matrices of one shape are multiplied
+    as a batch, in `dtype`, and each process updates a share of the matrices and broadcasts them. All
+    processes keep the momentum of all matrices, so that the first one can save it.
     """
 
     def __init__(self, group: dict[str, Any], *, peers: Peers, dtype: torch.dtype, **options: float) -> None:
@@ -74,7 +74,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update all matrices from gradients that are the same on all processes."""
+        """Update all matrices from gradients that are already averaged over the processes."""
         (group,) = self.param_groups
         for matrix in group["params"]:
             state = self.state[matrix]
@@ -86,13 +86,13 @@ class Muon(torch.optim.Muon):
             of_one_size.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
         for alike in of_one_size.values():
             for matrix, update in zip(alike, self._updates(alike, group), strict=True):
-                # Larger steps for more rows than columns: torch's "original" adjustment.
+                # Larger steps for tall matrices: torch's "original" adjustment.
                 rate = group["lr"] * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
                 matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
         self.peers.share(self.shares)
 
     def _updates(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> list[Tensor]:
-        """For matrices (M, N) or (N, M), M <= N, their momentum, a step ahead (Nesterov), made orthogonal."""
+        """The orthogonalized Nesterov momentum of matrices (M, N) or (N, M), M <= N."""
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         ahead = [p.grad.lerp(m, group["momentum"]) for p, m in zip(matrices, momenta, strict=True)]
         batch = torch.stack([x if x.shape[0] <= x.shape[1] else x.mT for x in ahead]).to(self.dtype)
@@ -101,10 +101,9 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Bring the singular values of matrices (count, M, N), M <= N, near to one, by Newton and Schulz's
-    iteration with the coefficients of torch.optim.Muon."""
+    """Bring the singular values of matrices (count, M, N), M <= N, close to one, by Newton-Schulz steps."""
     a, b, c = coefficients
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of one at most
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most one
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -112,7 +111,7 @@ def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: i
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon and AdamW, each for its own parameters, as one optimiser with one state."""
+    """Muon and AdamW, each for its own parameters, as one optimizer with one state."""
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         super().__init__([*muon.param_groups, *adamw.param_groups], defaults={})
@@ -120,7 +119,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def step(self, closure: None = None) -> None:
         """Update all parameters."""
-        # Loading a checkpoint has put other groups and another state in the place of those that were shared.
+        # Loading a checkpoint replaces the groups and the state that the two share with this one.
         self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
         self._muon.state = self._adamw.state = self.state
         self._muon.step()
@@ -128,7 +127,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def share_out(items: list[nn.Parameter], costs: list[int], shares: int) -> list[list[nn.Parameter]]:
-    """Divide items into `shares` lists of about the same cost: the dearest first, to the least loaded."""
+    """Divide items into `shares` lists of similar cost: the most expensive first, to the least loaded."""
     lists: list[list[nn.Parameter]] = [[] for _ in range(shares)]
     loads = [0] * shares
     for index in sorted(range(len(items)), key=lambda index: -costs[index]):
@@ -139,16 +138,16 @@ def share_out(items: list[nn.Parameter], costs: list[int], shares: int) -> list[
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give AdamW's parameters the learning rate `rate`, Muon's as large a part of their own peak."""
+    """Set AdamW's learning rate to `rate`, and Muon's to the same fraction of its own peak."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["relative_rate"]
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have an optimiser make its state now, by a step that changes nothing, and not in the midst of training.
+    """Create an optimizer's state now, by a step that changes nothing, instead of in the first training step.
 
-    So memory that stays does not lie scattered among what each step takes and frees, and too little shows at
-    once.
+    So the state does not fragment the memory that each step allocates and frees, and too little memory shows
+    at once.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -160,17 +159,17 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     for state in optimizer.state.values():
-        if "step" in state:  # the count of updates, which has to begin at none
+        if "step" in state:  # the number of updates, which must start at zero
             state["step"].zero_()
 
 
 def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
     """The learning rate of step `step` (from 0) of `steps`.
 
-    "constant" is one rate. The others begin with a linear warm-up that reaches the peak with the last of the
-    first warmup_period_percent of the steps. Then "cosine" is half a cosine, down to a tenth at the last
-    step; "wsd" stays at the peak and, over the last decay_period_percent of the steps, falls in a line that
-    reaches zero one step behind the last (Hägele et al. 2024).
+    "constant" never changes. The others start with a linear warm-up over warmup_period_percent of the steps,
+    whose last step has the peak rate. Then "cosine" falls along half a cosine to a tenth of the peak at the
+    last step; "wsd" stays at the peak and, over the last decay_period_percent of the steps, falls linearly,
+    reaching zero one step after the last (Hägele et al. 2024).
     """
     peak = config.learning_rate
     if config.schedule == "constant":
@@ -186,15 +185,15 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def step_if(finite: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Step the optimiser, or leave everything as it is where the gradients are not finite.
+    """Step the optimizer, or skip the step if the gradients are not finite.
 
-    A fused optimiser decides on the device; with any other the host waits for it.
+    A fused optimizer decides on the device; any other synchronizes the host.
     """
-    if scaler.is_enabled():  # it has looked at the gradients itself, and lowers its scale
+    if scaler.is_enabled():  # it has checked the gradients itself, and lowers its scale
         scaler.step(optimizer)
         scaler.update()
     elif optimizer.defaults.get("fused"):
-        optimizer.found_inf = 1 - finite.float()  # as a scaler would set it
+        optimizer.found_inf = 1 - finite.float()  # as GradScaler sets it
         optimizer.step()
     elif finite.item():
         optimizer.step()

@@ -1,4 +1,4 @@
-"""What a run would do, in numbers that follow from its configs (`--plan`)."""
+"""What a run would do and what it would cost (`--plan`)."""
 
 import dataclasses
 import shutil
@@ -15,7 +15,7 @@ from gpt import GPTModel
 
 
 def print_plan(run: Run, world: World) -> None:
-    """Say what a run does on these processes; its data None: not here yet."""
+    """Print what a run does on these processes; `run.data` None: not downloaded yet."""
     config, plan, data = run.config, run.plan, run.data
     with torch.device("meta"):
         model = GPTModel(run.model_config)
@@ -38,7 +38,7 @@ def print_plan(run: Run, world: World) -> None:
         "Hardware": f"{world.size} x {world.device_name}, precision {precision}",
         "Global batch": f"{plan.global_batch:,} sequences, {plan.tokens_per_step:,} tokens = {split}",
         "Steps": f"{plan.steps:,}, {tokens:,} tokens" if plan.steps else "not known before the data are here",
-        "Optimiser": optimizer_in_words(dataclasses.asdict(config)),
+        "Optimizer": optimizer_in_words(dataclasses.asdict(config)),
         "FLOPs": f"{tokens * model.flops_per_token():.2e}, {model.flops_per_token():,} per token",
         "Disk": f"{kept} checkpoints, {kept * size / 1e9:.2f} GB; {free / 1e9:.1f} GB are free",
         "ETA": "not known before a first run here",

@@ -1,4 +1,4 @@
-"""What a run writes while it trains: progress bar, metrics.jsonl, status.json and the chart."""
+"""What a run logs while it trains: progress bar, metrics.jsonl, status.json and the chart."""
 
 import json
 import math
@@ -24,14 +24,14 @@ class Reporter:
     def __init__(self, run: Run, step: int, seconds: float, *, enabled: bool) -> None:
         """`run` goes on after `step` steps and `seconds` of training; only an `enabled` process reports."""
         self.run, self.plan, self.enabled = run, run.plan, enabled
-        self.step_seconds: float | None = None  # smoothed over `_timed` steps
+        self.step_seconds: float | None = None  # moving average over `_timed` steps
         self._timed = 0
         self.loss: float | None = None
         self.started = time.monotonic() - seconds
-        self.checkpoint: str | None = None  # the last that is on the disk
+        self.checkpoint: str | None = None  # the last one on disk
         self._begun_at = step
         self._last_status = self._last_line = self._last_chart = self._chart_seconds = 0.0
-        self._line: dict[str, float] = {}  # of metrics.jsonl, not written yet
+        self._line: dict[str, float] = {}  # the pending line of metrics.jsonl
         if enabled:
             self._metrics = _cut_back_metrics(run.metrics, step)
             shown = sys.stderr.isatty()
@@ -40,11 +40,11 @@ class Reporter:
             )
 
     def seconds(self) -> float:
-        """Of training so far, including what the run did before it was resumed."""
+        """Seconds of training so far, including those before the run was resumed."""
         return time.monotonic() - self.started
 
     def cost(self) -> float | None:
-        """US dollars so far, where the config has a price."""
+        """US dollars so far, if the config has a price."""
         price = self.run.config.usd_per_hour
         return None if price is None else price * self.seconds() / 3600
 
@@ -55,7 +55,7 @@ class Reporter:
             sys.stdout.flush()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Add `values` to the line of metrics.jsonl for `step`; it is written when another step's begins."""
+        """Add `values` to the line of metrics.jsonl for `step`, written once the next step begins."""
         if not self.enabled:
             return
         if self._line.get("step") != step:
@@ -64,7 +64,7 @@ class Reporter:
         self._line |= values | {"seconds": round(self.seconds(), 3)}
 
     def flush(self) -> None:
-        """Write what has been logged to the disk's file. Raises RunError if the disk does not take it."""
+        """Write the pending line. Raises RunError if that fails, for example on a full disk."""
         if self.enabled and self._line:
             finite = {
                 key: None if value is None or not math.isfinite(value) else value
@@ -83,11 +83,11 @@ class Reporter:
                 raise RunError(f"{path} could not be written: {error}; make room, then --resume") from error
 
     def step(self, step: int, values: dict[str, float], *, step_seconds: float) -> None:
-        """Log a finished training step (`values` hold at least train_loss) and show where the run stands."""
+        """Log a finished training step (`values` has at least train_loss) and show the progress."""
         if not self.enabled:
             return
         self._timed += 1
-        weight = max(0.05, 1 / self._timed)  # first a mean of all, for the first step is a slow one
+        weight = max(0.05, 1 / self._timed)  # at first a plain mean, because the first step is slow
         self.step_seconds = (1 - weight) * (self.step_seconds or 0.0) + weight * step_seconds
         speed = self.plan.tokens_per_step / max(step_seconds, 1e-9)
         self.loss = values["train_loss"] if math.isfinite(values["train_loss"]) else None
@@ -108,15 +108,15 @@ class Reporter:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Over the last steps, without validation and checkpoints."""
+        """Average over the last steps, without validation and checkpoints."""
         return self.plan.tokens_per_step / self.step_seconds if self.step_seconds else None
 
     def _eta(self, step: int) -> float:
-        """Seconds that the steps after `step` will take; 0 as long as nothing is known."""
+        """Seconds until the last step, from the average so far."""
         return (self.plan.steps - step) * (self.step_seconds or 0.0)
 
     def status(self, status: str, step: int, **more: Any) -> None:
-        """Replace status.json; one that cannot be written is no reason to stop training."""
+        """Replace status.json; a failure to write it is only a warning."""
         if not self.enabled:
             return
         values = {
@@ -171,7 +171,7 @@ class Reporter:
             self.say(f"Final {name} loss: " + ("not measured" if loss is None else f"{loss:.3f}"))
 
     def close(self, status: str, step: int, **more: Any) -> None:
-        """Write the last status and put bar and files away."""
+        """Write the last status and close the bar and the files."""
         self.flush()
         self.status(status, step, **more)
         if self.enabled:
@@ -180,7 +180,7 @@ class Reporter:
 
 
 def _cut_back_metrics(path: Path, step: int) -> BinaryIO:
-    """Open metrics.jsonl for appending after `step`, one line per step, without what will be done again."""
+    """Open metrics.jsonl for appending after `step`; lines of later steps, to be repeated, are dropped."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     replace_text(path, "".join(json.dumps(line) + "\n" for line in kept), durable=True)
     return path.open("ab", buffering=0)

@@ -37,7 +37,7 @@ def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[
     ]
     if changed and allow is None:
         raise InputError(
-            f"{name} is of another run: {'; '.join(changed)}; set that back, start afresh, or go on all the "
+            f"{name} is of another run: {'; '.join(changed)}; undo that, start afresh, or go on all the "
             "same with --allow-config-change"
         )
     if changed:

@@ -1,4 +1,4 @@
-"""The state of random number generators, as text for meta.json."""
+"""The state of the random number generators, as text for meta.json."""
 
 import base64
 
@@ -14,7 +14,7 @@ def rng_state(device: torch.device) -> dict[str, str]:
 
 
 def set_rng_state(states: dict[str, str], device: torch.device) -> None:
-    """Undo `rng_state`; on another kind of device the data stay exact, dropout masks do not."""
+    """Restore what `rng_state` returned. On another type of device, dropout masks will differ."""
     for name, text in states.items():
         state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
         if name == "cpu":

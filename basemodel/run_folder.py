@@ -1,4 +1,4 @@
-"""A run's folder: one training at a time, and nothing of an earlier one lost."""
+"""A run's folder: reading its logs, locking it, and setting earlier results aside."""
 
 import fcntl
 import json
@@ -11,7 +11,7 @@ from basemodel.errors import InputError
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """What status.json says; nothing where there is none."""
+    """The contents of status.json; empty if it is missing or damaged."""
     try:
         return dict(json.loads((run_dir / "status.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -19,8 +19,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, two of one step as one, without any that a crash has cut off or someone
-    has spoilt."""
+    """The lines of a metrics.jsonl, merged by step, without truncated and damaged ones."""
     lines: dict[int, dict[str, Any]] = {}
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
@@ -33,7 +32,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def lock_run(run_dir: Path) -> bool:
-    """Keep other trainings out of a run's folder while this process lives; False where files know no locks.
+    """Lock a run's folder for the life of this process; False if the file system has no locks.
 
     Raises InputError if the folder is locked or cannot be written to.
     """
@@ -52,7 +51,7 @@ def lock_run(run_dir: Path) -> bool:
 
 
 def set_earlier_results_aside(directory: Path) -> Path | None:
-    """Move what an earlier run of this name wrote into a folder of its own; None if nothing was."""
+    """Move the results of an earlier run into a new subfolder and return it; None if there are none."""
     names = ("checkpoints", "metrics.jsonl", "status.json", "training-run-chart.png")
     found = [directory / name for name in names if (directory / name).exists()]
     if not found:

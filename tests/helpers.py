@@ -355,7 +355,7 @@ class Sandbox:
         return json.loads((self.checkpoints(run)[index] / "meta.json").read_text())
 
     def final_tensors(self, run: str = "tiny") -> dict[str, Any]:
-        """Weights and optimiser state of the last checkpoint."""
+        """Weights and optimizer state of the last checkpoint."""
         last = self.checkpoints(run)[-1]
         return {**load_file(last / "model.safetensors"), **load_file(last / "optimizer.safetensors")}
 

@@ -62,24 +62,24 @@ CONFIGS = {
     "schedules at odds": (
         {},
         {"schedule_learning_rate": True, "lr_schedule": "wsd"},
-        'lr_schedule "wsd" is at odds with "schedule_learning_rate": true, which means "cosine"; drop one',
+        'lr_schedule "wsd" contradicts "schedule_learning_rate": true, which means "cosine"; drop one',
     ),
     "schedule too long": (
         {},
         {"lr_schedule": "wsd", "warmup_period_percent": 50},
-        "warmup_period_percent 50 and decay_period_percent 60 make more than 100",
+        "warmup_period_percent 50 and decay_period_percent 60 add up to more than 100",
     ),
     "no warm-up": ({}, {"lr_schedule": "constant", "warmup_period_percent": 5}, 'constant" has no warm-up'),
     "Muon's rate": ({}, {"muon_learning_rate": 0}, "muon_learning_rate must be more than 0, not 0"),
     "Muon's rate without it": (
         {},
         {"muon_learning_rate": 0.03},
-        'muon_learning_rate does nothing without "optimizer": "muon"',
+        'muon_learning_rate has no effect without "optimizer": "muon"',
     ),
     "decay of no wsd": (
         {},
         {"schedule_learning_rate": True, "decay_period_percent": 20},
-        'decay_period_percent does nothing without "lr_schedule": "wsd"',
+        'decay_period_percent has no effect without "lr_schedule": "wsd"',
     ),
     "documents without an end": (
         {},
@@ -91,7 +91,7 @@ CONFIGS = {
     "indivisible": (
         {},
         {"global_batch_size": 9},
-        "global_batch_size 9 is no multiple of microbatch_size 2 x 1 processes; microbatch_size 1 or 3 or "
+        "global_batch_size 9 is not a multiple of microbatch_size 2 x 1 processes; microbatch_size 1 or 3 or "
         "9, or "
         "global_batch_size 8 or 10 would work",
     ),
@@ -113,12 +113,12 @@ CONFIGS = {
     "start too late": (
         {},
         {"start_train_token": 3990},
-        "too short: 4000 tokens do not make one sequence of 16",
+        "too short: 4000 tokens do not fill one sequence of 16",
     ),
     "validation too short": (
         {},
         {**VALIDATE, "validation_batches": 99},
-        "make 62 validation batches of 2 x 16",
+        "fill 62 validation batches of 2 x 16",
     ),
 }
 
@@ -134,9 +134,9 @@ def test_config(sandbox: Sandbox, case: str) -> None:
     ("text", "message"),
     [
         ("{", "not valid JSON"),
-        ("[1]", "must hold a JSON object"),
-        ('{"epochs": 1, "epochs": 2}', "the key 'epochs' is there twice"),
-        ('{"learning_rate": NaN}', "NaN is no JSON number"),
+        ("[1]", "must contain a JSON object"),
+        ('{"epochs": 1, "epochs": 2}', "the key 'epochs' appears twice"),
+        ('{"learning_rate": NaN}', "NaN is not a JSON number"),
     ],
 )
 def test_malformed_json(tmp_path: Path, text: str, message: str) -> None:
@@ -179,8 +179,8 @@ TOKEN_FILES = {
         {"tokens": TOKENS.reshape(2, -1)},
         "'tokens' must have one dimension, not shape [2, 2000]",
     ),
-    "wrong name": ({"input_ids": TOKENS}, "must hold one tensor named 'tokens', not ['input_ids']"),
-    "too short": ({"tokens": TOKENS[:16]}, "too short: 16 tokens do not make one sequence of 16"),
+    "wrong name": ({"input_ids": TOKENS}, "must contain one tensor named 'tokens', not ['input_ids']"),
+    "too short": ({"tokens": TOKENS[:16]}, "too short: 16 tokens do not fill one sequence of 16"),
     "outside the vocabulary": (
         {"tokens": WRONG_TOKEN},
         "token 64 at index 700 is outside the model's vocabulary of 64",
@@ -244,7 +244,7 @@ def test_checkpoint_of_another_batch(sandbox: Sandbox) -> None:
 
 def test_checkpoint_that_is_not_there(sandbox: Sandbox) -> None:
     sandbox.write_run(train={"checkpoint_interval": 4})
-    assert "holds no good checkpoint; start without 'latest'" in refused(*sandbox.command("tiny", "latest"))
+    assert "has no good checkpoint; start without 'latest'" in refused(*sandbox.command("tiny", "latest"))
     sandbox.train()
     names = ", ".join(path.name for path in sandbox.checkpoints())
     assert f"nonsense: no such checkpoint; there are: {names}" in refused_run(sandbox, "nonsense")
@@ -252,7 +252,9 @@ def test_checkpoint_that_is_not_there(sandbox: Sandbox) -> None:
 
 def test_more_processes_than_divide_the_batch() -> None:
     config = TrainConfig(**{**TRAIN, "global_batch_size": 6})
-    error = "^global_batch_size 6 is no multiple of microbatch_size 2 x 2 processes; microbatch_size 1 or 3"
+    error = (
+        "^global_batch_size 6 is not a multiple of microbatch_size 2 x 2 processes; microbatch_size 1 or 3"
+    )
     with pytest.raises(InputError, match=error):
         config.accumulation_for(2)
 

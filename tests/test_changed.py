@@ -106,7 +106,7 @@ def test_nodes_with_other_data_are_told_so() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw")])
-def test_an_allowed_change_of_optimiser_keeps_the_weights_and_begins_its_state_afresh(
+def test_an_allowed_change_of_optimizer_keeps_the_weights_and_begins_its_state_afresh(
     sandbox: Sandbox, before: str, after: str
 ) -> None:
     sandbox.write_run(train={"checkpoint_interval": 4, "optimizer": before})
@@ -115,7 +115,7 @@ def test_an_allowed_change_of_optimiser_keeps_the_weights_and_begins_its_state_a
     sandbox.write_run(train={"checkpoint_interval": 4, "optimizer": after})
     said = sandbox.train("tiny", "--resume", "--allow-config-change")
     assert f'optimizer was "{before}", is "{after}"' in said
-    assert "Going on after step 4" in said
+    assert "Resuming after step 4" in said
     state = load_file(sandbox.checkpoints()[-1] / "optimizer.safetensors")
     of_matrices = {key.rsplit(".", 1)[1] for key in state if ".ff.layers.0.weight." in key}
     assert of_matrices == ({"momentum_buffer"} if after == "muon" else {"exp_avg", "exp_avg_sq", "step"})
@@ -128,7 +128,7 @@ def test_a_checkpoint_behind_the_end_that_a_changed_config_has_is_refused(sandbo
     sandbox.write_run(train={"checkpoint_interval": 6, "min_train_tokens": 4 * 8 * 16})
     done = run_script(*sandbox.command("tiny", "--resume", "--allow-config-change"))
     assert done.returncode == 2
-    assert "is past the run's end, 4 steps; raise min_train_tokens, or name an earlier" in done.stderr
+    assert "is beyond the run's end, 4 steps; raise min_train_tokens, or name an earlier" in done.stderr
 
 
 def test_links_in_names_lead_nowhere(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -143,8 +143,8 @@ def test_links_in_names_lead_nowhere(sandbox: Sandbox, tmp_path: Path) -> None:
     checkpoints = sandbox.run_dir("run") / "checkpoints"
     (checkpoints / "mine").symlink_to(elsewhere / "checkpoints/latest")
     for command, message in (
-        (("linked",), "linked: is a link that leads out of"),
-        (("run",), "datasets/test/tokens: is a link that leads out of"),
+        (("linked",), "linked: is a link that points outside"),
+        (("run",), "datasets/test/tokens: is a link that points outside"),
         (("run", "mine"), "mine: is a link; name the checkpoint's own folder"),
     ):
         done = run_script(*sandbox.command(*command))

@@ -159,7 +159,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tmp_path: Pat
     assert sandbox.status("full")["status"] == "failed"
     (left,) = sandbox.checkpoints("full")
     assert left.name.endswith("-iteration-5") and left.name in said
-    assert "Going on after step 5" in train(sandbox, "full", "--resume")
+    assert "Resuming after step 5" in train(sandbox, "full", "--resume")
     assert_same_end(sandbox, "full", "whole")
 
 

@@ -240,7 +240,7 @@ def test_other_numbers_of_processes_go_on_with_the_same_data(tmp_path: Path) -> 
     said = train(sandbox, "changing", "--resume", processes=2)
     assert f"Passing over {newest.name}: {newest}/model.safetensors: damaged" in said
     assert f"from {before.name}\n" in said
-    assert "Saved by 2 processes, resumed by 1: the data go on exactly where they were" in said
+    assert "Saved by 2 processes, resumed by 1: the data continue exactly where they were" in said
     assert "Saved by 1 processes, resumed by 2" in said
     assert sandbox.metrics("changing", "step") == sandbox.metrics("whole", "step")
     assert sandbox.metrics("changing") == pytest.approx(sandbox.metrics("whole"), rel=1e-3)

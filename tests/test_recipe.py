@@ -47,7 +47,7 @@ def model_with_gradients(**changes: object) -> GPTModel:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest(precision: str) -> None:
-    """Against both of torch's optimisers, by hand, over three steps of any gradients. Torch's Muon multiplies
+    """Against both of torch's optimizers, by hand, over three steps of any gradients. Torch's Muon multiplies
     in bf16, so of the 0.02 that a weight moves a few hundredths are rounding."""
     settings = config(optimizer="muon", weight_decay=0.1, decay_all_parameters=False)
     ours, theirs = model_with_gradients(qkv_bias=True), model_with_gradients(qkv_bias=True)
@@ -81,7 +81,7 @@ def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest(precision: str
 
 
 @pytest.mark.parametrize("tie_weights", [False, True])
-def test_every_parameter_has_one_optimiser(tie_weights: bool) -> None:
+def test_every_parameter_has_one_optimizer(tie_weights: bool) -> None:
     model = GPTModel(GPTConfig(**{**MODEL, "tie_weights": tie_weights}))
     optimizer = make_optimizer(model, config(optimizer="muon"), "fp32", ALONE)
     stepped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
@@ -149,7 +149,7 @@ def test_a_schedule_has_two_names_where_the_published_runs_had_one() -> None:
     assert rates(lr_schedule="wsd", decay_period_percent=0) == [1.0] * 100
 
 
-def test_both_optimisers_follow_the_schedule_each_from_its_own_peak() -> None:
+def test_both_optimizers_follow_the_schedule_each_from_its_own_peak() -> None:
     settings = config(optimizer="muon", learning_rate=0.004, muon_learning_rate=0.03)
     optimizer = make_optimizer(GPTModel(GPTConfig(**MODEL)), settings, "fp32", ALONE)
     set_learning_rate(optimizer, 0.001)

@@ -78,7 +78,7 @@ def test_a_run_goes_on_from_a_checkpoint_to_the_same_end(
         shutil.rmtree(path)
     (sandbox.run_dir("resumed") / "status.json").unlink()
     out = sandbox.train("resumed", "--resume", processes=processes, before=before)
-    assert f"Going on after step {sandbox.meta('resumed', 0)['global_step']}, " in out
+    assert f"Resuming after step {sandbox.meta('resumed', 0)['global_step']}, " in out
     assert_same_end(sandbox, "whole", "resumed")
     assert sandbox.metrics("resumed", "step")[-8:] == list(range(1, 9))
     if before == GROWING_SCALE:
@@ -127,11 +127,11 @@ def test_a_checkpoint_can_be_named(sandbox: Sandbox) -> None:
     first = sandbox.checkpoints()[0].name
     assert (sandbox.run_dir() / "checkpoints/best").readlink().name == first
     assert "is finished" in sandbox.train("tiny", "latest")
-    assert "Going on after step 3" in sandbox.train("tiny", "best")
+    assert "Resuming after step 3" in sandbox.train("tiny", "best")
     assert sandbox.metrics(key="step") == list(range(1, 9))
     for path in sandbox.checkpoints()[1:]:
         shutil.rmtree(path)
-    assert "Going on after step 3" in sandbox.train("tiny", first)
+    assert "Resuming after step 3" in sandbox.train("tiny", first)
     assert_same_tensors(before, sandbox.final_tensors())
     (sandbox.run_dir("tiny") / "status.json").write_text('{"status": "running"}')
     assert "is finished" in sandbox.train("tiny", "--resume")

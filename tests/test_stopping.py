@@ -132,7 +132,7 @@ def test_the_search_for_a_microbatch_stops_for_a_signal(tmp_path: Path) -> None:
     training.signal(signal.SIGTERM, rank=1)
     assert training.wait() == [1, 1]
     said = training.log.read_text()
-    assert "Error: stopped by a signal; the largest microbatch that fitted so far is" in said
+    assert "Error: stopped by a signal; the largest microbatch that fit so far is" in said
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_when_a_process_hangs_the_others_end_at_the_timeout(tmp_path: Path) -> N
     training.wait_until(step_reached(sandbox, "run", 7))
     training.signal(signal.SIGSTOP, rank=1)
     assert training.wait(30, rank=0) == [1]
-    assert "died or stands still" in training.log.read_text()
+    assert "died or hung" in training.log.read_text()
     training.signal(signal.SIGKILL, rank=1)
     training.wait(rank=1)
 
@@ -236,7 +236,7 @@ def test_a_process_whose_others_do_not_start_ends_too(sandbox: Sandbox) -> None:
         env["MASTER_PORT"] = str(holder.getsockname()[1])
         soon = "from basemodel import distributed; distributed.START_SECONDS = 1.0"
         done = Script(sandbox.command("tiny"), env, before=soon).wait(30)
-    error = "Error: process 0 of 2 has waited 1 s for the others to start"
+    error = "Error: process 0 of 2 waited 1 s for the others to start"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, error)
 
 
@@ -260,7 +260,7 @@ def test_torchrun_restarts_a_run_as_often_as_it_may(tmp_path: Path, whole: Path)
     agent = torchrun(sandbox, "killed", "--standalone", "--max-restarts=1")
     wait_for(step_reached(sandbox, "killed", 7), "the seventh step")
     os.kill(children_of(agent.pid)[-1], signal.SIGKILL)
-    wait_for(lambda: "Going on after step 5" in agent.stdout, "the restart")
+    wait_for(lambda: "Resuming after step 5" in agent.stdout, "the restart")
     workers = children_of(agent.pid)
     os.kill(workers[0], signal.SIGKILL)
     assert agent.wait(60).returncode == 1

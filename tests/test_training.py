@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_is_passed_over(sandbox: Sandbox) -> None:
     out = sandbox.train("tiny", "--resume")
     assert "Passing over" in out
     assert "model.safetensors: damaged" in out
-    assert "Going on after step 6" in out
+    assert "Resuming after step 6" in out
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -152,7 +152,7 @@ def test_plan_says_what_would_happen_and_does_nothing(sandbox: Sandbox) -> None:
         "8 sequences, 128 tokens",
         "accumulation 2",
         "Steps:        8, 1,024 tokens",
-        "Optimiser:    adamw, learning rate 0.01, constant, weight decay 0.1, betas 0.9 and 0.999",
+        "Optimizer:    adamw, learning rate 0.01, constant, weight decay 0.1, betas 0.9 and 0.999",
     ):
         assert expected in out
     assert "3 checkpoints" in out and "$2.50 an hour" in out
@@ -210,7 +210,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_says_what_is_left(sandbox: Sa
     done = run_script(*sandbox.command("tiny"))
     assert done.returncode == 1
     error = done.stderr.splitlines()[-1]
-    assert error.startswith("Error: the weights are no numbers after step 1; there is no checkpoint yet")
+    assert error.startswith("Error: the weights are NaN or infinite after step 1; there is no checkpoint yet")
     assert sandbox.status()["status"] == "failed"
     assert sandbox.checkpoints() == []
 

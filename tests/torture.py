@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-# The first step of an optimiser would import it, in each process anew.
+# The first step of an optimizer would import it, in each process anew.
 import torch._dynamo  # noqa: F401
 from helpers import TORTURED_MODEL, TORTURED_TRAIN, Sandbox, reserve_port, write_dataset
 from safetensors.numpy import load_file
@@ -125,7 +125,7 @@ def saving(sandbox: Sandbox, run: str) -> bool:
 
 
 def assert_same_end(sandbox: Sandbox, run: str, other: str) -> None:
-    """Two runs have the same weights, optimiser and metrics, to the last bit."""
+    """Two runs have the same weights, optimizer and metrics, to the last bit."""
     for name in (checkpointing.MODEL_FILE, checkpointing.OPTIMIZER_FILE):
         ours, theirs = (load_file(sandbox.checkpoints(each)[-1] / name) for each in (run, other))
         assert ours.keys() == theirs.keys()
