@@ -4,8 +4,8 @@ The logits of one GPT-2 small sequence take 200 MB in float32, and their gradien
 activations of the twelve blocks. They are needed only briefly, because the gradient of the mean cross-entropy
 with respect to the logits, (softmax - one-hot) / N, follows from the logits alone. So the forward pass
 computes a chunk of logits, derives the loss and the gradients of features and head weights from it, and drops
-it; the backward pass only scales those gradients. (The idea is that of Cut Cross-Entropy, Wijmans et al. 2024,
-and of Liger Kernel, Hsu et al. 2024, in plain PyTorch.)
+it; the backward pass only scales those gradients. (The idea is that of Cut Cross-Entropy, Wijmans et al.
+2024, and of Liger Kernel, Hsu et al. 2024, in plain PyTorch.)
 """
 
 import functools
