@@ -11,7 +11,7 @@ it; the backward pass only scales those gradients. (The idea is that of Cut Cros
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config
@@ -100,8 +100,8 @@ def chunked_cross_entropy(
         chunks = math.ceil(len(features) * len(weight) / most)
         chunk_tokens = math.ceil(len(features) / chunks)
     wants_gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
-    arguments = features, weight, targets, chunk_tokens, chunk_function or chunk_loss_and_gradients
-    return _ChunkedCrossEntropy.apply(*arguments, wants_gradients)
+    chunks = Chunks(chunk_tokens, chunk_function or chunk_loss_and_gradients, wants_gradients)
+    return _ChunkedCrossEntropy.apply(features, weight, targets, chunks)
 
 
 def chunk_loss_and_gradients(
@@ -129,39 +129,39 @@ def chunk_loss_and_gradients(
 ChunkFunction = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
+class Chunks(NamedTuple):
+    """How the loss is computed in chunks."""
+
+    tokens: int  # per chunk
+    function: ChunkFunction
+    gradients: bool  # whether any are wanted
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        features: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        chunk_tokens: int,
-        chunk_function: ChunkFunction,
-        wants_gradients: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, chunks: Chunks) -> Tensor:
         vocab_size = weight.shape[0]
         # GPUs multiply in tiles, so there the copy for the products is padded to a multiple of 64 rows.
         padding = -vocab_size % 64 if features.is_cuda else 0
         padded = F.pad(weight.to(features.dtype), (0, 0, 0, padding))
         loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
-        if wants_gradients:
+        if chunks.gradients:
             features_gradient = torch.empty_like(features)
             weight_gradient = torch.zeros_like(weight)
             product = torch.empty_like(padded)
         with torch.autocast(features.device.type, enabled=False):
-            for first in range(0, len(features), chunk_tokens):
-                chunk = features[first : first + chunk_tokens]
-                chunk_loss, gradient = chunk_function(
-                    chunk, padded, targets[first : first + chunk_tokens], vocab_size
+            for first in range(0, len(features), chunks.tokens):
+                chunk = features[first : first + chunks.tokens]
+                chunk_loss, gradient = chunks.function(
+                    chunk, padded, targets[first : first + chunks.tokens], vocab_size
                 )
                 loss += chunk_loss
-                if wants_gradients:
-                    torch.mm(gradient, padded, out=features_gradient[first : first + chunk_tokens])
+                if chunks.gradients:
+                    torch.mm(gradient, padded, out=features_gradient[first : first + chunks.tokens])
                     torch.mm(gradient.T, chunk, out=product)
                     weight_gradient += product[:vocab_size]
         count = (targets != IGNORED).sum()
-        if wants_gradients:
+        if chunks.gradients:
             ctx.save_for_backward(features_gradient, weight_gradient, count)
         return loss / count
 
@@ -172,5 +172,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (
             (features_gradient * scale).to(features_gradient.dtype),
             weight_gradient.mul_(scale),
-            *[None] * 4,
+            *[None] * 2,
         )

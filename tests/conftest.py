@@ -10,16 +10,34 @@ import http.server
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiktoken
 import tiktoken.registry
-from helpers import Hub, Sandbox, make_sandbox, write_dataset
+from helpers import Sandbox, make_sandbox, write_dataset
 from texts import gpt2_stand_in
 
 from basemodel.tokenizer import tiktoken_encoder
+
+
+@dataclass
+class Hub:
+    """A Hugging Face Hub for data sets, as far as downloading files goes."""
+
+    url: str
+    requests: list[tuple[str, str]]  # method, path
+    ranges: list[str]  # asked for
+    headers: dict[str, str]  # sent in place of the right ones
+    # Bytes after which each answer is cut off, one after another; then answers are whole.
+    cuts: list[int]
+    # Set: a connection that was cut off stays open, and silent.
+    stall: threading.Event = field(default_factory=threading.Event)
+
+    def downloads(self, name: str) -> int:
+        return sum(method == "GET" and path.endswith(f"/{name}") for method, path in self.requests)
 
 
 @pytest.fixture

@@ -16,12 +16,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, wraps
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -390,59 +388,7 @@ def assert_same_tensors(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert tensor.equal(other[name]), f"{name} differs"
 
 
-@dataclass
-class Hub:
-    """A Hugging Face Hub for data sets, as far as downloading files goes."""
-
-    url: str
-    requests: list[tuple[str, str]]  # method, path
-    ranges: list[str]  # asked for
-    headers: dict[str, str]  # sent in place of the right ones
-    # Bytes after which each answer is cut off, one after another; then answers are whole.
-    cuts: list[int]
-    # Set: a connection that was cut off stays open, and silent.
-    stall: threading.Event = field(default_factory=threading.Event)
-
-    def downloads(self, name: str) -> int:
-        return sum(method == "GET" and path.endswith(f"/{name}") for method, path in self.requests)
-
-
 needs_gpt2 = pytest.mark.skipif(
     not os.environ.get("TIKTOKEN_CACHE_DIR"),
     reason="the GPT-2 vocabulary: set TIKTOKEN_CACHE_DIR to a copy of it",
 )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tests that patch the product, in a process of their own from which trainings are forked (torture.py)
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _call(module: str, name: str, arguments: tuple, outcome: Any) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
-    try:
-        getattr(import_module(module), name).__wrapped__(*arguments)
-        outcome.send("")
-    except BaseException:
-        outcome.send(traceback.format_exc())
-
-
-def forked(test: Callable) -> Callable:
-    """Have a test run in a process of its own that has imported everything and computed nothing."""
-
-    @wraps(test)
-    def run(**arguments: object) -> None:
-        start_forkserver()
-        ours, theirs = FORKSERVER.Pipe()
-        process = FORKSERVER.Process(
-            target=_call, args=(test.__module__, test.__name__, tuple(arguments.values()), theirs)
-        )
-        process.start()
-        problem = ours.recv() if ours.poll(240) else "no answer within 240 s"
-        process.kill()
-        process.join()
-        assert not problem, problem
-
-    return run

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import forked
 from helpers import (
     Finished,
     Sandbox,
     Script,
-    forked,
     make_sandbox,
     step_reached,
 )

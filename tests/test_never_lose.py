@@ -15,7 +15,8 @@ import pytest
 import safetensors.torch
 import torch
 import torture
-from helpers import TORTURED_TRAIN, Sandbox, forked, make_sandbox, step_reached
+from forked import forked
+from helpers import TORTURED_TRAIN, Sandbox, make_sandbox, step_reached
 from torture import Training, assert_same_end, train
 
 import checkpointing

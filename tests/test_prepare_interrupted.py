@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Finished, Script, children_of, forked, is_alive, refused, wait_for
+from forked import forked
+from helpers import Finished, Script, children_of, is_alive, refused, wait_for
 from texts import assert_holds, split_texts, write_jsonl, write_parquet
 
 import prepare_datasets

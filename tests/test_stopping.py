@@ -13,11 +13,11 @@ from pathlib import Path
 import click
 import pytest
 import torch.distributed.run
+from forked import forked
 from helpers import (
     Sandbox,
     Script,
     children_of,
-    forked,
     is_alive,
     make_sandbox,
     random_tokens,

@@ -1,0 +1,66 @@
+"""The code's layout: scripts at the root, the package that they lean on, and which imports which."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from helpers import ROOT
+
+FILES = [*ROOT.glob("*.py"), *ROOT.glob("basemodel/*.py")]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+SHARED = {"gpt", "checkpointing"}  # at the root because one must read them, not because one runs them
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """The project's modules that a file imports, wherever it does so."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES.keys()
+            yield from names or {node.module} & MODULES.keys()
+
+
+def reachable(start: str) -> set[str]:
+    """All modules that a module leads to."""
+    found, waiting = set(), [start]
+    while waiting:
+        for module in imported_modules(MODULES[waiting.pop()]):
+            if module not in found:
+                found.add(module)
+                waiting.append(module)
+    return found
+
+
+def test_imports_have_no_cycle_and_lead_from_no_script_to_another() -> None:
+    graph = {module: set(imported_modules(path)) for module, path in MODULES.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+    scripts = {module for module in MODULES if "." not in module} - SHARED
+    assert {"ddp_train", "prepare_datasets", "test_loss"} <= scripts and len(scripts | SHARED) <= 12
+    for module, imported in graph.items():
+        assert not imported & scripts, module
+
+
+def test_the_mathematics_know_nothing_of_processes() -> None:
+    for module in ("gpt", "basemodel.loss", "basemodel.optimizer", "basemodel.attention"):
+        assert "basemodel.distributed" not in reachable(module), module
+
+
+def test_preparing_data_imports_no_torch() -> None:
+    code = "import prepare_datasets, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_functions_are_short_and_take_few_parameters() -> None:
+    assert len((ROOT / "ddp_train.py").read_text().splitlines()) <= 650
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                count = len([each for each in arguments if each.arg not in ("self", "cls", "ctx")])
+                if not any("command" in ast.unparse(decorator) for decorator in node.decorator_list):
+                    assert count <= 5, f"{path.name}: {node.name} takes {count} parameters"
+                    assert node.end_lineno - node.lineno < 50, f"{path.name}: {node.name} is too long"
