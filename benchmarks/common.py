@@ -25,8 +25,11 @@ def measured_code() -> dict[str, str]:
     import torch  # here, because not all that is measured has it
 
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return {"commit": done.stdout.strip() or "unknown", "torch": torch.__version__}
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
+    return {"commit": commit or "unknown", "torch": torch.__version__}
 
 
 def run_python(*command: str | Path, env: dict[str, str] | None = None) -> str:
