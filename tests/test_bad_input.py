@@ -86,7 +86,7 @@ CONFIGS = {
         {"document_masking": True},
         "document_masking needs the end-of-text token, 50256, which a vocab_size of 64 leaves out",
     ),
-    "amp and precision": ({}, {"use_amp": False, "precision": "bf16"}, "at odds with"),
+    "amp and precision": ({}, {"use_amp": False, "precision": "bf16"}, "contradicts"),
     "no batches": ({}, {"validation_interval": 5}, "validation_batches must be at least 1"),
     "indivisible": (
         {},
@@ -202,7 +202,7 @@ def test_damaged_token_file(sandbox: Sandbox) -> None:
     sandbox.write_run()
     file = sandbox.datasets / "test/tokens/train.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert "train.safetensors: no whole safetensors file" in refused_run(sandbox)
+    assert "train.safetensors: not a complete safetensors file" in refused_run(sandbox)
 
 
 def test_validation_file_is_looked_at_too(sandbox: Sandbox) -> None:
@@ -228,7 +228,7 @@ def test_data_set_that_is_nowhere(sandbox: Sandbox, serve_hub) -> None:
     sandbox.env |= {"HF_ENDPOINT": serve_hub(sandbox.path).url, "HF_HOME": str(sandbox.path)}
     sandbox.write_run(train={"dataset": "no/where"})
     error = refused(*sandbox.command("tiny"), env=sandbox.env)
-    assert "no/where/train.safetensors is not there, and the Hub did not give it" in error
+    assert "no/where/train.safetensors is missing, and the Hub did not provide it" in error
     assert not (sandbox.run_dir("tiny") / "status.json").exists()
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import Hub, Sandbox, random_tokens, run_script, wait_for, write_dataset
+from conftest import Hub
+from helpers import Sandbox, random_tokens, run_script, wait_for, write_dataset
 
 
 def far_run(sandbox: Sandbox, serve_hub: Callable, tmp_path: Path, **train: object) -> Hub:

@@ -215,7 +215,7 @@ def test_when_a_process_dies_the_others_end(tmp_path: Path) -> None:
     training.wait_until(step_reached(sandbox, "run", 7))
     training.signal(signal.SIGKILL, rank=1)
     assert training.wait(30) == [1, -signal.SIGKILL]
-    assert "Error: another of the processes that train together has died" in training.log.read_text()
+    assert "Error: another training process died or hung" in training.log.read_text()
     assert sandbox.status("run")["status"] == "failed"
 
 
