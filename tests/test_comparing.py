@@ -120,6 +120,21 @@ def test_the_share_of_validation_follows_from_the_metrics(tmp_path: Path) -> Non
     assert (run.tokens, run.global_batch, run.tokens_per_second, run.seconds) == (192, 4, 32.0, 14.0)
 
 
+def test_the_test_loss_is_the_best_checkpoints_if_measured_else_the_latests(
+    runs: Sandbox, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(runs.run_dir("one"), tmp_path / "one", symlinks=True) / "checkpoints"
+    for link in ("latest", "best"):
+        (folder / link).unlink()
+    for link, name in (("latest", "20260101Z000000-iteration-9"), ("best", "20260101Z000000-iteration-8")):
+        (folder / link).symlink_to(name)
+        (folder / name).mkdir()
+        loss = 3.9 if link == "latest" else 3.1
+        result = MeasuredLoss("test/tokens", "validation", 0, 320, 16, loss, 24.8, 0.012, None, "now")
+        write_test_loss(folder / name, result)
+        assert read_run(tmp_path, "one").test.loss == loss
+
+
 def test_test_losses_of_different_data_are_said_to_be(runs: Sandbox) -> None:
     one, two = (read_run(runs.path / "runs", name) for name in ("one", "two"))
     same = dataclasses.replace(two, test=one.test)

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from helpers import MODEL, random_tokens, write_dataset
 
 from basemodel.config import TrainConfig
-from basemodel.data import Sequences, TokenFile, check_tokenizer, plan_batches
+from basemodel.data import Sequences, TokenFile, check_tokenizer, check_tokens, open_data, plan_batches
+from basemodel.errors import InputError
 from basemodel.fetching import fingerprint_files
 from basemodel.optimizer import learning_rate_at
 from gpt import GPTConfig
@@ -97,3 +99,20 @@ def test_random_tokens_can_be_learnt() -> None:
     """The tests' data are not noise: otherwise none of them would notice training that does nothing."""
     tokens = random_tokens(1000).astype(int)
     assert set((np.diff(tokens) % 64).tolist()) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(("index", "refused"), [(6, False), (7, True), (47, True), (48, False)])
+def test_the_tokens_that_a_run_uses_are_checked_and_no_others(
+    tmp_path: Path, index: int, refused: bool
+) -> None:
+    """Four sequences of ten tokens after the seventh: the last target is token 47."""
+    tokens = np.zeros(100, dtype=np.uint16)
+    tokens[index] = 64
+    write_dataset(tmp_path / "a/b", train=tokens, validation=tokens)
+    model = GPTConfig(**{**MODEL, "context_length": 10})
+    settings = {"start_train_token": 7, "start_val_token": 7, "validation_interval": 1}
+    data = open_data(config(**settings, validation_batches=1), model, tmp_path)
+    for used, (part, parts) in itertools.product(((4, 1), (1, 4)), ((0, 1), (0, 3), (1, 3), (2, 3))):
+        found = refused and part == (parts - 1 if index == 47 else 0)
+        with pytest.raises(InputError, match=f"token 64 at index {index} ") if found else nullcontext():
+            check_tokens(data, *used, 64, share=(part, parts))

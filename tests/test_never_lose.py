@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,28 @@ def some_tensors(step: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
 def some_meta(step: int) -> dict:
     empty = {key: {} for key in checkpointing.REQUIRED_META - {"files"}}
     return {**empty, "global_step": step, "is_best": True}
+
+
+def test_a_save_that_is_not_finished_is_not_overwritten_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host copies of tensors are used again, and must not be while they are being written."""
+    real, started = checkpointing.save_checkpoint, threading.Event()
+
+    def slow(*arguments: object) -> Path:
+        started.wait(10)
+        return real(*arguments)
+
+    monkeypatch.setattr(checkpointing, "save_checkpoint", slow)
+    (tmp_path / "log").touch()
+    with checkpointing.Saver(tmp_path / "checkpoints", None, tmp_path / "log") as saver:
+        for step in (1, 2):
+            threading.Timer(0.2, started.set).start()
+            saver.copy(*some_tensors(step))
+            saver.write(some_meta(step))
+    paths = checkpointing.list_checkpoints(tmp_path / "checkpoints")
+    saved = [checkpointing.load_checkpoint(path) for path in paths]
+    assert [(each.meta["global_step"], each.model["value"][0].item()) for each in saved] == [(1, 1), (2, 2)]
 
 
 def save_and_crash(folder: Path, crash_at: int) -> bool:
