@@ -6,6 +6,26 @@ from typing import Any, Literal
 from basemodel.command_line import require_dataset_id
 from basemodel.errors import InputError
 
+AT_LEAST = {
+    "microbatch_size": 1,
+    "epochs": 1,
+    "start_train_token": 0,
+    "start_val_token": 0,
+    "validation_batches": 0,
+    "weight_decay": 0,
+    "random_seed": 0,
+}
+POSITIVE = ("learning_rate", "muon_learning_rate")
+POSITIVE_OR_NULL = (
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "checkpoint_interval",
+    "validation_interval",
+    "keep_checkpoints",
+    "clipping_max_norm",
+    "usd_per_hour",
+)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -44,43 +64,26 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_dataset_id(self.dataset)
-        for key in ("microbatch_size", "epochs"):
-            if getattr(self, key) < 1:
-                raise InputError(f"{key} must be at least 1, not {getattr(self, key)}")
-        positive_if_set = ("gradient_accumulation_steps", "global_batch_size", "checkpoint_interval")
-        for key in (
-            *positive_if_set,
-            "validation_interval",
-            "keep_checkpoints",
-            "clipping_max_norm",
-            "usd_per_hour",
-        ):
-            value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise InputError(f"{key} must be more than 0 or null, not {value}")
-        for key in (
-            "start_train_token",
-            "start_val_token",
-            "validation_batches",
-            "weight_decay",
-            "random_seed",
-        ):
-            if getattr(self, key) < 0:
-                raise InputError(f"{key} must be at least 0, not {getattr(self, key)}")
-        tokens = self.min_train_tokens
-        if tokens != -1 and tokens <= 0:
-            raise InputError(f"min_train_tokens must be more than 0, or -1 for all, not {tokens}")
-        if self.random_seed >= 2**63:
-            raise InputError(f"random_seed must be below 2^63, not {self.random_seed}")
-        for key in ("learning_rate", "muon_learning_rate"):
+        for key, least in AT_LEAST.items():
+            if getattr(self, key) < least:
+                raise InputError(f"{key} must be at least {least}, not {getattr(self, key)}")
+        for key in POSITIVE:
             if getattr(self, key) <= 0:
                 raise InputError(f"{key} must be more than 0, not {getattr(self, key)}")
+        for key in POSITIVE_OR_NULL:
+            if getattr(self, key) is not None and getattr(self, key) <= 0:
+                raise InputError(f"{key} must be more than 0 or null, not {getattr(self, key)}")
+        if self.min_train_tokens != -1 and self.min_train_tokens <= 0:
+            raise InputError(
+                f"min_train_tokens must be more than 0, or -1 for all, not {self.min_train_tokens}"
+            )
+        if self.random_seed >= 2**63:
+            raise InputError(f"random_seed must be below 2^63, not {self.random_seed}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be at least 0 and below 1, not {self.betas}")
         for key in ("warmup_period_percent", "decay_period_percent"):
-            percent = getattr(self, key)
-            if not 0 <= percent <= 100:
-                raise InputError(f"{key} must be from 0 to 100, not {percent}")
+            if not 0 <= getattr(self, key) <= 100:
+                raise InputError(f"{key} must be from 0 to 100, not {getattr(self, key)}")
         self._check_schedule()
         if self.optimizer != "muon" and self.muon_learning_rate != TrainConfig.muon_learning_rate:
             raise InputError('muon_learning_rate has no effect without "optimizer": "muon"')
