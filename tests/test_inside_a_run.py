@@ -171,6 +171,9 @@ def test_blocks_compute_in_the_precision_that_is_asked_for(
     assert found == [[dtype, products, False], [dtype, products, True]]
     assert f"precision {said}" in out
     assert sandbox.meta()["precision"] == said
+    saved = load_file(sandbox.checkpoints()[-1] / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert saved.keys() == dict(PlainGPT(GPTConfig(**MODEL)).named_parameters()).keys(), "and no buffers"
 
 
 WATCH_COMPILER = f"""{NO_CHART}

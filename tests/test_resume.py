@@ -138,6 +138,19 @@ def test_a_checkpoint_can_be_named(sandbox: Sandbox) -> None:
     assert sandbox.status()["status"] == "finished", "as if it had not been killed when all but this was done"
 
 
+def test_a_run_can_be_moved_and_go_on(sandbox: Sandbox) -> None:
+    sandbox.write_run("whole", DROPOUT, {"checkpoint_interval": 4})
+    sandbox.train("whole")
+    expected = sandbox.final_tensors("whole")
+    shutil.rmtree(sandbox.checkpoints("whole")[-1])
+    moved = Sandbox(sandbox.path / "elsewhere")
+    for folder in ("datasets", "runs"):
+        shutil.move(sandbox.path / folder, moved.path / folder)
+    moved.run_dir("whole").rename(moved.run_dir("renamed"))
+    assert "Resuming after step 4" in moved.train("renamed", "--resume")
+    assert_same_tensors(expected, moved.final_tensors("renamed"))
+
+
 def test_resume_starts_afresh_where_there_is_nothing_and_a_plain_start_keeps_what_there_was(
     sandbox: Sandbox,
 ) -> None:

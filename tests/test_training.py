@@ -216,6 +216,7 @@ def test_two_trainings_of_one_run_at_a_time_are_refused(sandbox: Sandbox) -> Non
     sandbox.write_run(train={"min_train_tokens": 100_000, "epochs": 30})
     first = sandbox.start()
     wait_for((sandbox.run_dir() / "status.json").exists, "the first to train")
+    assert sandbox.status()["status"] == "running"
     second = refused(*sandbox.command("tiny"))
     first.kill()
     assert f"is being trained by another process (pid {first.pid})" in second
