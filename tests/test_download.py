@@ -79,4 +79,4 @@ def test_the_commit_of_downloaded_data_is_recorded_and_kept(sandbox: Sandbox, se
     sandbox.write_run(train={"dataset": "far/away", "dataset_revision": "1" * 40})
     done = run_script(*sandbox.command("tiny"))
     assert done.returncode == 2
-    assert f"is of commit {'0' * 40}, dataset_revision asks for {'1' * 40}" in done.stderr
+    assert f"is at commit {'0' * 40}, but dataset_revision asks for {'1' * 40}" in done.stderr
