@@ -1,6 +1,7 @@
 """Encoding: the tokens are tiktoken's, whichever library encodes and wherever a long text is cut."""
 
 import itertools
+import json
 import random
 import re
 import sys
@@ -14,6 +15,7 @@ import tiktoken
 from helpers import needs_gpt2
 from texts import assert_holds, nasty_text, prepare, random_characters, split_texts, write_jsonl
 
+from basemodel import documents
 from basemodel.documents import TextFile, in_validation, safe_cut
 from basemodel.errors import InputError
 from basemodel.tokenizer import (
@@ -189,3 +191,15 @@ def test_gigatoken_that_does_not_work_here(
     with pytest.raises(InputError, match=re.escape("not installed; pip install -e '.[fast]' brings it")):
         set_up_engine("gigatoken", gpt2, tmp_path)
     assert capsys.readouterr().err == ""
+
+
+def test_lines_are_read_once_wherever_a_file_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of one length, so that some of the cuts are exactly between two of them."""
+    texts = [f"{number:02}" for number in range(60)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for size in range(5, 200):
+        monkeypatch.setattr(documents, "SHARD_BYTES", size)
+        pieces = list(documents.cut_into_pieces(path, "text"))
+        found = [b"".join(text) for piece in pieces for text in documents.read_documents(piece, "text")]
+        assert found == [text.encode() for text in texts], size

@@ -88,7 +88,7 @@ def test_kills_change_nothing(corpus: Path, tmp_path: Path, texts: list[str]) ->
         assert not output.exists(), "nothing has its final name before it is whole"
     assert finished == sorted(finished) and finished[-1] >= 4, "what is finished is kept"
     kept = int(finish(corpus, output, texts).stdout.split(" of ")[0])
-    assert kept == finished[-1]
+    assert finished[-1] - 2 <= kept <= finished[-1], "both workers may have been killed while noting a shard"
 
 
 def test_workers_end_with_the_main_process(corpus: Path, tmp_path: Path, texts: list[str]) -> None:
@@ -128,7 +128,7 @@ def test_parts_of_other_input_are_made_again(
         pass
     options, fraction = (), 0.01
     if change == "files":
-        texts = [f"another text {text}" for text in texts]
+        texts = [text.swapcase() for text in texts]  # of the same size
         write_parquet(corpus / "a.parquet", texts[:500])
         write_jsonl(corpus / "b.jsonl", texts[500:1000])
         for i, text in enumerate(texts[1000:]):
