@@ -248,7 +248,7 @@ def refused(*command: str | Path, status: int = 2, **options: Any) -> str:
     return lines[0].removeprefix("Error: ")
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> None:
     """Wait until `condition` holds; fail loudly, naming `what`, where it does not in time."""
     deadline = time.monotonic() + seconds
     while not condition():
