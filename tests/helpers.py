@@ -133,7 +133,8 @@ HEAVY = (
 @cache
 def start_forkserver() -> None:
     """Start the process that imports everything once; it finds modules as this one does."""
-    FORKSERVER.set_forkserver_preload([*SCRIPTS, *HEAVY])
+    few = os.environ.get("PRELOAD")  # for a single test, where to import all would take longer than it saves
+    FORKSERVER.set_forkserver_preload(few.split(",") if few else [*SCRIPTS, *HEAVY])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("OMP_NUM_THREADS", "1")

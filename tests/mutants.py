@@ -59,8 +59,14 @@ def run_tests(tests: Iterable[str], *options: str, mutant: Mutant | None = None)
         if mutant:
             (project / mutant.file).write_text(mutated(mutant), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *tests]
+        env = {**os.environ, "PRELOAD": "ddp_train,torch._dynamo"} if mutant else None
         with subprocess.Popen(
-            command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            cwd=project,
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         ) as process:
             try:
                 return process.wait(SECONDS if mutant else None)
