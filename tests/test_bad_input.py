@@ -295,9 +295,9 @@ def test_preparation_of_what_is_no_text(tmp_path: Path) -> None:
         ("nothing", "nothing: no such file or folder"),
         ("empty", "empty: holds no .parquet, .jsonl"),
         ("text.doc", "text.doc: is of no known type"),
-        ("broken.jsonl", 'broken.jsonl: line 2 is no JSON object with a text "text"'),
+        ("broken.jsonl", 'broken.jsonl: line 2 is not a JSON object with a string "text"'),
         ("broken.jsonl.gz", "broken.jsonl.gz: cannot be read"),
-        ("broken.parquet", "broken.parquet: no whole parquet file"),
+        ("broken.parquet", "broken.parquet: damaged or not a parquet file"),
     ):
         done = run_script(*prepare, tmp_path / source, out, "--tokenizer", "bytes")
         assert done.returncode == 2, done.stderr
