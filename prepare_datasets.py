@@ -108,7 +108,8 @@ def main(
                 print(draw_lengths(parts, finished / "document-lengths.png", title))
             publish(finished, output_dir, meta)
     if repo_id:
-        push(output_dir, repo_id)
+        url = push(output_dir, repo_id, "Upload tokens", repo_type="dataset")
+        print(f"Uploaded to {repo_id}: {url}")
 
 
 def require_empty(output_dir: Path) -> None:
