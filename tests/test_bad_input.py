@@ -274,7 +274,7 @@ def test_evaluation_of_what_is_not_there(model_files: tuple[Path, Path], sandbox
         "test_smoke.py", config, weights.with_name("nothing.safetensors")
     )
     assert "nothing.json: no such file" in refused("test_smoke.py", config.with_name("nothing.json"), weights)
-    assert "no readable safetensors file" in refused("test_smoke.py", config, config)
+    assert "damaged or not a safetensors file" in refused("test_smoke.py", config, config)
     loss = ("test_loss.py", sandbox.datasets, *model_files, "--dataset")
     error = refused(*loss, "test/tokens")
     assert "has 2,000 tokens, which make 0 sequences of 16 after --start-token 50000000" in error
