@@ -37,18 +37,12 @@ from basemodel.tokenizer import get_tokenizer, set_up_engine
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source")
-@click.argument("output_dir", type=click.Path(path_type=Path))
+@click.argument("output_dir", type=Path)
 @click.option("--tokenizer", type=click.Choice(["gpt2", "bytes"]), default="gpt2", show_default=True)
-@click.option(
-    "--validation-fraction", type=float, default=0.01, show_default=True, help="Share of the documents."
-)
+@click.option("--validation-fraction", type=float, default=0.01, show_default=True, help="Of the documents.")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), help="Default: one per core.")
 @click.option(
-    "--engine",
-    type=click.Choice(["auto", "tiktoken", "gigatoken"]),
-    default="auto",
-    show_default=True,
-    help="The encoder; all give the same tokens. auto: gigatoken if it is installed.",
+    "--engine", type=click.Choice(["auto", "tiktoken", "gigatoken"]), default="auto", show_default=True
 )
 @click.option("--text-column", default="text", show_default=True, help="Of .parquet and .jsonl files.")
 @click.option("--files", metavar="PATTERN", help="Take the matching files of the Hub data set SOURCE.")
@@ -72,7 +66,7 @@ def main(
     """Encode SOURCE into the data set OUTPUT_DIR: train.safetensors, validation.safetensors and meta.json.
 
     SOURCE is a folder or file of .parquet, .jsonl or .txt, the word python-docs, or a Hub data set's
-    OWNER/NAME with --files.
+    OWNER/NAME with --files. All engines give the same tokens; auto is gigatoken where it is installed.
     """
     if not 0 < validation_fraction < 1:
         raise InputError(f"--validation-fraction must be between 0 and 1, not {validation_fraction}")

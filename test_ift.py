@@ -51,8 +51,8 @@ def main() -> None:
 
 @main.command(name="generate")
 @click.argument("name")
-@click.argument("model_json", type=click.Path(path_type=Path))
-@click.argument("model_safetensors", type=click.Path(path_type=Path))
+@click.argument("model_json", type=Path)
+@click.argument("model_safetensors", type=Path)
 @click.option("--data", type=Path, help="A file of records; default: download the book's.")
 @click.option("--data-url", default=DATA_URL, help="Where to download the book's records.")
 @click.option(

@@ -33,7 +33,7 @@ from gpt import GPTConfig, GPTModel
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("datasets_dir", type=click.Path(path_type=Path))
+@click.argument("datasets_dir", type=Path)
 @click.argument("models", type=Path, nargs=-1, required=True, metavar="MODEL_JSON MODEL_SAFETENSORS ...")
 @click.option("--dataset", default="gpjt/fineweb-gpt2-tokens", show_default=True)
 @click.option("--split", type=click.Choice(["train", "validation"]), default="validation", show_default=True)

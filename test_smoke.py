@@ -21,8 +21,8 @@ from basemodel.weights import load_model
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model_json", type=click.Path(path_type=Path))
-@click.argument("model_safetensors", type=click.Path(path_type=Path))
+@click.argument("model_json", type=Path)
+@click.argument("model_safetensors", type=Path)
 @click.option("--prompt", "prompts", multiple=True, default=["Every effort moves you"], show_default=True)
 @click.option("--tokens", type=click.IntRange(1), default=20, show_default=True, help="At most, per sample.")
 @click.option(

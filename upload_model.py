@@ -16,9 +16,9 @@ from pathlib import Path
 
 import click
 
-from basemodel.command_line import require_plain_name, run_command
+from basemodel.command_line import run_command
 from basemodel.errors import InputError
-from basemodel.hub import push
+from basemodel.hub import check_push, push
 from basemodel.huggingface import check_folder, write_model
 from basemodel.model_card import write_model_card
 from basemodel.tokenizer import get_tokenizer
@@ -26,8 +26,8 @@ from basemodel.weights import load_model
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("model_json", type=click.Path(path_type=Path))
-@click.argument("model_safetensors", type=click.Path(path_type=Path))
+@click.argument("model_json", type=Path)
+@click.argument("model_safetensors", type=Path)
 @click.argument("destination", metavar="OUTPUT_DIR|REPO_ID")
 @click.option("--push", "pushes", is_flag=True, help="Upload to the Hub repository OWNER/NAME.")
 @click.option("--private", is_flag=True, help="Create a new repository as a private one.")
@@ -52,7 +52,7 @@ def main(
     transformers.utils.logging.disable_progress_bar()
     output = Path(destination)
     if pushes:
-        check_repository(destination)
+        check_push(destination)
     elif private:
         raise InputError("--private goes with --push")
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -77,19 +77,6 @@ def main(
             print(f"Pushed: {push(target, destination, 'Upload the model', private=private)}")
         else:
             print(f"Written to {output}")
-
-
-def check_repository(repository: str) -> None:
-    """Raise InputError unless `repository` is OWNER/NAME and there is a token to push with."""
-    from huggingface_hub import get_token
-
-    owner, slash, name = repository.partition("/")
-    if not slash:
-        raise InputError(f"--push needs a Hub repository OWNER/NAME, not '{repository}'")
-    require_plain_name(owner, "the repository's owner")
-    require_plain_name(name, "the repository's name")
-    if get_token() is None:
-        raise InputError("there is no Hub token; set HF_TOKEN, or run: hf auth login")
 
 
 @contextmanager

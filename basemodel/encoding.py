@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import contextlib
+import io
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -74,14 +76,6 @@ class Part:
     replaced: int = 0  # invalid UTF-8 sequences
     sha256: dict[str, str] = field(default_factory=dict)  # by file name
     disagreement: str = ""  # why gigatoken was not used
-
-    @property
-    def total(self) -> Counts:
-        """The counts of both splits together."""
-        total = Counts()
-        for counts in self.counts.values():
-            total.add(counts)
-        return total
 
     def save(self) -> None:
         """Write record.json."""
@@ -215,13 +209,14 @@ def _end_with_parent() -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class ProgressLine:
+class Progress:
     """Bytes, documents, tokens, tokens/s and ETA: a bar on a terminal, else a line every 15 seconds."""
 
     def __init__(self, expected: int, shared: Any) -> None:
-        self._shared = shared
-        self._started = self._last_line = time.monotonic()
-        self._bar = tqdm(total=expected, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+        self._shared, self._started = shared, time.monotonic()
+        self._last_line = self._started if not sys.stderr.isatty() else math.inf
+        file = sys.stderr if sys.stderr.isatty() else io.StringIO()
+        self._bar = tqdm(total=expected, desc="encoding", unit="B", unit_scale=True, file=file)
         self.expected = expected  # bytes of text, roughly
         self.close = self._bar.close
 
@@ -233,16 +228,13 @@ class ProgressLine:
     def show(self) -> None:
         """Update the bar or, when it is time, print a line."""
         documents, tokens, size = self._shared[:]
+        self._bar.total = max(self.expected, size)
         done = f"{documents:,} documents, {tokens:,} tokens, {self.tokens_per_second:,.0f} tokens/s"
-        if not self._bar.disable:
-            self._bar.total = max(self.expected, size)
-            self._bar.set_postfix_str(done, refresh=False)
-            self._bar.update(size - self._bar.n)
-        elif time.monotonic() - self._last_line > 15:
+        self._bar.set_postfix_str(done, refresh=False)
+        self._bar.update(size - self._bar.n)
+        if time.monotonic() - self._last_line > 15:
             self._last_line = time.monotonic()
-            seconds = (self._last_line - self._started) * max(0, self.expected / max(1, size) - 1)
-            of = f"{size / 1e6:,.0f} of about {self.expected / 1e6:,.0f} MB"
-            print(f"encoding: {of}, {done}, ETA {tqdm.format_interval(seconds)}", file=sys.stderr, flush=True)
+            print(self._bar, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -277,7 +269,7 @@ def encode_all(
         order = sorted(range(len(shards)), key=lambda i: -sizes[i])
         jobs = {pool.submit(encode_shard, i, shards[i], parts_dir, settings, setup): i for i in order}
         waiting = set(jobs)
-        with contextlib.closing(ProgressLine(sum(sizes), shared)) as progress:
+        with contextlib.closing(Progress(sum(sizes), shared)) as progress:
             while waiting:
                 finished, waiting = concurrent.futures.wait(waiting, timeout=0.2)
                 for job in finished:
@@ -285,7 +277,8 @@ def encode_all(
                     part, was_there = job.result()
                     parts[number] = part
                     kept += was_there
-                    progress.expected += (0 if was_there else part.total.bytes) - sizes[number]
+                    encoded = 0 if was_there else sum(counts.bytes for counts in part.counts.values())
+                    progress.expected += encoded - sizes[number]
                     if part.disagreement:
                         tqdm.write(f"{part.disagreement}; encoded shard {number} with tiktoken", sys.stderr)
                 progress.show()

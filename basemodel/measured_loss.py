@@ -28,6 +28,10 @@ class MeasuredLoss:
     measured: str  # when
     document_masking: bool = False
 
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        return f"{self.loss:.4f}{error}"
+
     def same_data(self, other: "MeasuredLoss") -> bool:
         """Whether both were measured on the same sequences."""
         keys = ("dataset", "split", "start_token", "tokens", "context_length", "document_masking")

@@ -59,14 +59,6 @@ class GigatokenSetup:
     ranks: Path  # the vocabulary, in tiktoken's file format
     differing: str  # characters that the two libraries treat differently
 
-    @classmethod
-    def make(cls, tokenizer: tiktoken.Encoding, ranks: Path) -> "GigatokenSetup":
-        """Write the vocabulary to `ranks` and compare the libraries. Raises whatever gigatoken raises."""
-        pieces = (tokenizer.decode_single_token_bytes(rank) for rank in range(tokenizer.eot_token))
-        lines = (b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(pieces))
-        ranks.write_bytes(b"".join(lines))
-        return cls(ranks, "".join(differing_characters(tokenizer, load_gigatoken(ranks))))
-
 
 def load_gigatoken(ranks: Path) -> Any:
     """A gigatoken.Tokenizer for GPT-2 without special tokens, which it would recognize inside the text."""
@@ -144,8 +136,12 @@ def set_up_engine(engine: str, tokenizer: tiktoken.Encoding, folder: Path) -> Gi
         return None
     if not installed:
         raise InputError("--engine gigatoken: it is not installed; pip install -e '.[fast]' brings it")
+    ranks = folder / "gpt2.tiktoken"
+    pieces = (tokenizer.decode_single_token_bytes(rank) for rank in range(tokenizer.eot_token))
+    lines = (b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(pieces))
+    ranks.write_bytes(b"".join(lines))
     try:
-        return GigatokenSetup.make(tokenizer, folder / "gpt2.tiktoken")
+        return GigatokenSetup(ranks, "".join(differing_characters(tokenizer, load_gigatoken(ranks))))
     except Exception as error:  # anything a library built for another machine can raise
         reason = f"gigatoken does not work here ({type(error).__name__}: {error})"
         if engine == "gigatoken":
