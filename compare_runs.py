@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Which run was better, and what did it cost? A table and a chart of several runs, and a page to watch them.
+"""Which run was better, and what did it cost? A table, a chart and a live page of several runs.
 
     python compare_runs.py demo demo-tied demo-dropout
     python compare_runs.py demo demo-tied --html runs/compare.html
     python -m http.server --directory runs          then look at http://localhost:8000/compare.html
 
-The page holds all it shows. Where it is served together with the runs' folders, it also asks for their
-metrics.jsonl and status.json again and again, so it follows runs that go on.
+The page is self-contained. When served together with the runs' folders, it also polls their metrics.jsonl and
+status.json, and so follows runs in progress.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ import torch
 from basemodel.charts import xkcd_figure
 from basemodel.command_line import require_plain_name, run_command
 from basemodel.config import TrainConfig
-from basemodel.errors import InputError, require
+from basemodel.errors import InputError
 from basemodel.files import replace_text
 from basemodel.json_config import read_config
 from basemodel.measured_loss import MeasuredLoss, read_test_loss
@@ -36,61 +36,68 @@ from basemodel.run_folder import read_metrics, read_status
 from gpt import GPTConfig, GPTModel
 
 UNKNOWN = "–"
-BINS = 200  # points of a training curve
+BINS = 200  # points in a training curve
 Points = list[tuple[int, float]]  # tokens seen, loss
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("run_names", nargs=-1, required=True, metavar="RUN ...")
+@click.option("--chart", type=Path, default="compare-runs.png", show_default=True)
+@click.option("--html", "page", type=Path, help="Also write a page that follows the runs.")
+@click.option(
+    "--refresh", type=click.IntRange(1), default=30, show_default=True, help="The page's, in seconds."
+)
+@click.option("--runs-dir", type=Path, default=Path(__file__).parent / "runs")
+def main(run_names: tuple[str, ...], chart: Path, page: Path | None, refresh: int, runs_dir: Path) -> None:
+    """Compare the runs RUN ..., folders in runs/: print a Markdown table and chart their losses."""
+    for path in filter(None, (chart, page)):
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: no such folder: {path.parent}")
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; name a file")
+    for name in run_names:
+        if run_names.count(name) > 1:
+            raise InputError(f"run '{name}' is named twice")
+    runs = [read_run(runs_dir, name) for name in run_names]
+    rows = table(runs)
+    print(markdown(rows))
+    for note in notes(runs):
+        print(f"\n{note}")
+    if any(run.tokens is not None for run in runs):
+        draw_chart(runs, chart)
+        print(f"\nChart: {chart}")
+    else:
+        print("\nNo chart: none of the runs has started")
+    if page:
+        write_page(runs, rows, page, refresh)
+        print(f"Page: {page}")
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run's folder says about it."""
+    """What a run's folder says about it; None stands for what is not known yet."""
 
     folder: Path
     config: dict[str, Any]  # model.json and train.json, with their defaults
     parameters: int
-    metrics: list[dict[str, Any]]
     status: dict[str, Any]
+    train: Points  # binned
+    validation: Points
     test: MeasuredLoss | None  # of the best checkpoint, else of the latest
-
-    @property
-    def tokens(self) -> int | None:
-        """Tokens seen so far."""
-        return self.metrics[-1]["tokens"] if self.metrics else None
-
-    @property
-    def global_batch(self) -> int | None:
-        """Sequences per optimiser step."""
-        steps = next((line for line in self.metrics if line["step"]), None)
-        return steps and steps["tokens"] // steps["step"] // self.config["context_length"]
+    tokens: int | None  # seen so far
+    seconds: float | None  # over all resumed parts
+    global_batch: int | None  # sequences per optimizer step
+    tokens_per_second: float | None  # the median over all steps: excludes validation, checkpoints and pauses
+    validation_share: float | None  # of the time
 
     @property
     def validation_loss(self) -> float | None:
         """The best so far."""
-        return min((loss for _, loss in self.curve("val_loss")), default=None)
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """The median over all steps: without validation, checkpoints and pauses."""
-        speeds = [line["tokens_per_second"] for line in self.metrics if line.get("tokens_per_second")]
-        return statistics.median(speeds) if speeds else None
-
-    @property
-    def seconds(self) -> float | None:
-        """All that the run took so far, over all its resumed parts."""
-        return self.metrics[-1]["seconds"] if self.metrics else None
-
-    @property
-    def validation_share(self) -> float | None:
-        """The part of the run's time that went into validation."""
-        spent = sum(line.get("validation_seconds", 0.0) for line in self.metrics)
-        return spent / self.seconds if self.seconds else None
-
-    def curve(self, key: str) -> Points:
-        """A loss over the tokens seen; a NaN, null in the file, is left out."""
-        return [(line["tokens"], line[key]) for line in self.metrics if line.get(key) is not None]
+        return min((loss for _, loss in self.validation), default=None)
 
 
 def read_run(runs_dir: Path, name: str) -> RunSummary:
-    """Read a run's folder, whether it has been trained yet or not. Raises InputError where there is none."""
+    """Summarize a run's folder, whether training has started or not. Raises InputError if there is none."""
     folder = runs_dir / require_plain_name(name, "run")
     if not folder.is_dir():
         have = ", ".join(sorted(path.parent.name for path in runs_dir.glob("*/train.json"))) or "none"
@@ -100,62 +107,69 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in GPTModel(model_config).parameters())
     tests = (read_test_loss(folder / "checkpoints" / link) for link in ("best", "latest"))
+    metrics = [
+        line for line in read_metrics(folder / "metrics.jsonl") if {"tokens", "seconds"} <= line.keys()
+    ]
+    last = metrics[-1] if metrics else {"tokens": None, "seconds": None}
+    step = next((line for line in metrics if line["step"]), None)
+    speeds = [line["tokens_per_second"] for line in metrics if line.get("tokens_per_second")]
+    validating = sum(line.get("validation_seconds", 0.0) for line in metrics)
     return RunSummary(
-        folder,
-        dataclasses.asdict(model_config) | dataclasses.asdict(config),
-        parameters,
-        [line for line in read_metrics(folder / "metrics.jsonl") if {"tokens", "seconds"} <= line.keys()],
-        read_status(folder),
-        next((test for test in tests if test), None),
+        folder=folder,
+        config=dataclasses.asdict(model_config) | dataclasses.asdict(config),
+        parameters=parameters,
+        status=read_status(folder),
+        train=binned(curve(metrics, "train_loss")),
+        validation=curve(metrics, "val_loss"),
+        test=next((test for test in tests if test), None),
+        tokens=last["tokens"],
+        seconds=last["seconds"],
+        global_batch=step and step["tokens"] // step["step"] // model_config.context_length,
+        tokens_per_second=statistics.median(speeds) if speeds else None,
+        validation_share=validating / last["seconds"] if last["seconds"] else None,
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The table
-# ------------------------------------------------------------------------------------------------------------
+def curve(metrics: list[dict[str, Any]], key: str) -> Points:
+    """A loss over the tokens seen, without NaN, which the file holds as null."""
+    return [(line["tokens"], line[key]) for line in metrics if line.get(key) is not None]
 
 
-def differences(runs: list[RunSummary]) -> list[str]:
-    """What is configured otherwise in each run than in the first."""
-    first = runs[0].config
-    return [
-        ", ".join(
-            f"{key} {json.dumps(first[key])} → {json.dumps(value)}"
-            for key, value in run.config.items()
-            if value != first[key]
-        )
-        for run in runs
-    ]
+def binned(points: Points) -> Points:
+    """Reduce a curve to at most BINS points, each the mean of its neighbors."""
+    parts = np.array_split(np.array(points), min(BINS, len(points))) if points else []
+    return [(int(part[-1, 0]), float(part[:, 1].mean())) for part in parts]
 
 
 def shown(value: float | None, form: str) -> str:
-    """A number in a format, or the sign for one that is not known."""
+    """A formatted number, or a dash for an unknown one."""
     return UNKNOWN if value is None else form.format(value)
 
 
 def table(runs: list[RunSummary]) -> list[dict[str, str]]:
-    """A row for each run, by column."""
+    """One row per run, by column."""
+    first = runs[0].config
+
+    def differences(config: dict[str, Any]) -> str:
+        changed = (key for key in config if config[key] != first[key])
+        return ", ".join(f"{key} {json.dumps(first[key])} → {json.dumps(config[key])}" for key in changed)
+
     return [
         {
             "run": run.folder.name,
-            "differs from the first by": differs or UNKNOWN,
+            "differs from the first by": differences(run.config) or UNKNOWN,
             "parameters": f"{run.parameters:,}",
             "tokens": shown(run.tokens, "{:,}"),
             "global batch": shown(run.global_batch, "{:,}"),
             "validation loss": shown(run.validation_loss, "{:.4f}"),
-            "test loss": UNKNOWN if run.test is None else test_loss(run.test),
+            "test loss": UNKNOWN if run.test is None else str(run.test),
             "tokens/s": shown(run.tokens_per_second, "{:,.0f}"),
             "hours": shown(run.seconds and run.seconds / 3600, "{:.2f}"),
             "cost": shown(run.status.get("cost_usd"), "${:,.2f}"),
-            "of it validation": shown(run.validation_share, "{:.0%}"),
+            "validation time": shown(run.validation_share, "{:.0%}"),
         }
-        for run, differs in zip(runs, differences(runs), strict=True)
+        for run in runs
     ]
-
-
-def test_loss(test: MeasuredLoss) -> str:
-    """A test loss with its standard error."""
-    return f"{test.loss:.4f}" + ("" if test.standard_error is None else f" ± {test.standard_error:.4f}")
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -165,35 +179,24 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def notes(runs: list[RunSummary]) -> list[str]:
-    """What a reader of the table must know."""
+    """Warnings for readers of the table."""
     tests = [run.test for run in runs if run.test]
     if any(not test.same_data(tests[0]) for test in tests):
         where = (f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,}" for test in tests)
-        return [f"The test losses are of different data: {'; '.join(dict.fromkeys(where))} tokens."]
+        return [f"The test losses were measured on different data: {'; '.join(dict.fromkeys(where))} tokens."]
     return []
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The chart and the page
-# ------------------------------------------------------------------------------------------------------------
-
-
-def binned(points: Points) -> Points:
-    """At most BINS points, each the mean of neighbouring ones."""
-    parts = np.array_split(np.array(points), min(BINS, len(points))) if points else []
-    return [(int(part[-1, 0]), float(part[:, 1].mean())) for part in parts]
-
-
 def draw_chart(runs: list[RunSummary], path: Path) -> None:
-    """Draw the runs' losses over tokens seen, one colour a run, as a PNG in xkcd style."""
+    """Draw the runs' losses over tokens seen, one color per run, as a PNG in xkcd style."""
     with xkcd_figure((11, 7)) as figure:
         axes = figure.subplots()
         for index, run in enumerate(runs):
-            colour = f"C{index % 10}"
-            train, validation = binned(run.curve("train_loss")), run.curve("val_loss")
-            for points, style in ((train, {"alpha": 0.4}), (validation, {"marker": "o", "markersize": 5})):
-                axes.plot([x for x, _ in points], [y for _, y in points], color=colour, linewidth=2, **style)
-            axes.plot([], [], color=colour, label=run.folder.name)
+            color = f"C{index % 10}"
+            styles = ((run.train, {"alpha": 0.4}), (run.validation, {"marker": "o", "markersize": 5}))
+            for points, style in styles:
+                axes.plot(*np.reshape(points, (-1, 2)).T, color=color, linewidth=2, **style)
+            axes.plot([], [], color=color, label=run.folder.name)
         axes.set(xlabel="tokens seen", ylabel="nats per token", title="validation (dots) and training loss")
         axes.set_ylim(top=highest_shown(runs))
         axes.legend()
@@ -203,33 +206,32 @@ def draw_chart(runs: list[RunSummary], path: Path) -> None:
 
 
 def highest_shown(runs: list[RunSummary]) -> float:
-    """The top of the chart: what the training losses are below after a twentieth of the tokens. The first
-    steps, far above, would press all that matters together."""
+    """The top of the chart: the highest training loss after a twentieth of the tokens. The much higher losses
+    of the first steps would squash the rest."""
     longest = max(run.tokens or 0 for run in runs)
-    curves = [binned(run.curve("train_loss")) for run in runs]
-    losses = [loss for curve in curves for tokens, loss in curve if tokens >= longest / 20]
+    losses = [loss for run in runs for tokens, loss in run.train if tokens >= longest / 20]
     return 1.02 * max(losses, default=1.0)
 
 
 def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, seconds: int) -> None:
-    """Write a page that shows the runs, and follows them where it is served with their folders."""
+    """Write a page that shows the runs and, when served with their folders, follows them."""
     content = [
         {
             "folder": quote(os.path.relpath(run.folder.resolve(), path.resolve().parent)),
             "cells": {
                 **dict.fromkeys(("run", "differs from the first by", "now", "minutes to go"), UNKNOWN),
                 **cells,
-                "now": run.status.get("status", "not begun"),
+                "now": run.status.get("status", "not started"),
             },
-            "train": binned(run.curve("train_loss")),
-            "validation": run.curve("val_loss"),
+            "train": run.train,
+            "validation": run.validation,
         }
         for run, cells in zip(runs, rows, strict=True)
     ]
     values = {
         "TITLE": html.escape(" / ".join(run.folder.name for run in runs)),
         "NOTES": html.escape(" ".join(notes(runs))),
-        "RUNS": json.dumps(content).replace("<", r"\u003c"),  # no end of the script element in a text
+        "RUNS": json.dumps(content).replace("<", r"\u003c"),  # so that no text can end the script element
         "SECONDS": str(seconds),
         "BINS": str(BINS),
         "MADE": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -237,38 +239,6 @@ def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, s
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = re.sub("@([A-Z]+)@", lambda match: values[match[1]], template)
     replace_text(path, page)
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run_names", nargs=-1, required=True, metavar="RUN ...")
-@click.option("--chart", type=click.Path(path_type=Path), default=Path("compare-runs.png"), show_default=True)
-@click.option("--html", "page", type=click.Path(path_type=Path), help="Write a page to watch the runs, too.")
-@click.option(
-    "--refresh", type=click.IntRange(1), default=30, show_default=True, help="Seconds, of the page."
-)
-@click.option("--runs-dir", type=click.Path(path_type=Path), default=Path(__file__).parent / "runs")
-def main(run_names: tuple[str, ...], chart: Path, page: Path | None, refresh: int, runs_dir: Path) -> None:
-    """Compare the runs RUN ..., folders of runs/: print a Markdown table, draw their losses in one chart."""
-    for path in (chart, page):
-        require(
-            path is None or path.parent.is_dir(), f"{path}: the folder {path and path.parent} is not there"
-        )
-        require(path is None or not path.is_dir(), f"{path}: is a folder; name a file")
-    twice = [name for name in run_names if run_names.count(name) > 1]
-    require(not twice, f"run '{twice[0] if twice else ''}' is named twice")
-    runs = [read_run(runs_dir, name) for name in run_names]
-    rows = table(runs)
-    print(markdown(rows))
-    for note in notes(runs):
-        print(f"\n{note}")
-    if any(run.metrics for run in runs):
-        draw_chart(runs, chart)
-        print(f"\nChart: {chart}")
-    else:
-        print("\nNo chart: none of the runs has begun")
-    if page:
-        write_page(runs, rows, page, refresh)
-        print(f"Page: {page}")
 
 
 if __name__ == "__main__":

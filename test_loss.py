@@ -6,8 +6,8 @@
         --dataset local/python-docs --start-token 0 --tokens 65536
     python test_loss.py datasets A/model.json A/model.safetensors B/model.json B/model.safetensors ...
 
-Several models read the data together, once, and give a table. The loss of a checkpoint is kept beside it, in
-test-loss.json, for compare_runs.py and upload_model.py.
+Several models are measured in one pass over the data and shown as a table. The loss of a checkpoint is kept
+beside it, in test-loss.json, for compare_runs.py and upload_model.py.
 """
 
 import math
@@ -22,22 +22,123 @@ from tqdm import tqdm
 
 from basemodel.command_line import run_command
 from basemodel.data import Sequences, TokenFile, check_tokenizer
-from basemodel.errors import InputError, RunError, require
+from basemodel.errors import InputError, RunError
 from basemodel.fetching import fetch_dataset
 from basemodel.loss import document_features
 from basemodel.measured_loss import MeasuredLoss, write_test_loss
 from basemodel.tokenizer import get_tokenizer
 from basemodel.weights import load_model
 from checkpointing import META_FILE
-from gpt import GPTModel
+from gpt import GPTConfig, GPTModel
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("datasets_dir", type=Path)
+@click.argument("models", type=Path, nargs=-1, required=True, metavar="MODEL_JSON MODEL_SAFETENSORS ...")
+@click.option("--dataset", default="gpjt/fineweb-gpt2-tokens", show_default=True)
+@click.option("--split", type=click.Choice(["train", "validation"]), default="validation", show_default=True)
+@click.option("--start-token", type=click.IntRange(0), default=50_000_000, show_default=True)
+@click.option("--tokens", type=click.IntRange(1), default=19_660_800, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=6, show_default=True)
+@click.option("--context-length", type=click.IntRange(1), help="Tokens per sequence; default: the models'.")
+@click.option("--document-masking", is_flag=True, help="Tokens attend to their own document alone.")
+def main(
+    datasets_dir: Path,
+    models: tuple[Path, ...],
+    dataset: str,
+    split: str,
+    start_token: int,
+    tokens: int,
+    batch_size: int,
+    context_length: int | None,
+    document_masking: bool,
+) -> None:
+    """Measure the loss of the models in MODEL_SAFETENSORS, ours or Hugging Face GPT-2's."""
+    if len(models) % 2:
+        raise InputError(
+            f"models come in pairs, MODEL_JSON MODEL_SAFETENSORS; {models[-1]} at the end is alone"
+        )
+    pairs = list(zip(models[::2], models[1::2], strict=True))
+    loaded = [load_model(*pair) for pair in pairs]
+    configs = [model.config for model in loaded]
+    length = choose_length(configs, context_length)
+    folder = fetch_dataset(datasets_dir, dataset, None, [split])
+    sequences = Sequences(TokenFile(folder / f"{split}.safetensors"), start_token, length, seed=0)
+    count = check_data(sequences, tokens, configs)
+    for config in configs:
+        check_tokenizer(folder, config)
+
+    losses = sequence_losses(
+        loaded, sequences, count, batch_size=batch_size, document_masking=document_masking
+    )
+    size, no_bytes = count_bytes(sequences, count, configs[0].tokenizer)
+    results = []
+    for (_, weights), row in zip(pairs, losses, strict=True):
+        loss = row.mean().item()
+        if not math.isfinite(loss):
+            raise RunError(f"{weights}: the loss is {loss:.3g}: damaged weights, or training diverged")
+        result = MeasuredLoss(
+            dataset=dataset,
+            split=split,
+            start_token=start_token,
+            tokens=count * length,
+            context_length=length,
+            loss=loss,
+            perplexity=row.mean().exp().item(),
+            standard_error=row.std().item() / math.sqrt(count) if count > 1 else None,
+            bits_per_byte=row.sum().item() * length / math.log(2) / size if size else None,
+            measured=datetime.now(UTC).isoformat(timespec="seconds"),
+            document_masking=document_masking,
+        )
+        results.append(result)
+        if (weights.parent / META_FILE).exists():  # a checkpoint of this project
+            write_test_loss(weights.parent, result)
+    print(f"{count:,} sequences of {length:,} tokens from {sequences.tokens.path}")
+    if len(results) == 1:
+        print_one(results[0], no_bytes)
+    else:
+        print_table([weights for _, weights in pairs], results, losses, no_bytes)
+
+
+def choose_length(configs: list[GPTConfig], asked: int | None) -> int:
+    """The length of the test sequences, the same for all models. Raises InputError if it does not fit one."""
+    lengths = sorted({config.context_length for config in configs})
+    if asked is None and len(lengths) > 1:
+        raise InputError(
+            f"the models' context lengths differ ({', '.join(map(str, lengths))}); --context-length "
+            f"{lengths[0]} gives all of them the same sequences"
+        )
+    if asked is not None and asked > lengths[0]:
+        raise InputError(
+            f"--context-length can be {lengths[0]} at most, not {asked}: that is a model's limit"
+        )
+    return asked or lengths[0]
+
+
+def check_data(sequences: Sequences, tokens: int, configs: list[GPTConfig]) -> int:
+    """How many sequences `tokens` tokens make. Raises InputError if there are fewer, or a model cannot read
+    them."""
+    if len({config.tokenizer for config in configs}) > 1:
+        raise InputError("the models' tokenizers differ; measure each on a data set of its own")
+    file, start, length = sequences.tokens, sequences.start, sequences.length
+    count = tokens // length
+    if not 0 < count <= sequences.count:
+        hint = "; --start-token 0 begins at the start" if start else ""
+        raise InputError(
+            f"{file.path}: has {file.count:,} tokens, which make {sequences.count} sequences of {length} "
+            f"after --start-token {start}; --tokens {tokens} asks for {count}{hint}"
+        )
+    smallest = min(config.vocab_size for config in configs)
+    file.check_vocabulary(start, start + count * length + 1, smallest)
+    return count
 
 
 @torch.no_grad()
 def sequence_losses(
     models: list[GPTModel], sequences: Sequences, count: int, *, batch_size: int, document_masking: bool
 ) -> Tensor:
-    """Each model's mean loss of each of the first `count` sequences, in nats per token: float64, on the CPU,
-    (models, count). The data are read once."""
+    """Each model's mean loss on each of the first `count` sequences, in nats per token: (models, count),
+    float64, on the CPU. The data are read once."""
     losses = torch.zeros(len(models), count, dtype=torch.float64)
     features_of = document_features if document_masking else GPTModel.features
     for first in tqdm(range(0, count, batch_size), unit="batch", disable=None):
@@ -45,58 +146,29 @@ def sequence_losses(
         for model, row in zip(models, losses, strict=True):
             tokens = batch.to(model.tok_emb.weight.device)
             features = features_of(model, tokens[:, :-1])
-            # One sequence after another: the logits of a batch of GPT-2's would take gigabytes.
+            # Sequence by sequence: the logits of a batch would take gigabytes.
             for index, (x, targets) in enumerate(zip(features, tokens[:, 1:], strict=True), start=first):
                 row[index] = F.cross_entropy(model.out_head(x), targets, reduction="none").double().mean()
     return losses
 
 
-def count_bytes(sequences: Sequences, count: int, tokenizer_name: str) -> int:
-    """How many bytes of text the targets of the first `count` sequences stand for; end-of-text for none."""
-    tokenizer = get_tokenizer(tokenizer_name)
+def count_bytes(sequences: Sequences, count: int, tokenizer_name: str) -> tuple[int, str]:
+    """The length in bytes of the text that the targets of the first `count` sequences encode, end-of-text not
+    counted; if it is 0, the second value says why."""
+    try:
+        tokenizer = get_tokenizer(tokenizer_name)
+    except InputError as error:
+        return 0, str(error)
     lengths = torch.zeros(65_536, dtype=torch.int64)
     pieces = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
     lengths[: len(pieces)] = torch.tensor([len(piece) for piece in pieces])
     lengths[tokenizer.eot_token] = 0
-    return sum(int(lengths[sequences.read(i, 1)[:, 1:].long()].sum()) for i in range(count))
-
-
-def statistics(losses: Tensor, length: int, size: int) -> dict[str, float | None]:
-    """What the losses (count,) of sequences of `length` tokens come to, over a text of `size` bytes."""
-    count = len(losses)
-    return {
-        "loss": losses.mean().item(),
-        "perplexity": losses.mean().exp().item(),
-        "standard_error": losses.std().item() / math.sqrt(count) if count > 1 else None,
-        "bits_per_byte": losses.sum().item() * length / math.log(2) / size if size else None,
-    }
-
-
-def open_test_data(folder: Path, split: str, start: int, tokens: int, length: int) -> tuple[Sequences, int]:
-    """The sequences of `length` that `tokens` tokens after `start` make, and how many to read. Raises
-    InputError when there are not so many."""
-    sequences = Sequences(TokenFile(folder / f"{split}.safetensors"), start, length, seed=0)
-    count = tokens // length
-    have = f"has {sequences.tokens.count:,} tokens, which make {sequences.count} sequences of {length}"
-    require(
-        0 < count <= sequences.count,
-        f"{sequences.tokens.path}: {have} after --start-token {start}; --tokens {tokens} asks for {count}"
-        + ("; --start-token 0 begins at the start" if start else ""),
-    )
-    return sequences, count
-
-
-def pair_up(files: tuple[Path, ...]) -> list[tuple[Path, Path]]:
-    """The arguments MODEL_JSON MODEL_SAFETENSORS ... as pairs. Raises InputError where one is left over."""
-    require(
-        len(files) % 2 == 0,
-        f"models come in pairs, MODEL_JSON MODEL_SAFETENSORS; {files[-1]} at the end is alone",
-    )
-    return list(zip(files[::2], files[1::2], strict=True))
+    size = sum(int(lengths[sequences.read(i, 1)[:, 1:].long()].sum()) for i in range(count))
+    return size, "" if size else "the tokens encode no text"
 
 
 def print_one(result: MeasuredLoss, no_bytes: str) -> None:
-    """Print one model's result, a figure a line."""
+    """Print one model's result, one value per line."""
     error, bits = result.standard_error, result.bits_per_byte
     print(f"Loss against our test dataset: {result.loss:.3f}")
     print(f"Perplexity: {result.perplexity:.2f}")
@@ -105,9 +177,11 @@ def print_one(result: MeasuredLoss, no_bytes: str) -> None:
 
 
 def print_table(weights: list[Path], results: list[MeasuredLoss], losses: Tensor, no_bytes: str) -> None:
-    """Print several models' results as a Markdown table. The last column is a mean over sequences of the
-    difference to the first model, with its own standard error: text that is hard for one is hard for all, so
-    it is far smaller than those of the losses."""
+    """Print several models' results as a Markdown table.
+
+    The last column is the mean difference to the first model, sequence by sequence. Its standard error is far
+    smaller than those of the losses, because text that is hard for one model is hard for all.
+    """
     print("\n| model | loss | standard error | perplexity | bits per byte | loss, less the first's |")
     print("| --- | --- | --- | --- | --- | --- |")
     for path, result, difference in zip(weights, results, losses - losses[0], strict=True):
@@ -125,88 +199,6 @@ def print_table(weights: list[Path], results: list[MeasuredLoss], losses: Tensor
         print(f"| {' | '.join(cells)} |")
     if no_bytes:
         print(f"\nBits per byte: not known: {no_bytes}")
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("datasets_dir", type=click.Path(path_type=Path))
-@click.argument(
-    "models",
-    type=click.Path(path_type=Path),
-    nargs=-1,
-    required=True,
-    metavar="MODEL_JSON MODEL_SAFETENSORS ...",
-)
-@click.option("--dataset", default="gpjt/fineweb-gpt2-tokens", show_default=True)
-@click.option("--split", type=click.Choice(["train", "validation"]), default="validation", show_default=True)
-@click.option("--start-token", type=click.IntRange(0), default=50_000_000, show_default=True)
-@click.option("--tokens", type=click.IntRange(1), default=19_660_800, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=6, show_default=True)
-@click.option(
-    "--context-length", type=click.IntRange(1), help="Tokens per sequence; default: the models' own."
-)
-@click.option("--document-masking", is_flag=True, help="Have tokens attend to their own document alone.")
-def main(
-    datasets_dir: Path,
-    models: tuple[Path, ...],
-    dataset: str,
-    split: str,
-    start_token: int,
-    tokens: int,
-    batch_size: int,
-    context_length: int | None,
-    document_masking: bool,
-) -> None:
-    """Measure the loss of the models in MODEL_SAFETENSORS, ours or Hugging Face GPT-2's."""
-    pairs = pair_up(models)
-    loaded = [load_model(*pair) for pair in pairs]
-    lengths = {model.config.context_length for model in loaded}
-    require(
-        len(lengths) == 1 or context_length is not None,
-        f"the models' context lengths differ ({', '.join(map(str, sorted(lengths)))}); --context-length "
-        f"{min(lengths)} gives all of them the same sequences",
-    )
-    length = context_length or lengths.pop()
-    folder = fetch_dataset(datasets_dir, dataset, None, [split])
-    sequences, count = open_test_data(folder, split, start_token, tokens, length)
-    for (model_json, _), model in zip(pairs, loaded, strict=True):
-        longest = model.config.context_length
-        require(length <= longest, f"{model_json}: --context-length can be {longest} at most, not {length}")
-        check_tokenizer(folder, model.config)
-    smallest = min(model.config.vocab_size for model in loaded)
-    sequences.tokens.check_vocabulary(start_token, start_token + count * length + 1, smallest)
-    tokenizers = {model.config.tokenizer for model in loaded}
-    require(len(tokenizers) == 1, "the models' tokenizers differ; measure them apart, on a data set each")
-
-    losses = sequence_losses(
-        loaded, sequences, count, batch_size=batch_size, document_masking=document_masking
-    )
-    size, no_bytes = 0, ""
-    try:
-        size = count_bytes(sequences, count, tokenizers.pop())
-        no_bytes = "" if size else "the tokens stand for no text"
-    except InputError as error:
-        no_bytes = str(error)
-    measured_on = {
-        "dataset": dataset,
-        "split": split,
-        "start_token": start_token,
-        "tokens": count * length,
-        "context_length": length,
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "document_masking": document_masking,
-    }
-    results = []
-    for (_, weights), row in zip(pairs, losses, strict=True):
-        if not row.mean().isfinite():
-            raise RunError(f"{weights}: the loss is {row.mean():.3g}: damaged weights, or training diverged")
-        results.append(MeasuredLoss(**measured_on, **statistics(row, length, size)))
-        if (weights.parent / META_FILE).exists():  # a checkpoint of this project
-            write_test_loss(weights.parent, results[-1])
-    print(f"{count:,} sequences of {length:,} tokens from {sequences.tokens.path}")
-    if len(results) == 1:
-        print_one(results[0], no_bytes)
-    else:
-        print_table([weights for _, weights in pairs], results, losses, no_bytes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where text comes from: files, the shards that they are cut into, and the documents of a shard."""
+"""The sources of text: files, the shards they are cut into, and the documents in a shard."""
 
 import ast
 import codecs
@@ -16,29 +16,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from basemodel.errors import InputError, require
+from basemodel.errors import InputError
 
 FILE_TYPES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 PYTHON_DOCS = "python-docs"
-SHARD_BYTES = 64_000_000  # of text, about
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Shards: which documents belong together
-# ------------------------------------------------------------------------------------------------------------
+SHARD_BYTES = 64_000_000  # of text, roughly
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A file or a part of one. `start` and `stop` are row groups of .parquet, bytes of .jsonl."""
+    """A file or part of one. `start` and `stop` count row groups in .parquet and bytes in .jsonl."""
 
     path: Path | None  # None: the Python documentation
-    size: int  # bytes of text, about
+    size: int  # bytes of text, roughly
     start: int = 0
     stop: int = 0
 
     def identity(self) -> list[Any]:
-        """What tells this piece from any other, and from itself before its file was changed."""
+        """Values that differ for any other piece, and for this one once its file has changed."""
         if self.path is None:
             return [PYTHON_DOCS, platform.python_version()]
         status = self.path.stat()
@@ -46,23 +41,25 @@ class Piece:
 
 
 def find_files(source: Path) -> list[Path]:
-    """The text files of a folder (recursively, sorted by path), or the one that was named."""
+    """The text files in a folder (recursively, sorted by path), or the file itself. Raises InputError."""
+    known = ", ".join(FILE_TYPES)
     if source.is_file():
-        files = [source]
-    else:
-        hint = f"the source may also be '{PYTHON_DOCS}', or OWNER/NAME on the Hub with --files 'PATTERN'"
-        require(source.is_dir(), f"{source}: no such file or folder; {hint}")
-        files = sorted(
-            path for path in source.rglob("*") if path.is_file() and path.name.endswith(FILE_TYPES)
+        if not source.name.endswith(FILE_TYPES):
+            raise InputError(f"{source}: is of no known type; known are {known}")
+        return [source]
+    if not source.is_dir():
+        raise InputError(
+            f"{source}: no such file or folder; the source may also be '{PYTHON_DOCS}', or OWNER/NAME on the "
+            "Hub with --files 'PATTERN'"
         )
-    named = ", ".join(FILE_TYPES)
-    require(bool(files), f"{source}: holds no {named} files")
-    require(files[0].name.endswith(FILE_TYPES), f"{source}: is of no known type; known are {named}")
+    files = sorted(path for path in source.rglob("*") if path.is_file() and path.name.endswith(FILE_TYPES))
+    if not files:
+        raise InputError(f"{source}: holds no {known} files")
     return files
 
 
 def cut_into_pieces(path: Path, text_column: str) -> Iterator[Piece]:
-    """A file as pieces of at most SHARD_BYTES, as far as its format can be cut. Raises InputError."""
+    """Cut a file into pieces of about SHARD_BYTES where its format allows. Raises InputError."""
     size = path.stat().st_size
     if path.suffix == ".parquet":
         with _parquet_file(path, text_column) as file:
@@ -78,11 +75,11 @@ def cut_into_pieces(path: Path, text_column: str) -> Iterator[Piece]:
         cuts = [size * i // count for i in range(count + 1)]
         yield from (Piece(path, stop - start, start, stop) for start, stop in itertools.pairwise(cuts))
     else:
-        yield Piece(path, size if path.suffix == ".txt" else 3 * size)  # compressed text: a guess
+        yield Piece(path, size if path.suffix == ".txt" else 3 * size)  # a guess for compressed text
 
 
 def make_shards(pieces: Iterable[Piece]) -> list[list[Piece]]:
-    """Pieces in their order, small ones together: a matter of the source alone, not of the workers."""
+    """Group pieces in order, small ones together. Depends on the source alone, not on the workers."""
     shards: list[list[Piece]] = []
     room = 0
     for piece in pieces:
@@ -90,13 +87,11 @@ def make_shards(pieces: Iterable[Piece]) -> list[list[Piece]]:
             shards.append([])
             room = SHARD_BYTES // 2
         shards[-1].append(piece)
-        room -= max(piece.size, SHARD_BYTES // 20_000)  # a file takes its time even if it is tiny
+        room -= max(piece.size, SHARD_BYTES // 20_000)  # even a tiny file takes time to open
     return shards
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Documents: each one text in UTF-8, in fragments that give the same tokens when they are encoded one by one
-# ------------------------------------------------------------------------------------------------------------
+# Documents iterate over fragments of UTF-8 text which, tokenized one by one, give the tokens of the whole.
 
 
 @dataclass
@@ -104,17 +99,16 @@ class Text:
     """A document in memory: one fragment of valid UTF-8."""
 
     content: bytes
-    replaced: int = 0  # invalid sequences that U+FFFD stands for
+    replaced: int = 0  # invalid sequences that became U+FFFD
 
     def __iter__(self) -> Iterator[bytes]:
         yield self.content
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Text":
-        """A document that should be UTF-8."""
+        """A document from bytes that should be UTF-8."""
         try:
-            if not data.isascii():
-                data.decode()
+            data.decode()
             return cls(data)
         except UnicodeDecodeError:
             text = data.decode(errors="replace")
@@ -122,7 +116,7 @@ class Text:
 
     @classmethod
     def from_str(cls, text: str) -> "Text":
-        r"""A document that may hold halves of surrogate pairs, which \u escapes in JSON can make."""
+        r"""A document from a string that may hold lone surrogates, which \u escapes in JSON can produce."""
         try:
             return cls(text.encode())
         except UnicodeEncodeError:
@@ -131,7 +125,7 @@ class Text:
 
 
 def read_documents(piece: Piece, text_column: str) -> "Iterator[Text | TextFile]":
-    """The documents of a piece: rows of .parquet, lines of .jsonl, a whole .txt. Raises InputError."""
+    """The documents in a piece: rows of .parquet, lines of .jsonl, a whole .txt. Raises InputError."""
     path = piece.path
     if path is None:
         yield from map(Text.from_str, python_docs())
@@ -149,27 +143,23 @@ def read_documents(piece: Piece, text_column: str) -> "Iterator[Text | TextFile]
 
 @contextlib.contextmanager
 def _parquet_file(path: Path, text_column: str) -> Iterator[Any]:
-    """A pyarrow.parquet.ParquetFile that has a text column of that name. Raises InputError."""
-    import pyarrow  # comes with `datasets`
+    """A pyarrow.parquet.ParquetFile with a text column of this name. Raises InputError."""
+    import pyarrow  # a dependency of `datasets`
     import pyarrow.parquet
 
     try:
-        # A small buffer, in place of whole columns of a row group.
+        # A small buffer instead of whole columns of a row group.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = file.schema_arrow.names
-            require(
-                text_column in names,
-                f"{path}: has no column '{text_column}'; --text-column is one of {names}",
-            )
+            if text_column not in names:
+                raise InputError(f"{path}: has no column '{text_column}'; --text-column is one of {names}")
             kind = file.schema_arrow.field(text_column).type
-            strings = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_string_view)
-            require(
-                any(is_kind(kind) for is_kind in strings),
-                f"{path}: column '{text_column}' is {kind}, not text",
-            )
+            if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+                raise InputError(f"{path}: column '{text_column}' is {kind}, not text")
             yield file
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: no whole parquet file: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: damaged or not a parquet file: {reason}") from None
 
 
 def _column_size(row_group: Any, name: str) -> int:
@@ -183,11 +173,9 @@ def _parquet_texts(piece: Piece, text_column: str) -> Iterator[Text]:
     with _parquet_file(piece.path, text_column) as file:
         groups = range(piece.start, piece.stop)
         rows = sum(file.metadata.row_group(i).num_rows for i in groups)
-        # About a megabyte at a time, so that long documents do not add up.
+        # About a megabyte at a time, to bound memory where documents are long.
         batch_size = min(1024, max(1, rows * 1_000_000 // max(1, piece.size)))
-        for batch in file.iter_batches(
-            batch_size, row_groups=groups, columns=[text_column], use_threads=False
-        ):
+        for batch in file.iter_batches(batch_size, groups, [text_column], use_threads=False):
             texts = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
             yield from (Text.from_bytes(text) for text in texts if text is not None)
 
@@ -201,14 +189,16 @@ def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text]:
                 text = None
             if not isinstance(text, str):
                 number += _lines_before(piece)
-                raise InputError(f'{piece.path}: line {number} is no JSON object with a text "{text_column}"')
+                raise InputError(
+                    f'{piece.path}: line {number} is not a JSON object with a string "{text_column}"'
+                )
             yield Text.from_str(text)
 
 
 def _lines(piece: Piece) -> Iterator[bytes]:
-    """The lines of a .jsonl; of a part of one those that begin in it."""
+    """The lines of a .jsonl that start within the piece."""
     if piece.path.suffix != ".jsonl":
-        import pyarrow  # reads gzip and zstandard by a file's ending
+        import pyarrow  # decompresses by the file's extension
 
         with pyarrow.input_stream(str(piece.path)) as stream:
             yield from io.BufferedReader(stream)
@@ -217,7 +207,7 @@ def _lines(piece: Piece) -> Iterator[bytes]:
         place = piece.start
         if place:
             file.seek(place - 1)
-            place += len(file.readline()) - 1  # the rest of a line that begins before
+            place += len(file.readline()) - 1  # skip the rest of a line that starts earlier
         while place < piece.stop and (line := file.readline()):
             place += len(line)
             yield line
@@ -233,7 +223,7 @@ class TextFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.replaced = 0  # invalid sequences seen when the file was last gone through
+        self.replaced = 0  # invalid sequences in the last pass over the file
 
     def __iter__(self) -> Iterator[bytes]:
         self.replaced = 0
@@ -256,10 +246,11 @@ class TextFile:
 
 
 def safe_cut(text: str) -> int:
-    """The last place where `text` can be cut in two that give the tokens of the whole; 0: there is none.
+    """The last place to cut `text` in two without changing its tokens; 0 if there is none.
 
-    GPT-2's words begin with at most one space and then hold no more, so one begins wherever a space or a line
-    break follows anything else. What comes before ends in no space, and looks at nothing behind it.
+    A word of GPT-2's pattern contains a space at most as its first character, so a new word starts wherever a
+    space or line break follows anything but white space. The first part does not end in white space, the only
+    place where the pattern looks ahead.
     """
     cut = len(text)
     while (cut := max(text.rfind(" ", 0, cut), text.rfind("\n", 0, cut))) > 0:
@@ -269,10 +260,8 @@ def safe_cut(text: str) -> int:
 
 
 def python_docs() -> list[str]:
-    """The text that every Python carries: the language reference and the standard library's docstrings.
-
-    Deduplicated, and in an order that is fixed for one version of Python.
-    """
+    """The text that ships with Python: the language reference and the standard library's docstrings,
+    deduplicated, in an order that is fixed for each version of Python."""
     from pydoc_data.topics import topics
 
     documents = {text.strip() for text in topics.values()}
@@ -287,9 +276,9 @@ def python_docs() -> list[str]:
 
 def _docstrings(path: Path) -> Iterator[str]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # of invalid escapes in old modules
+        with warnings.catch_warnings(action="ignore"):  # invalid escapes in old modules
             tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # broken on purpose, like some modules of lib2to3
+    except (SyntaxError, ValueError):  # deliberately broken, like some of lib2to3's modules
         return
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -297,8 +286,8 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def in_validation(document: Iterable[bytes], fraction: float) -> bool:
-    """Whether a document is for validation: a matter of its text alone, so copies never lie on both sides."""
-    checksum = 0x9E3779B9  # a start that puts empty documents among those for training
+    """Whether a document is for validation. Depends on its text alone, so copies land on the same side."""
+    checksum = 0x9E3779B9  # a seed that sends empty documents to training
     for fragment in document:
         checksum = zlib.crc32(fragment, checksum)
     return checksum < fraction * 2**32

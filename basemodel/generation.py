@@ -1,7 +1,9 @@
-"""How a model continues a text."""
+"""Generating text: continuing token sequences, and prompts in batches."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import tiktoken
 import torch
@@ -10,78 +12,77 @@ from torch import Tensor
 from tqdm import tqdm
 
 from basemodel.attention import Cache
-from basemodel.errors import RunError, require
+from basemodel.errors import InputError, RunError
 from gpt import GPTModel
 
-BATCH_SIZE = 32
+BATCH_SIZE = 32  # prompts at once; the keys and values of one full GPT-2 small sequence take 75 MB
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and when to stop."""
+
+    temperature: float = 1.0  # 0: always the most likely token
+    top_k: int | None = None  # sample from the k most likely tokens; None: from all
+    generator: torch.Generator | None = None
+    stop: int | None = None  # end once every row has produced this token
+    use_cache: bool = True  # of keys and values; without it, each token costs a pass over the whole context
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Map logits (B, V) to tokens (B, 1)."""
+        if self.temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -math.inf)
+        scaled = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        return torch.multinomial(F.softmax(scaled, dim=-1), 1, generator=self.generator)
 
 
 @torch.no_grad()
 def generate(
-    model: GPTModel,
-    tokens: Tensor,
-    count: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
-    padding: Tensor | None = None,
-    stop: int | None = None,
-    use_cache: bool = True,
+    model: GPTModel, tokens: Tensor, count: int, padding: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """Continue tokens (B, T), T at least 1, by `count` tokens, or until all rows have drawn the token `stop`;
-    return (B, T + count) or less. The first `padding` (B,) tokens of each row are padding.
+    """Continue tokens (B, T), T at least 1, by up to `count` tokens; return (B, T + count) or fewer columns.
 
-    Raises RunError if the model gives no numbers. At temperature 0 the likeliest token is taken; otherwise
-    one is drawn from the `top_k` likeliest (all when None). Past the context length the model sees the last
-    context_length tokens; then all positions move with each token, and a cache saves nothing.
+    `options` are Sampling's fields. The first `padding` (B,) tokens of each row are ignored. Past the context
+    length the model sees the last context_length tokens; then every position shifts with each token, and the
+    cache saves nothing. Raises RunError if logits are not finite.
     """
+    sampling = Sampling(**options)
     prompt, size, cache = tokens.shape[1], model.config.context_length, None
     padding = tokens.new_zeros(len(tokens)) if padding is None else padding
     for length in range(prompt, prompt + count):
-        if cache is None or cache.length == size or not use_cache:
+        if cache is None or cache.length == size or not sampling.use_cache:
             start = max(0, length - size)
             cache = Cache((padding - start).clamp(min=0), min(size, prompt + count))
         new = tokens[:, start + cache.length :]
         features = model.features(new, *cache.read_on(new.shape[1]), cache)
         logits = model.out_head(features[:, -1]).float()  # (B, V)
         if not logits.isfinite().all():
-            raise RunError("the model's logits are no numbers: its weights are damaged, or training diverged")
-        if temperature == 0:
-            chosen = logits.argmax(-1, keepdim=True)
-        else:
-            if top_k is not None and top_k < logits.shape[-1]:
-                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-            scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-            chosen = torch.multinomial(F.softmax(scaled, dim=-1), 1, generator=generator)
-        tokens = torch.cat([tokens, chosen], dim=1)
-        if stop is not None and (tokens[:, prompt:] == stop).any(dim=1).all():
+            raise RunError("the model's logits are not finite: its weights are damaged, or training diverged")
+        tokens = torch.cat([tokens, sampling.choose(logits)], dim=1)
+        if sampling.stop is not None and (tokens[:, prompt:] == sampling.stop).any(dim=1).all():
             break
     return tokens
 
 
 def encode_prompt(tokenizer: tiktoken.Encoding, prompt: str, vocab_size: int) -> list[int]:
-    """The prompt's tokens; of an empty one the end of the text before. Raises InputError for tokens outside
-    the model's vocabulary."""
+    """The prompt's tokens; for an empty prompt, the end of a preceding text. Raises InputError for tokens
+    outside the model's vocabulary."""
     tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
-    require(max(tokens) < vocab_size, f"the prompt has tokens outside the model's vocabulary of {vocab_size}")
+    if max(tokens) >= vocab_size:
+        raise InputError(f"the prompt has tokens outside the model's vocabulary of {vocab_size}")
     return tokens
 
 
 def continuations(
-    model: GPTModel,
-    tokenizer: tiktoken.Encoding,
-    prompts: Sequence[str],
-    count: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
+    model: GPTModel, tokenizer: tiktoken.Encoding, prompts: Sequence[str], count: int, **options: Any
 ) -> list[str]:
     """What the model adds to each prompt: at most `count` tokens, up to the end of the text.
 
-    Prompts of like length are continued together, padded on the left to one length.
+    `options` are Sampling's fields. Prompts of similar length are batched, padded on the left.
     """
+    end = tokenizer.eot_token
     encoded = [encode_prompt(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     texts = [""] * len(prompts)
@@ -89,20 +90,11 @@ def continuations(
     for first in tqdm(range(0, len(order), BATCH_SIZE), unit="batch", disable=None, leave=False):
         batch = order[first : first + BATCH_SIZE]
         longest = len(encoded[batch[-1]])
-        padding = [longest - len(encoded[index]) for index in batch]
-        rows = [[0] * empty + encoded[index] for index, empty in zip(batch, padding, strict=True)]
-        continued = generate(
-            model,
-            torch.tensor(rows, device=device),
-            count,
-            temperature=temperature,
-            top_k=top_k,
-            generator=generator,
-            padding=torch.tensor(padding, device=device),
-            stop=tokenizer.eot_token,
-        )
+        padding = torch.tensor([longest - len(encoded[index]) for index in batch], device=device)
+        rows = torch.tensor([[0] * (longest - len(encoded[i])) + encoded[i] for i in batch], device=device)
+        continued = generate(model, rows, count, padding, stop=end, **options)
         for index, row in zip(batch, continued[:, longest:].tolist(), strict=True):
-            new = row[: row.index(tokenizer.eot_token)] if tokenizer.eot_token in row else row
-            # A vocabulary may be larger than its tokenizer's: what stands for no text is left out.
+            new = row[: row.index(end)] if end in row else row
+            # The model's vocabulary may be padded beyond the tokenizer's.
             texts[index] = tokenizer.decode([token for token in new if token < tokenizer.n_vocab])
     return texts

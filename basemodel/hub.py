@@ -1,6 +1,6 @@
-"""The Hugging Face Hub: files of data sets that are fetched from it, folders that are uploaded to it.
+"""The Hugging Face Hub: downloading a data set's files and uploading folders.
 
-A download goes on where an earlier one was cut off, by a kill too: the Hub's own client begins anew then.
+An interrupted download resumes, even after a kill: the Hub's own client would start over.
 """
 
 import fcntl
@@ -9,17 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from basemodel.command_line import require_dataset_id
+from basemodel.command_line import require_plain_name
 from basemodel.errors import InputError, RunError
 from basemodel.files import fingerprint
 
 
 def download_file(url: str, path: Path, *, size: int | None, etag: str | None) -> dict[str, Any]:
-    """Fetch one file, from where an earlier try was cut off; return its size and SHA-256.
+    """Download one file, resuming an earlier attempt; return its size and SHA-256.
 
-    Until it is whole it has another name beside `path`; of several processes one fetches it, the others wait.
-    Raises InputError if it is not what was announced (a large file's `etag` is its SHA-256), and whatever the
-    Hub's client raises.
+    An incomplete file has another name beside `path`; of several processes one downloads, the others wait.
+    Raises InputError if the file differs from what was announced (a large file's `etag` is its SHA-256), and
+    whatever the Hub's client raises.
     """
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
@@ -39,18 +39,18 @@ def download_file(url: str, path: Path, *, size: int | None, etag: str | None) -
             if announced not in (None, found[what]):
                 partial.unlink()
                 raise InputError(
-                    f"{path}: the Hub announced {what} {announced} and sent {found[what]}; what came was "
-                    "removed, start again to fetch it anew"
+                    f"{path}: the Hub announced {what} {announced} but sent {found[what]}; the file was "
+                    "removed, run the same command again to download it"
                 )
         partial.replace(path)
     return found
 
 
 def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Path], str]:
-    """The files of a Hub data set that match a pattern, and the commit that they are of.
+    """The files of a Hub data set that match a pattern, and the commit they come from.
 
-    They are kept in the Hub's own cache, once for all processes; where all are there, the Hub is not asked.
-    Raises InputError, naming the data set, where that fails.
+    They are kept in the Hub's own cache, shared by all processes; when all are there, the Hub is not asked.
+    Raises InputError, naming the data set, on any failure.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -68,60 +68,66 @@ def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Pat
                 list(pool.map(fetch, filter_repo_objects(names, allow_patterns=pattern)))
             # Finds these files in the cache, and links them to their names.
             folder = Path(snapshot_download(dataset, **options))
-    except Exception as error:  # whatever a network, a proxy or the Hub can think of
+    except Exception as error:  # anything a network, a proxy or the Hub can raise
         raise InputError(
-            f"{dataset}: the Hub did not give '{pattern}' ({reason(error)}); check name, --files, "
-            "--revision and network, and run the same command again: what has come is kept"
+            f"{dataset}: could not download '{pattern}' from the Hub ({reason(error)}); check the name, "
+            "--files, --revision and the network, and run the same command again: finished files are kept"
         ) from None
     names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return [folder / name for name in sorted(filter_repo_objects(names, allow_patterns=pattern))], folder.name
 
 
 def _download_to_cache(dataset: str, commit: str, name: str) -> None:
-    """Fetch a file to where the Hub's client keeps its content, blobs/ETAG, if it is not there."""
+    """Download a file to where the Hub's client caches its content, blobs/ETAG, unless it is there."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import repo_folder_name
 
     url = hf_hub_url(dataset, name, repo_type="dataset", revision=commit)
-    theirs = get_hf_file_metadata(url)
+    metadata = get_hf_file_metadata(url)
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=dataset, repo_type="dataset")
-    blob = folder / "blobs" / theirs.etag
+    blob = folder / "blobs" / metadata.etag
     if not blob.exists():
-        download_file(url, blob, size=theirs.size, etag=theirs.etag)
+        download_file(url, blob, size=metadata.size, etag=metadata.etag)
 
 
 def check_push(repo_id: str) -> None:
-    """Raise InputError unless the Hub knows who is about to upload to `repo_id`."""
-    from huggingface_hub import HfApi
+    """Raise InputError unless `repo_id` is OWNER/NAME and the Hub accepts this user's token."""
+    from huggingface_hub import HfApi, get_token
 
-    require_dataset_id(repo_id)
+    owner, slash, name = repo_id.partition("/")
+    if not slash:
+        raise InputError(f"--push: the repository must be OWNER/NAME, not '{repo_id}'")
+    require_plain_name(owner, "the repository's owner")
+    require_plain_name(name, "the repository's name")
+    if get_token() is None:
+        raise InputError("--push: there is no Hub token; set HF_TOKEN, or run: hf auth login")
     try:
         HfApi().whoami()
-    except Exception as error:  # whatever a network, a proxy or the Hub can think of
+    except Exception as error:  # anything a network, a proxy or the Hub can raise
         raise InputError(
-            f"--push {repo_id}: the Hub does not let you in ({reason(error)}); try `hf auth login`"
+            f"--push {repo_id}: the Hub denies access ({reason(error)}); try `hf auth login`"
         ) from None
 
 
-def push(folder: Path, repo_id: str) -> None:
-    """Upload a data set to the Hub. Raises RunError; the same command then uploads what is missing."""
+def push(folder: Path, repo_id: str, message: str, **options: Any) -> str:
+    """Upload a folder to a repository, created if need be, and return the commit's URL.
+
+    `options` are HfApi.create_repo's. Raises RunError; the same call then uploads only what is missing.
+    """
     from huggingface_hub import HfApi
 
+    api, kind = HfApi(), options.get("repo_type")
     try:
-        api = HfApi()
-        api.create_repo(repo_id, repo_type="dataset", exist_ok=True)
-        result = api.upload_folder(
-            repo_id=repo_id, repo_type="dataset", folder_path=folder, commit_message="Upload tokens"
-        )
-    except Exception as error:  # whatever a network, a proxy or the Hub can think of
+        api.create_repo(repo_id, exist_ok=True, **options)
+        done = api.upload_folder(repo_id=repo_id, repo_type=kind, folder_path=folder, commit_message=message)
+    except Exception as error:  # anything a network, a proxy or the Hub can raise
         raise RunError(
-            f"{folder} is whole, but could not be uploaded to {repo_id} ({reason(error)}); the same "
-            "command with --push goes on"
+            f"{repo_id}: the upload failed ({reason(error)}); run the same command again to resume it"
         ) from None
-    print(f"Uploaded to {repo_id}: {result.commit_url}")
+    return done.commit_url
 
 
 def reason(error: Exception) -> str:
-    """What an error says, in part of a line; the Hub's say a status first, and then what is wrong."""
+    """An error's message as part of a line; the Hub's messages give a status first, then the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) or type(error).__name__

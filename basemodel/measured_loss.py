@@ -1,4 +1,4 @@
-"""The loss that test_loss.py measured of a checkpoint, kept beside it."""
+"""The test loss of a checkpoint, which test_loss.py measures and keeps beside it."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ TEST_LOSS_FILE = "test-loss.json"
 
 @dataclass(frozen=True)
 class MeasuredLoss:
-    """How well a model does on a part of a data set. Loss in nats per token."""
+    """How well a model does on a slice of a data set. Loss in nats per token."""
 
     dataset: str
     split: str
@@ -23,10 +23,14 @@ class MeasuredLoss:
     context_length: int
     loss: float
     perplexity: float
-    standard_error: float | None  # of the loss, over sequences; None for a single one
-    bits_per_byte: float | None  # None where the vocabulary is not here, or the tokens stand for no text
+    standard_error: float | None  # of the loss, over sequences; None for a single sequence
+    bits_per_byte: float | None  # None if the vocabulary is missing or the tokens encode no text
     measured: str  # when
     document_masking: bool = False
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        return f"{self.loss:.4f}{error}"
 
     def same_data(self, other: "MeasuredLoss") -> bool:
         """Whether both were measured on the same sequences."""
@@ -35,7 +39,7 @@ class MeasuredLoss:
 
 
 def read_test_loss(folder: Path) -> MeasuredLoss | None:
-    """The loss that was measured of the checkpoint in `folder`; None where it was not, or not legibly."""
+    """The test loss of the checkpoint in `folder`; None if there is none, or it is damaged."""
     try:
         return MeasuredLoss(**read_json_object(folder / TEST_LOSS_FILE))
     except (InputError, TypeError):
@@ -43,7 +47,7 @@ def read_test_loss(folder: Path) -> MeasuredLoss | None:
 
 
 def write_test_loss(folder: Path, result: MeasuredLoss) -> None:
-    """Keep a checkpoint's loss beside it, in one step; a folder that cannot be written to is no failure."""
+    """Keep a checkpoint's test loss beside it, atomically; if that fails, warn and go on."""
     try:
         replace_text(folder / TEST_LOSS_FILE, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
     except OSError as error:

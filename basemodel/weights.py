@@ -1,7 +1,4 @@
-"""Files of weights: ours, the published runs' and Hugging Face's, whose names are others.
-
-They all load; a Hugging Face GPT-2's tensors are put under this project's names, and the other way round.
-"""
+"""Loading weights, ours and Hugging Face's, and converting between the two naming schemes."""
 
 from pathlib import Path
 
@@ -10,11 +7,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from basemodel.errors import InputError, require
+from basemodel.errors import InputError
 from basemodel.json_config import read_config
 from gpt import GPTConfig, GPTModel
 
-# Hugging Face's names for our parameters: outside the blocks, and inside block N behind `h.N.`
+# Hugging Face's names -> ours, outside the blocks and within block N (behind `h.N.` and `trf_blocks.N.`).
 HUGGINGFACE_NAMES = {
     "wte.weight": "tok_emb.weight",
     "wpe.weight": "pos_emb.weight",
@@ -22,19 +19,23 @@ HUGGINGFACE_NAMES = {
     "ln_f.bias": "final_norm.shift",
     "lm_head.weight": "out_head.weight",
 }
-QKV = ("W_query", "W_key", "W_value")
-HUGGINGFACE_MATRICES = {"attn.c_proj": "att.out_proj", "mlp.c_fc": "ff.layers.0", "mlp.c_proj": "ff.layers.2"}
 HUGGINGFACE_BLOCK_NAMES = {
-    f"{theirs}.{kind}": f"{ours}.{kind}"
-    for theirs, ours in HUGGINGFACE_MATRICES.items()
-    for kind in ("weight", "bias")
+    "attn.c_proj.weight": "att.out_proj.weight",
+    "attn.c_proj.bias": "att.out_proj.bias",
+    "mlp.c_fc.weight": "ff.layers.0.weight",
+    "mlp.c_fc.bias": "ff.layers.0.bias",
+    "mlp.c_proj.weight": "ff.layers.2.weight",
+    "mlp.c_proj.bias": "ff.layers.2.bias",
+    "ln_1.weight": "norm1.scale",
+    "ln_1.bias": "norm1.shift",
+    "ln_2.weight": "norm2.scale",
+    "ln_2.bias": "norm2.shift",
 }
-for _n in (1, 2):
-    HUGGINGFACE_BLOCK_NAMES |= {f"ln_{_n}.weight": f"norm{_n}.scale", f"ln_{_n}.bias": f"norm{_n}.shift"}
+QKV = ("W_query", "W_key", "W_value")
 
 
 def load_model(model_json: Path, weights: Path) -> GPTModel:
-    """The model that `model_json` describes with the weights of a safetensors file, for evaluation, on the
+    """The model that `model_json` describes, with weights from a safetensors file, in evaluation mode, on the
     accelerator if there is one. Raises InputError."""
     model = GPTModel(read_config(GPTConfig, model_json))
     load_weights(model, weights)
@@ -43,43 +44,46 @@ def load_model(model_json: Path, weights: Path) -> GPTModel:
 
 
 def load_weights(model: GPTModel, path: Path) -> None:
-    """Fill `model` from a safetensors file: ours, the published runs', or a Hugging Face GPT-2's.
+    """Load a safetensors file into `model`: ours, the published runs', or a Hugging Face GPT-2's.
 
-    Raises InputError, naming the file and the tensor, for a damaged file or one of a model of another shape.
+    Raises InputError, naming the file and the tensor, for a damaged file or one that does not fit the model.
     """
     try:
         tensors = safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: no readable safetensors file: {error}") from None
+        raise InputError(f"{path}: damaged or not a safetensors file: {error}") from None
     load_tensors(model, tensors, str(path))
 
 
 def load_tensors(model: GPTModel, tensors: dict[str, Tensor], source: str) -> None:
-    """Fill `model` from tensors by name; `source` says in errors where they came from. Raises InputError."""
+    """Load tensors by name into `model`; errors name their `source`. Raises InputError."""
     if any(name.endswith("attn.c_attn.weight") for name in tensors):
         tensors = from_huggingface(tensors, qkv_bias=model.config.qkv_bias)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("att.mask")}
-    # A tied model's file may hold either of the two names, and either serves both.
+    # If only one of the two tensors that can be tied is there, it serves for both.
     head, embedding = tensors.get("out_head.weight"), tensors.get("tok_emb.weight")
-    tensors |= {"out_head.weight": embedding if head is None else head} if embedding is not None else {}
-    tensors |= {"tok_emb.weight": head} if embedding is None and head is not None else {}
-    both = head is not None and embedding is not None
-    if model.config.tie_weights and both and not torch.equal(head, embedding):
+    if head is None and embedding is not None:
+        tensors["out_head.weight"] = embedding
+    elif embedding is None and head is not None:
+        tensors["tok_emb.weight"] = head
+    elif model.config.tie_weights and head is not None and not torch.equal(head, embedding):
         raise InputError(f"{source}: out_head.weight differs from tok_emb.weight; set tie_weights to false")
-    wanted = model.state_dict()
-    for name, parameter in wanted.items():
-        require(name in tensors, f"{source}: has no tensor '{name}'; the model is configured otherwise")
-        found, right = tuple(tensors[name].shape), tuple(parameter.shape)
-        require(found == right, f"{source}: {name} has shape {found}, the model's config makes it {right}")
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise InputError(f"{source}: has no tensor '{name}', which the model's config calls for")
+        if (found := tuple(tensors[name].shape)) != shape:
+            raise InputError(f"{source}: {name} has shape {found}, the model's config makes it {shape}")
     for name in tensors:
-        require(name in wanted, f"{source}: tensor '{name}' has no place in a model configured so")
+        if name not in wanted:
+            raise InputError(f"{source}: tensor '{name}' has no place in a model with this config")
     model.load_state_dict(tensors)
 
 
 def from_huggingface(tensors: dict[str, Tensor], *, qkv_bias: bool) -> dict[str, Tensor]:
-    """Rename a Hugging Face GPT-2's tensors; a name that is not known stays, for the caller to refuse.
+    """Convert a Hugging Face GPT-2's tensors to our names; unknown names are kept, for the caller to refuse.
 
     OpenAI's own files leave off the prefix `transformer.`. A block's matrices are stored (in, out), ours
     (out, in), with Q, K and V side by side in one. `attn.bias` and `attn.masked_bias` are masks, not weights.
@@ -96,7 +100,7 @@ def from_huggingface(tensors: dict[str, Tensor], *, qkv_bias: bool) -> dict[str,
         tensor = tensor.T.contiguous() if tensor.dim() == 2 else tensor
         if part in ("attn.c_attn.weight", "attn.c_attn.bias"):
             kind = part.removeprefix("attn.c_attn.")
-            if kind == "weight" or qkv_bias or tensor.any():  # zero biases say what no biases say
+            if kind == "weight" or qkv_bias or tensor.any():  # zero biases mean none
                 for target, piece in zip(QKV, tensor.chunk(3), strict=True):
                     ours[f"trf_blocks.{layer}.att.{target}.{kind}"] = piece
         elif part in HUGGINGFACE_BLOCK_NAMES:
@@ -107,9 +111,9 @@ def from_huggingface(tensors: dict[str, Tensor], *, qkv_bias: bool) -> dict[str,
 
 
 def to_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `from_huggingface` for `GPTModel.tensors()`, with Hugging Face's own prefix `transformer.`.
+    """The inverse of `from_huggingface`, for `GPTModel.tensors()`, with the prefix `transformer.`.
 
-    Q, K and V without biases get biases of zero; a tied model's head, not among its tensors, stays left out.
+    Q, K and V without biases get zero biases. A tied model's head, not among its tensors, is left out.
     """
     outside = {ours: theirs for theirs, ours in HUGGINGFACE_NAMES.items()}
     inside = {ours: theirs for theirs, ours in HUGGINGFACE_BLOCK_NAMES.items()}

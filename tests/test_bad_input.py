@@ -276,7 +276,7 @@ def test_evaluation_of_what_is_not_there(model_files: tuple[Path, Path], sandbox
         "test_smoke.py", config, weights.with_name("nothing.safetensors")
     )
     assert "nothing.json: no such file" in refused("test_smoke.py", config.with_name("nothing.json"), weights)
-    assert "no readable safetensors file" in refused("test_smoke.py", config, config)
+    assert "damaged or not a safetensors file" in refused("test_smoke.py", config, config)
     loss = ("test_loss.py", sandbox.datasets, *model_files, "--dataset")
     error = refused(*loss, "test/tokens")
     assert "has 2,000 tokens, which make 0 sequences of 16 after --start-token 50000000" in error
@@ -297,9 +297,9 @@ def test_preparation_of_what_is_no_text(tmp_path: Path) -> None:
         ("nothing", "nothing: no such file or folder"),
         ("empty", "empty: holds no .parquet, .jsonl"),
         ("text.doc", "text.doc: is of no known type"),
-        ("broken.jsonl", 'broken.jsonl: line 2 is no JSON object with a text "text"'),
+        ("broken.jsonl", 'broken.jsonl: line 2 is not a JSON object with a string "text"'),
         ("broken.jsonl.gz", "broken.jsonl.gz: cannot be read"),
-        ("broken.parquet", "broken.parquet: no whole parquet file"),
+        ("broken.parquet", "broken.parquet: damaged or not a parquet file"),
     ):
         done = run_script(*prepare, tmp_path / source, out, "--tokenizer", "bytes")
         assert done.returncode == 2, done.stderr

@@ -17,12 +17,13 @@ import torch
 from helpers import Script, refused, run_script, wait_for, write_model
 
 import test_ift
-from basemodel.errors import InputError
+from basemodel import fine_tuning, instructions, judging
+from basemodel.errors import InputError, RunError
+from basemodel.fine_tuning import FineTuning
 from basemodel.generation import continuations
 from basemodel.tokenizer import get_tokenizer
 from basemodel.weights import load_model
 from gpt import GPTModel
-from test_ift import FineTuning
 
 torch.set_num_threads(1)
 KEY = "sk-secret-0123456789"
@@ -40,25 +41,25 @@ RECORDS = [
 
 def test_records_are_split_in_their_order_85_5_10() -> None:
     records = [{"instruction": str(i), "input": "", "output": ""} for i in range(1100)]
-    train, validation, test = test_ift.split_records(records)
+    train, validation, test = instructions.split_records(records)
     assert (train, test, validation) == (records[:935], records[935:1045], records[1045:])
 
 
 def test_prompts_are_those_of_alpaca() -> None:
     start = "Below is an instruction that describes a task. "
     start += "Write a response that appropriately completes the request."
-    with_input, without = test_ift.prompt_of(RECORDS[1]), test_ift.prompt_of(RECORDS[0])
+    with_input, without = instructions.prompt_of(RECORDS[1]), instructions.prompt_of(RECORDS[0])
     assert without == f"{start}\n\n### Instruction:\nName colour 0.\n\n### Response:\n"
     assert "\n\n### Instruction:\nName colour 1.\n\n### Input:\none word\n\n### Response:\n" in with_input
 
 
 def test_padding_is_masked_as_in_the_book() -> None:
     """Its example in section 7.3: [0, 1, 2, 3, 4], [5, 6] and [7, 8, 9] with end-of-text 50256."""
-    inputs, targets = test_ift.collate([[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]], 1024, 50256)
+    inputs, targets = fine_tuning.collate([[0, 1, 2, 3, 4], [5, 6], [7, 8, 9]], 1024, 50256)
     end, no = 50256, -100
     assert inputs.tolist() == [[0, 1, 2, 3, 4], [5, 6, end, end, end], [7, 8, 9, end, end]]
     assert targets.tolist() == [[1, 2, 3, 4, end], [6, end, no, no, no], [8, 9, end, no, no]]
-    inputs, targets = test_ift.collate([[0, 1, 2, 3, 4], [5, 6]], 3, 50256)
+    inputs, targets = fine_tuning.collate([[0, 1, 2, 3, 4], [5, 6]], 3, 50256)
     assert (inputs.tolist(), targets.tolist()) == ([[0, 1, 2], [5, 6, end]], [[1, 2, 3], [6, end, no]])
 
 
@@ -68,13 +69,13 @@ def test_fine_tuning_ends_when_the_validation_loss_rises_with_the_best_weights(
     model = load_model(*write_model(tmp_path, context_length=64, drop_rate=0.3)).cpu()
     train, validation = [[1, 2, 3, 4]] * 8, [[1, 2, 3, 4], [1, 2, 9, 9]]
     how = FineTuning(0.02, 0.0, batch_size=4, drop_rate=0.0, max_epochs=50, seed=0)
-    test_ift.fine_tune(model, train, validation, how, 256)
+    fine_tuning.fine_tune(model, train, validation, how, 256)
     losses = [float(loss) for loss in re.findall(r"epoch.*validation loss ([\d.]+)", capsys.readouterr().out)]
     *falling, last = losses[:-1]  # the last line names the best again
     assert len(falling) >= 2
     assert falling == sorted(falling, reverse=True)
     assert last > falling[-1] == losses[-1]
-    assert test_ift.mean_loss(model, validation, 4, 256) == pytest.approx(falling[-1], abs=1e-4)
+    assert fine_tuning.mean_loss(model, validation, 4, 256) == pytest.approx(falling[-1], abs=1e-4)
     assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
     assert {block.att.drop_rate for block in model.trf_blocks} == {0.0}
 
@@ -86,7 +87,7 @@ def test_the_mean_loss_counts_each_token_once(tmp_path: Path) -> None:
     for tokens in records:
         logits = model(torch.tensor([tokens]))[0].log_softmax(-1)
         total -= sum(row[target].item() for row, target in zip(logits, [*tokens[1:], 256], strict=True))
-    assert test_ift.mean_loss(model, records, 2, 256) == pytest.approx(total / 9, rel=1e-5)
+    assert fine_tuning.mean_loss(model, records, 2, 256) == pytest.approx(total / 9, rel=1e-5)
 
 
 @pytest.fixture
@@ -128,14 +129,14 @@ def test_generate_end_to_end_with_data_that_are_fetched_once(tmp_path: Path, ser
     assert json.loads((tmp_path / "data/instruction-data.json").read_text()) == RECORDS
     answered = json.loads((tmp_path / "one-ift-results.json").read_text())
     # So low a learning rate leaves the answers what they were.
-    prompts = [test_ift.prompt_of(record) for record in RECORDS[34:38]]
+    prompts = [instructions.prompt_of(record) for record in RECORDS[34:38]]
     responses = continuations(load_model(*model), get_tokenizer("bytes"), prompts, 8, temperature=0)
     assert len(set(responses)) > 1
     assert [record.pop("model_response") for record in answered] == [text.strip() for text in responses]
     assert answered == RECORDS[34:38]
-    assert test_ift.fetch_records(tmp_path / "data", url) == RECORDS
+    assert instructions.fetch_records(tmp_path / "data", url) == RECORDS
     assert fetched == ["/data.json"]
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         test_ift.main.main(["generate", "one", *map(str, (*model, *options))], standalone_mode=False)
 
 
@@ -146,17 +147,17 @@ def test_wrong_data(tmp_path: Path) -> None:
     for content, message in (
         (None, "cannot be read"),
         ("[", "not valid JSON"),
-        ("{}", "must hold a JSON list of records"),
-        ('[{"instruction": "a", "input": ""}]', 'record 0 has no text "output"'),
+        ("{}", "must contain a JSON list of records"),
+        ('[{"instruction": "a", "input": ""}]', 'record 0 has no string "output"'),
         (json.dumps(RECORDS[:5]), "5 records are too few"),
-        (json.dumps(RECORDS), "context_length 16 leaves none for a response"),
+        (json.dumps(RECORDS), "context_length 16 leaves no room for a response"),
     ):
         if content is not None:
             file.write_text(content)
         with pytest.raises(InputError, match=message):
             test_ift.main.main([*command, str(file)], standalone_mode=False)
-    with pytest.raises(InputError, match=r"could not be fetched .* --data FILE"):
-        test_ift.fetch_records(tmp_path / "data", "http://127.0.0.1:9/data.json")
+    with pytest.raises(InputError, match=r"could not download .* --data FILE"):
+        instructions.fetch_records(tmp_path / "data", "http://127.0.0.1:9/data.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "model"]
 
 
@@ -230,7 +231,7 @@ def judge(serve: Callable[[type], str]) -> JudgeServer:
     return JudgeServer(serve)
 
 
-def judging(judge_url: str, results: list[Path], *options: str) -> list[str]:
+def judge_command(judge_url: str, results: list[Path], *options: str) -> list[str]:
     folder = results[0].parent
     start = ["test_ift.py", "judge", *map(str, results), "--base-url", judge_url, "--model", "judge"]
     return [*start, "--cache", str(folder / "cache.jsonl"), "--scores", str(folder / "scores.json"), *options]
@@ -243,7 +244,7 @@ def test_scores_arrive_and_malformed_replies_are_asked_for_again(tmp_path: Path,
     results = write_results(tmp_path, good=lambda i: f"{60 + i} points", bad=lambda i: f"{i} points")
     spoilt = {2: "I like the first.", 3: '{"answer_1": {"comment": "", "score": 101}}', 5: 503}
     judge.spoil = lambda count: spoilt.get(count)
-    done = run_script(*judging(judge.url, results, "--parallel", "1"), env=ENV)
+    done = run_script(*judge_command(judge.url, results, "--parallel", "1"), env=ENV)
     assert done.returncode == 0, done.stderr
     assert len(judge.requests) == 12 + len(spoilt)
     assert "| good | 65.5 |" in done.stdout
@@ -260,7 +261,7 @@ def test_scores_arrive_and_malformed_replies_are_asked_for_again(tmp_path: Path,
     assert judge.requests[0]["authorization"] == f"Bearer {KEY}"
     assert judge.requests[0]["response_format"]["json_schema"]["strict"] is True
     # The same again costs nothing, and gives the same.
-    again = run_script(*judging(judge.url, results), env=ENV)
+    again = run_script(*judge_command(judge.url, results), env=ENV)
     assert again.stdout == done.stdout
     assert len(judge.requests) == 12 + len(spoilt)
     kept = "".join(path.read_text() for path in tmp_path.iterdir())
@@ -272,7 +273,7 @@ def test_a_killed_judging_goes_on_without_asking_again(tmp_path: Path, judge: Ju
     go_on = threading.Event()
     judge.spoil = lambda count: go_on.wait(60) and None if count > 5 else None
     cache = tmp_path / "cache.jsonl"
-    script = Script(judging(judge.url, results, "--parallel", "1"), ENV)
+    script = Script(judge_command(judge.url, results, "--parallel", "1"), ENV)
     try:
         wait_for(lambda: cache.exists() and cache.read_text().count("\n") >= 5, "five judgements")
     finally:
@@ -281,7 +282,7 @@ def test_a_killed_judging_goes_on_without_asking_again(tmp_path: Path, judge: Ju
     with cache.open("a") as file:
         file.write('{"key": "half a li')  # as a kill in the midst of writing leaves it
     before = len(judge.requests)
-    done = run_script(*judging(judge.url, results), env=ENV)
+    done = run_script(*judge_command(judge.url, results), env=ENV)
     assert done.returncode == 0, done.stderr
     assert "| good | 65.5 |" in done.stdout
     asked = [request["messages"][0]["content"] for request in judge.requests]
@@ -292,10 +293,10 @@ def test_a_killed_judging_goes_on_without_asking_again(tmp_path: Path, judge: Ju
 
 def test_a_server_that_is_down_or_refuses_is_one_line(tmp_path: Path, judge: JudgeServer) -> None:
     results = write_results(tmp_path, good=lambda i: f"{60 + i}")
-    error = refused(*judging("http://127.0.0.1:9/v1", results, "--retries", "1"), env=ENV, status=1)
+    error = refused(*judge_command("http://127.0.0.1:9/v1", results, "--retries", "1"), env=ENV, status=1)
     assert error.startswith("http://127.0.0.1:9/v1/: no answer (")
     judge.spoil = lambda count: 400
-    error = refused(*judging(judge.url, results), env=ENV, status=1)
+    error = refused(*judge_command(judge.url, results), env=ENV, status=1)
     assert "status 400: " in error
     assert KEY not in error
     assert "[key]" in error
@@ -310,15 +311,15 @@ def test_replies_that_stay_wrong_and_keys_that_are_none(
     tmp_path: Path, judge: JudgeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = write_results(tmp_path, good=lambda i: f"{60 + i}")
-    command = judging(judge.url, results, "--retries", "1", "--parallel", "1")
+    command = judge_command(judge.url, results, "--retries", "1", "--parallel", "1")
     judge.spoil = lambda count: "no"
-    with pytest.raises(test_ift.RunError, match="gave no valid scores in 2 attempts"):
+    with pytest.raises(RunError, match="gave no valid scores in 2 attempts"):
         in_process(monkeypatch, KEY, *command)
     assert len(judge.requests) == 2
     judge.spoil = lambda count: 401
-    with pytest.raises(test_ift.RunError, match="refuses the key; set OPENAI_API_KEY"):
+    with pytest.raises(RunError, match="refuses the key; set OPENAI_API_KEY"):
         in_process(monkeypatch, KEY, *command)
-    with pytest.raises(InputError, match="holds characters that no key has"):
+    with pytest.raises(InputError, match="contains characters that no key has"):
         in_process(monkeypatch, "sk-a\nb", *command)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
@@ -344,7 +345,7 @@ def test_replies_that_stay_wrong_and_keys_that_are_none(
     ],
 )
 def test_replies_are_validated(reply: str, scores: list[int] | None) -> None:
-    assert test_ift.parse_scores(reply, 2) == scores
+    assert judging.parse_scores(reply, 2) == scores
 
 
 def test_without_a_model_words_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -379,9 +380,9 @@ def test_results_that_do_not_go_together(tmp_path: Path) -> None:
         test_ift.main.main(["judge", str(one), str(two), "--no-llm"], standalone_mode=False)
     two.write_text(json.dumps(records[:-1]))
     with pytest.raises(InputError, match="record 11 is another question"):
-        test_ift.read_questions((one, two))
+        judging.read_questions((one, two))
     with pytest.raises(InputError, match="a second file named one"):
-        test_ift.read_questions((one, one))
+        judging.read_questions((one, one))
     two.write_text(json.dumps(RECORDS))
-    with pytest.raises(InputError, match='record 0 has no text "model_response"'):
-        test_ift.read_questions((one, two))
+    with pytest.raises(InputError, match='record 0 has no string "model_response"'):
+        judging.read_questions((one, two))

@@ -55,7 +55,7 @@ def test_every_document_is_encoded_as_tiktoken_does(tmp_path: Path, gpt2: Any, e
     said = prepare(tmp_path / "in", tmp_path / "out", "--validation-fraction", "0.2", *options)
     assert "Invalid UTF-8 was replaced by 4 characters U+FFFD" in said
     assert ("with gigatoken" in said) == (engine in ("auto", "gigatoken"))
-    assert "unlike" not in said
+    assert "differently" not in said
     encoding = get_tokenizer("bytes") if engine == "bytes" else gpt2
     splits = split_texts(texts, 0.2)
     meta = assert_holds(tmp_path / "out", splits, encoding)
@@ -160,9 +160,9 @@ def test_sources_that_are_no_good(tmp_path: Path) -> None:
         (good, ["--text-column", "body"], "good.parquet: has no column 'body'; --text-column is one of"),
         (good, ["--validation-fraction", "1"], "--validation-fraction must be between 0 and 1, not 1.0"),
         (good, ["--revision", "v1"], "--revision goes with --files"),
-        (good, ["--engine", "gigatoken"], "--engine gigatoken goes with the tokenizer gpt2 only"),
+        (good, ["--engine", "gigatoken"], "--engine gigatoken works with the tokenizer gpt2 only"),
         (numbers, [], "column 'text' is int64, not text"),
-        (broken, [], "broken.parquet: no whole parquet file"),
+        (broken, [], "broken.parquet: damaged or not a parquet file"),
         (empty, [], "holds no documents to train on"),
         ("HuggingFaceFW/fineweb", [], "no such file or folder; the source may also be 'python-docs'"),
         ("../fineweb", ["--files", "*"], "the dataset's owner '..' must be a plain name"),
@@ -184,10 +184,10 @@ def test_texts_that_turn_out_to_be_no_good(tmp_path: Path) -> None:
         file.write('{"body": "not"}\n')
     small_shards = "from basemodel import documents; documents.SHARD_BYTES = 20_000"
     for source, before, message in (
-        (cut, "", "cut.parquet: no whole parquet file"),
-        (tmp_path / "empty.txt", "", "no text for validation beside that for training"),
+        (cut, "", "cut.parquet: damaged or not a parquet file"),
+        (tmp_path / "empty.txt", "", "too short to hold out any text for validation"),
         # The number of the line counts those of other shards.
-        (second, small_shards, 'line 5001 is no JSON object with a text "text"'),
+        (second, small_shards, 'line 5001 is not a JSON object with a string "text"'),
     ):
         command = ("prepare_datasets.py", source, tmp_path / "out", "--tokenizer", "bytes")
         error = refused(*command, before=before)

@@ -180,7 +180,7 @@ def test_a_full_disk(corpus: Path, tmp_path: Path, texts: list[str]) -> None:
         done = start(corpus, tmp_path / "out", before=limited).wait()
         assert done.returncode == 2, done.stderr
         (line,) = done.stderr.splitlines()
-        assert line.startswith("Error: ") and "cannot be written: File too large; make room" in line
+        assert line.startswith("Error: ") and "cannot be written: File too large; free some space" in line
         assert not (tmp_path / "out").exists() and sorted(corpus.iterdir()) == before
     kept = len(parts(tmp_path / "out"))
     assert kept > 0, "what was finished is kept"

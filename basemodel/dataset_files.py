@@ -1,0 +1,164 @@
+"""A data set's files, made from encoded parts: tokens in safetensors, meta.json, the card, the histogram."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from basemodel.encoding import SPLITS, Counts, Part, Settings
+from basemodel.errors import InputError, RunError
+from basemodel.tokenizer import get_tokenizer
+
+CONTEXT_LENGTH = 1024  # GPT-2's, for the histogram
+Segment = tuple[Path, int, int]  # a file of raw tokens, and the range of its tokens
+
+
+def write_dataset(folder: Path, parts: list[Part], settings: Settings) -> dict[str, Any]:
+    """Write the token files of both splits and return what meta.json says about them.
+
+    Raises InputError if the documents do not make two splits, RunError if a part is damaged.
+    """
+    try:
+        splits = lay_out(parts, settings.validation_fraction)
+    except InputError:
+        for part in parts:  # useless with any other source
+            shutil.rmtree(part.folder)
+        raise
+    tokenizer = get_tokenizer(settings.tokenizer)
+    sha256 = {}
+    for split, (_, segments) in splits.items():
+        sha256[f"{split}.safetensors"] = join_segments(segments, folder / f"{split}.safetensors")
+    return {
+        **asdict(settings),
+        "vocab_size": tokenizer.n_vocab,
+        "token_dtype": "uint16",
+        "end_of_text": tokenizer.eot_token,
+        "splits": {split: asdict(counts) for split, (counts, _) in splits.items()},
+        "replaced": sum(part.replaced for part in parts),
+        "sha256": sha256,
+        "versions": {"python": platform.python_version(), "tiktoken": importlib.metadata.version("tiktoken")},
+    }
+
+
+def lay_out(parts: list[Part], fraction: float) -> dict[str, tuple[Counts, list[Segment]]]:
+    """What each split consists of. Raises InputError if the documents do not make two splits.
+
+    If no document fell to validation, the last one goes there, or the end of a single one: otherwise a text
+    in one file, which is one document, would have no validation data.
+    """
+    totals = {split: Counts() for split in SPLITS}
+    for part in parts:
+        for split in SPLITS:
+            totals[split].add(part.counts[split])
+    segments = {
+        split: [(part.folder / split, 0, part.counts[split].tokens) for part in parts] for split in SPLITS
+    }
+    train, validation = totals["train"], totals["validation"]
+    if train.documents == 0:
+        raise InputError("the source holds no documents to train on")
+    if validation.documents == 0:
+        index = max(i for i, part in enumerate(parts) if part.counts["train"].documents)
+        last = parts[index].last
+        tokens, size = last.tokens, last.bytes
+        if train.documents == 1:
+            tokens = max(1, int(tokens * fraction))
+            size = round(size * tokens / last.tokens)
+        if tokens >= train.tokens:
+            raise InputError("the source is too short to hold out any text for validation")
+        path, start, stop = segments["train"][index]
+        segments["train"][index] = (path, start, stop - tokens)
+        segments["validation"] = [(path, stop - tokens, stop)]
+        validation.add(Counts(1, tokens, size))
+        train.add(Counts(-1 if train.documents > 1 else 0, -tokens, -size))
+    return {split: (totals[split], segments[split]) for split in SPLITS}
+
+
+def join_segments(segments: list[Segment], path: Path) -> str:
+    """Stream segments into one safetensors file, return its SHA-256. Raises RunError if one is cut off."""
+    size = 2 * sum(stop - start for _, start, stop in segments)
+    description = {"tokens": {"dtype": "U16", "shape": [size // 2], "data_offsets": [0, size]}}
+    header = json.dumps(description, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the format aligns the data that follows
+    header = len(header).to_bytes(8, "little") + header
+    digest = hashlib.sha256(header)
+    with path.open("wb") as out:
+        out.write(header)
+        for source, start, stop in segments:
+            with source.open("rb") as file:
+                file.seek(2 * start)
+                left = 2 * (stop - start)
+                while block := file.read(min(left, 1 << 20)):
+                    out.write(block)
+                    digest.update(block)
+                    left -= len(block)
+            if left:
+                raise RunError(f"{source}: is damaged; check the disk and run the same command again")
+    return digest.hexdigest()
+
+
+def draw_lengths(parts: list[Part], path: Path, title: str) -> str:
+    """Draw a histogram of document lengths in tokens, in xkcd style; return the figures as text."""
+    from basemodel.charts import xkcd_figure
+
+    lengths = np.concatenate([np.fromfile(part.folder / "lengths", dtype="<u4") for part in parts])
+    mean, median, total = float(lengths.mean()), float(np.median(lengths)), int(lengths.sum(dtype=np.int64))
+    lost = 1 - np.minimum(lengths, CONTEXT_LENGTH).sum(dtype=np.int64) / total
+    with xkcd_figure((10, 6)) as figure:
+        axes = figure.subplots()
+        axes.hist(lengths, bins=np.geomspace(1, lengths.max() + 1, 60))
+        axes.set(xscale="log", title=title, xlabel="tokens in a document", ylabel="documents")
+        axes.axvline(mean, color="tab:red", label=f"mean {mean:,.0f}")
+        axes.axvline(median, color="tab:green", label=f"median {median:,.0f}")
+        axes.axvline(CONTEXT_LENGTH, color="tab:gray", label=f"cropping here would lose {lost:.1%}")
+        axes.legend()
+        figure.savefig(path, dpi=90)
+    return (
+        f"Tokens per document: mean {mean:,.1f}, median {median:,.0f}; {total:,} tokens in all\n"
+        f"Cropping every document to {CONTEXT_LENGTH:,} tokens would lose {lost:.1%} of them"
+    )
+
+
+def card(name: str, meta: dict[str, Any]) -> str:
+    """The data set's card for the Hub: YAML front matter, then Markdown."""
+    from huggingface_hub import DatasetCardData
+
+    header = DatasetCardData(
+        pretty_name=name,
+        task_categories=["text-generation"],
+        tags=["tokens", meta["tokenizer"], "safetensors"],
+        source_datasets=[meta["source"]] if meta["revision"] else None,
+    )
+    revision = f" at revision `{meta['revision']}`" if meta["revision"] else ""
+    rows = "".join(
+        f"| {split} | {counts['documents']:,} | {counts['tokens']:,} | {counts['bytes']:,} | "
+        f"`{meta['sha256'][f'{split}.safetensors']}` |\n"
+        for split, counts in meta["splits"].items()
+    )
+    return f"""---
+{header.to_yaml()}
+---
+
+# {name}
+
+{meta["description"]}. The source is `{meta["source"]}`{revision}, the tokenizer `{meta["tokenizer"]}` with a
+vocabulary of {meta["vocab_size"]:,}.
+
+| split | documents | tokens | bytes of text | SHA-256 of the file |
+| --- | --- | --- | --- | --- |
+{rows}
+Each file holds one 1-D uint16 tensor named `tokens`: documents one after another, each followed by
+`<|endoftext|>`, token {meta["end_of_text"]}. A document goes to validation if the checksum of its text is in
+the lowest {meta["validation_fraction"]:.3g} of the range. `meta.json` has this in machine-readable form.
+
+```python
+from safetensors.numpy import load_file
+
+tokens = load_file("train.safetensors")["tokens"]
+```
+"""
