@@ -33,7 +33,10 @@ from basemodel.files import fingerprint, sync
 from basemodel.json_config import read_json_object
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
-REQUIRED_META = {"files", "global_step", "global_batch", "model_config", "train_config", "rng", "scaler"}
+REQUIRED_META = {
+    *("files", "global_step", "settled", "skipped", "seconds", "best_loss", "train_loss", "val_loss"),
+    *("recent_losses", "rng", "scaler", "precision", "global_batch", "model_config", "train_config"),
+}
 TEMPORARY_PREFIX = ".incomplete-"
 NAME = re.compile(r"\d{8}Z\d{6}-iteration-(\d+)")
 LINKS = ("latest", "best")

@@ -73,30 +73,32 @@ class Learner:
         torch.set_float32_matmul_precision("highest" if self.precision == "fp32" else "high")
         torch.manual_seed(config.random_seed)
         self.model = GPTModel(model_config).to(world.device)
-        self.loss = NextTokenLoss(self.model, document_masking=config.document_masking)
-        compile_if_wanted(self.loss, config, world, self._try_out)
+        self.loss_module = NextTokenLoss(self.model, document_masking=config.document_masking)
+        compile_if_wanted(self.loss_module, config, world, self._warm_up)
         self.optimizer = make_optimizer(self.model, config, self.precision, peers=world)
         allocate_state(self.optimizer)
-        self.ddp_loss: nn.Module = self.loss  # the loss whose backward pass averages gradients over processes
+        self.ddp_module: nn.Module = (
+            self.loss_module
+        )  # the loss whose backward pass averages gradients over processes
         if world.size > 1:
             device_ids = None if world.device.type == "cpu" else [world.local_rank]
-            self.ddp_loss = DistributedDataParallel(
-                self.loss, device_ids=device_ids, gradient_as_bucket_view=True
+            self.ddp_module = DistributedDataParallel(
+                self.loss_module, device_ids=device_ids, gradient_as_bucket_view=True
             )
-            # After its first pass DDP sorts gradients into other buckets, and with three processes or more
-            # these decide in which order is added: a resumed run must sort them before its first step too.
-            self._try_out(self.ddp_loss)
+            # DDP rebuilds its buckets after the first backward pass. With three or more processes the buckets
+            # decide the order of summation, so a resumed run must rebuild them before its first step too.
+            self._warm_up(self.ddp_module)
         torch.manual_seed(config.random_seed + 1 + world.rank)
         if world.device.type == "cpu":
             memory.keep_freed_memory()
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
 
-    def _try_out(self, loss: nn.Module) -> None:
-        """One forward and backward pass that leaves nothing behind."""
+    def _warm_up(self, module: nn.Module) -> None:
+        """One pass that keeps no gradients, to trigger compilation and the rebuild of DDP's buckets."""
         size = self.config.microbatch_size, self.model.config.context_length + 1
         try:
             with autocast(self.precision, self.world.device):
-                loss(torch.zeros(size, dtype=torch.int64, device=self.world.device)).backward()
+                module(torch.zeros(size, dtype=torch.int64, device=self.world.device)).backward()
         finally:
             self.model.zero_grad()
 
@@ -109,7 +111,9 @@ class Learner:
         loss = self._accumulate_gradients(microbatches)
         grad_norm = self._clip_gradients()
         stops = torch.full_like(loss, float(stop))
-        loss, stops = self.world.sum(torch.stack([loss / self.world.size, stops]))
+        loss, stops = self.world.all_reduce(
+            torch.stack([loss / self.world.size, stops])
+        )  # one all-reduce for both
         finite = loss.isfinite() & grad_norm.isfinite()
         set_learning_rate(self.optimizer, learning_rate)
         step_if(finite, self.optimizer, self.scaler)
@@ -117,15 +121,17 @@ class Learner:
         return torch.stack([loss, grad_norm, finite.to(loss), stops])
 
     def _accumulate_gradients(self, microbatches: list[Tensor]) -> Tensor:
-        """Add up gradients over the microbatches, average them over the processes; return the mean loss."""
+        """Accumulate gradients over the microbatches; return this process's mean loss.
+
+        DDP all-reduces the gradients, to their average over the processes, in the last backward pass.
+        """
         mean_loss = torch.zeros((), device=self.world.device)
         for index, sequences in enumerate(microbatches):
-            # The all-reduce comes with the last microbatch. no_sync must cover the forward pass too: it is
-            # the forward pass that decides whether its backward pass communicates.
-            last = index == len(microbatches) - 1
-            with nullcontext() if last or self.ddp_loss is self.loss else self.ddp_loss.no_sync():
+            # no_sync must cover the forward pass too: it decides whether the backward pass all-reduces.
+            accumulating = self.world.size > 1 and index < len(microbatches) - 1
+            with self.ddp_module.no_sync() if accumulating else nullcontext():
                 with autocast(self.precision, self.world.device):
-                    loss = self.ddp_loss(sequences) / len(microbatches)
+                    loss = self.ddp_module(sequences) / len(microbatches)
                 self.scaler.scale(loss).backward()
             mean_loss += loss.detach()
         return mean_loss
@@ -146,7 +152,7 @@ class Learner:
         None if a process is asked to stop meanwhile.
         """
         config, world = self.config, self.world
-        self.loss.eval()
+        self.loss_module.eval()
         total = torch.zeros((), device=world.device)
         stopped = False
         for first in range(0, config.validation_batches, world.size):
@@ -155,9 +161,9 @@ class Learner:
             if (index := first + world.rank) < config.validation_batches:
                 microbatch = sequences.read(index * config.microbatch_size, config.microbatch_size)
                 with autocast(self.precision, world.device):
-                    total += self.loss(to_device(microbatch, world.device))
-        self.loss.train()
-        return None if stopped else world.sum(total).item() / config.validation_batches
+                    total += self.loss_module(to_device(microbatch, world.device))
+        self.loss_module.train()
+        return None if stopped else world.all_reduce(total).item() / config.validation_batches
 
 
 def to_device(sequences: Tensor, device: torch.device) -> Tensor:
@@ -191,7 +197,7 @@ class Diverged(RunError):
 
 
 class Trainer:
-    """A run in training: its learner, where it stands, and what is logged and saved of it."""
+    """Runs the training loop: steps, logs, validates and saves."""
 
     def __init__(self, run: Run, world: World) -> None:
         self.run, self.world = run, world
@@ -217,12 +223,12 @@ class Trainer:
                     self.saver.finish()
             except Exception as error:
                 if isinstance(error, Diverged):  # now that the last save has come to its end
-                    error = RunError(f"{error}; {way_back(run)}")
+                    error = RunError(f"{error}; {advice_after_divergence(run)}")
                 self.reporter.close("failed", progress.step, error=" ".join(str(error).split()))
                 raise error
             self.reporter.checkpoint = self.saver.saved
             # torchrun ends the other processes as soon as one has left: none may before all is saved.
-            self.world.gather(None)
+            self.world.all_gather(None)
             if not finished:
                 self.reporter.close("preempted", progress.step)
                 where = f"after step {progress.step:,}, with a checkpoint; --resume goes on from there"
@@ -232,38 +238,40 @@ class Trainer:
         return 0
 
     def _loop(self, stop: StopSignal) -> bool:
-        """The training loop. False if a signal came before all was done."""
+        """The training loop. False if a signal came before the last step and its work were done."""
         plan, progress, pending = self.run.plan, self.progress, PendingSteps(self.world.device)
-        if not progress.due_work_done and not self._do_due_work(stop):
-            return False
-        pending.restart_clock()
-        while progress.step < plan.steps:
-            microbatches = [self._read(first) for first in plan.microbatches(progress.step, self.world.rank)]
-            learning_rate = learning_rate_at(progress.step, plan.steps, self.run.config)
-            result = self.learner.train_step(microbatches, learning_rate, stop=bool(stop))
-            progress.step += 1
-            progress.due_work_done = not (
-                self.run.validates_after(progress.step) or self.run.saves_after(progress.step)
-            )
-            pending.add(progress.step, result)
-            if self._log(pending.read_due()):
-                self._log(pending.read_all())
-                return False
-            if not progress.due_work_done:
+        while True:
+            if not progress.due_work_done:  # also before the first step
                 self._log(pending.read_all())
                 if not self._do_due_work(stop):
                     return False
                 pending.restart_clock()
-            self.saver.check()
+            if progress.step == plan.steps:
+                return True
+            microbatches = [
+                self._read(start) for start in plan.microbatch_starts(progress.step, self.world.rank)
+            ]
+            learning_rate = learning_rate_at(progress.step, plan.steps, self.run.config)
+            result = self.learner.train_step(microbatches, learning_rate, stop=bool(stop))
+            progress.step += 1
+            progress.due_work_done = not self.run.has_work_after(progress.step)
+            # On a GPU, results are read one step late, so that it never waits for Python.
+            pending.add(progress.step, result)
+            results = pending.read_due()
+            self._log(results)
+            # The count is summed over the processes, so all of them stop after the same step.
+            if any(result.stops for _, result, _ in results):
+                self._log(pending.read_all())
+                return False
+            self.saver.check()  # raises the error of a save that failed in the background
             self.reporter.checkpoint = self.saver.saved
-        return True
 
-    def _read(self, first: int) -> Tensor:
-        """The microbatch that begins with training sequence `first`, on the device."""
-        return to_device(self.run.data.train.read(first, self.run.plan.microbatch_size), self.world.device)
+    def _read(self, start: int) -> Tensor:
+        """The microbatch whose first sequence is `start`, (B, T + 1), on the device."""
+        return to_device(self.run.data.train.read(start, self.run.plan.microbatch_size), self.world.device)
 
-    def _log(self, results: list[tuple[int, StepResult, float]]) -> bool:
-        """Log finished steps; return whether a process was asked to stop.
+    def _log(self, results: list[tuple[int, StepResult, float]]) -> None:
+        """Log finished steps, each with its result and its seconds.
 
         Raises Diverged after too many steps in a row whose loss or gradient is not finite.
         """
@@ -281,13 +289,12 @@ class Trainer:
                 if self.progress.skipped >= MOST_SKIPPED_IN_A_ROW:
                     raise Diverged(f"{what}, and {self.progress.skipped} steps in a row were skipped")
                 self.reporter.say(f"Skipped: {what}; the weights stay as they were")
-        return any(result.stops > 0 for _, result, _ in results)
 
     def _do_due_work(self, stop: StopSignal) -> bool:
         """Validate and save where that is due after this step, and draw the chart.
 
-        False if a signal came before: then all of it is left for the resumed run, which so makes the same
-        decisions as one that was not stopped.
+        False if a signal came first. The resumed run then does all of it, and makes the same decisions as an
+        uninterrupted run.
         """
         run, progress = self.run, self.progress
         if run.validates_after(progress.step) and not self._validate(stop):
@@ -315,16 +322,16 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------------
 
     def _save(self, *, scheduled: bool = True) -> None:
-        """Begin to save where training stands; `latest` will point at it, and `best` if it is.
+        """Start saving a checkpoint. `latest` will point to it; so will `best`, if it is the best so far.
 
-        A checkpoint off schedule (before a stop) is never the best and closes no interval, so that a run that
-        is stopped and resumed makes the same decisions as one that is not.
+        A checkpoint off schedule (before a stop) is never the best and closes no interval, so that stopping
+        and resuming changes no decision.
         """
         start, learner = time.monotonic(), self.learner
         is_best = scheduled and self._close_interval()
         if not nn.utils.get_total_norm(learner.model.tensors().values(), math.inf).isfinite():
             raise Diverged(f"the weights are NaN or infinite after step {self.progress.step}")
-        rng = self.world.gather(rng_state(self.world.device))
+        rng = self.world.all_gather(rng_state(self.world.device))
         if not self.world.is_first:
             return
         optimizer = checkpointing.optimizer_tensors(learner.model, learner.optimizer)
@@ -347,7 +354,7 @@ class Trainer:
         return is_best
 
     def _meta(self) -> dict[str, Any]:
-        """What a checkpoint's meta.json says of where the run stands and what it is."""
+        """The contents of a checkpoint's meta.json."""
         run, progress = self.run, self.progress
         return {
             "global_step": progress.step,
@@ -376,10 +383,10 @@ class Trainer:
     def restore(self, found: checkpointing.Checkpoint | None) -> None:
         """Continue from a checkpoint, which only the first process holds, on all processes."""
         world, learner = self.world, self.learner
-        meta = world.from_first(found.meta if found else None)
-        source = world.from_first(str(found.path) if found else None)
-        load_tensors(learner.model, world.tensors_from_first(found.model if found else {}), source)
-        optimizer = world.tensors_from_first(found.optimizer if found else {})
+        meta = world.broadcast(found.meta if found else None)
+        source = world.broadcast(str(found.path) if found else None)
+        load_tensors(learner.model, world.broadcast_tensors(found.model if found else {}), source)
+        optimizer = world.broadcast_tensors(found.optimizer if found else {})
         checkpointing.load_optimizer_tensors(learner.model, learner.optimizer, optimizer)
         if learner.scaler.is_enabled() and meta["scaler"]:  # empty where it was trained in another precision
             learner.scaler.load_state_dict(meta["scaler"])
@@ -405,7 +412,7 @@ class Trainer:
             tqdm.write("\n".join(said))
 
 
-def way_back(run: Run) -> str:
+def advice_after_divergence(run: Run) -> str:
     """What to do about a run that has diverged."""
     last = checkpointing.list_checkpoints(run.checkpoints)[-1:]
     where = f"the last checkpoint is {last[0].name}" if last else "there is no checkpoint yet"
@@ -418,7 +425,7 @@ def way_back(run: Run) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run")
+@click.argument("run_name", metavar="RUN")
 @click.argument("datasets_dir", type=click.Path(path_type=Path), required=False)
 @click.argument("checkpoint", required=False)
 @click.option(
@@ -438,7 +445,7 @@ def way_back(run: Run) -> str:
     help="Seconds that processes wait for one another in a step before they give up.",
 )
 def main(
-    run: str,
+    run_name: str,
     datasets_dir: Path | None,
     checkpoint: str | None,
     *,
@@ -454,7 +461,7 @@ def main(
 
     CHECKPOINT (latest, best, or a checkpoint folder's name) goes on from there.
     """
-    wanted = Run.read(runs_dir, run)
+    run = Run.read(runs_dir, run_name)
     if find_max_microbatch_size and only_plan:
         raise InputError("give either -f or --plan")
     if checkpoint and resume:
@@ -468,16 +475,16 @@ def main(
         world = join_world(timedelta(seconds=collective_timeout))
         if find_max_microbatch_size:
             with StopSignal() as stop:
-                size = find_max_microbatch(wanted, world, stop)
+                size = find_max_microbatch(run, world, stop)
             if world.is_first:
                 print(f"Max microbatch size was {size}")
         elif only_plan:
-            plan_only(wanted, datasets_dir, world)
+            plan_only(run, datasets_dir, world)
         else:
-            prepared = prepare(wanted, datasets_dir, world, checkpoint)
-            hint = f"microbatch_size is {wanted.config.microbatch_size}; -f finds the largest that fits"
+            run = prepare(run, datasets_dir, world, checkpoint)
+            hint = f"microbatch_size is {run.config.microbatch_size}; -f finds the largest that fits"
             with memory.memory_errors_explained(hint):
-                trainer = begin(prepared, world, "newest" if resume else checkpoint, allow_config_change)
+                trainer = make_trainer(run, world, "newest" if resume else checkpoint, allow_config_change)
                 status = trainer.train() if trainer else 0
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -485,7 +492,7 @@ def main(
 
 
 def plan_only(run: Run, datasets_dir: Path, world: World) -> None:
-    """Print what the run would do, from the data where they are here already."""
+    """Print what the run would do, using the data if they are already downloaded."""
     folder = fetching.dataset_folder(datasets_dir, run.config.dataset)
     here = all((folder / f"{split}.safetensors").exists() for split in run.config.splits)
     found = data.open_data(run.config, run.model_config, datasets_dir) if here else None
@@ -503,7 +510,7 @@ def find_max_microbatch(run: Run, world: World, stop: StopSignal) -> int:
     or when asked to stop.
     """
     # What communication needs is taken before anything is measured.
-    world.sum(torch.zeros(1, device=world.device))
+    world.all_reduce(torch.zeros(1, device=world.device))
     if world.device.type == "cpu":
         memory.limit_host_memory(world.local_size)
     # Steps exchange nothing, so that no process waits for one that has run out of memory.
@@ -535,7 +542,7 @@ def find_max_microbatch(run: Run, world: World, stop: StopSignal) -> int:
 
 def take_two_steps(learner: Learner, size: int, count: int) -> str:
     """Take two steps of `count` microbatches of `size` random sequences; describe their memory and speed."""
-    if learner.loss.is_compiled:
+    if learner.loss_module.is_compiled:
         torch.compiler.reset()  # it would stop compiling after a few sizes
     shape = learner.model.config
     tokens = torch.randint(shape.vocab_size, (size, shape.context_length + 1)).to(learner.world.device)
@@ -543,12 +550,14 @@ def take_two_steps(learner: Learner, size: int, count: int) -> str:
         start = time.perf_counter()
         learner.train_step([tokens] * count, learning_rate=0.0).tolist()  # waits for the device
     speed = count * size * shape.context_length / (time.perf_counter() - start)
-    return f"{memory.memory_in_use(learner.world.device):.2f} GiB, {speed:,.0f} tokens/s per process"
+    return f"{memory.peak_memory(learner.world.device):.2f} GiB, {speed:,.0f} tokens/s per process"
 
 
 def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None) -> Run:
-    """Lock the run's folder; fetch the data where they are missing, once per node; check all of them that the
-    run will use. A `checkpoint` that is named but not there is noticed first."""
+    """Lock the run's folder, download missing data, once per node, and check every token the run will use.
+
+    A missing `checkpoint` fails first.
+    """
     config, model_config = run.config, run.model_config
     config.accumulation_for(world.size)  # before anything slow
     if checkpoint is not None:
@@ -569,22 +578,22 @@ def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None) 
     world.agree(lambda: data.check_tokens(found, *used, model_config.vocab_size, share=share))
     names = [f"{split}.safetensors" for split in config.splits]
     files = world.agree(lambda: fetching.fingerprint_files(folder, names), on=world.local_rank == 0)
-    files = fetching.same_on_all_nodes([each for each in world.gather(files) if each is not None])
+    files = fetching.same_on_all_nodes([each for each in world.all_gather(files) if each is not None])
     return dataclasses.replace(run, plan=plan, data=found, files=files)
 
 
-def begin(run: Run, world: World, checkpoint: str | None, allow_change: bool) -> Trainer | None:
+def make_trainer(run: Run, world: World, checkpoint: str | None, allow_change: bool) -> Trainer | None:
     """The trainer to start with: from a named checkpoint, from the "newest" good one, or fresh.
 
-    None when the checkpoint is of the end: there is nothing left to do.
+    None if the checkpoint is from the last step: nothing is left to do.
     """
     found = world.agree(lambda: find_checkpoint(run, checkpoint, allow_change), on=world.is_first)
-    step, settled, name = world.from_first(
+    step, settled, name = world.broadcast(
         (found.meta["global_step"], found.meta["settled"], found.path.name) if found else (None, False, None)
     )
     if settled and step >= run.plan.steps:
         if world.is_first:
-            print(f"{run.name} is finished: {name} is of the last of {run.plan.steps:,} steps")
+            print(f"{run.name} is finished: {name} is from the last of {run.plan.steps:,} steps")
             complete_status(run, found)
         return None
     if world.is_first:
@@ -599,7 +608,7 @@ def begin(run: Run, world: World, checkpoint: str | None, allow_change: bool) ->
 
 
 def complete_status(run: Run, last: checkpointing.Checkpoint) -> None:
-    """Draw the chart and write the status of a run that was killed when all but this was done."""
+    """Draw the chart and write the status of a run that was killed just before this."""
     if run_folder.read_status(run.directory).get("status") != "finished":
         step = last.meta["global_step"]
         reporter = Reporter(run, step, last.meta["seconds"], enabled=True)
@@ -636,5 +645,5 @@ def check_space(run: Run, step: int) -> None:
 
 
 if __name__ == "__main__":
-    # Not sys.exit: threads of a process group whose other members are gone can hold up or abort Python's end.
+    # Not sys.exit: after other processes died, the process group's threads can block or abort Python's exit.
     run_command(main, leave=os._exit)

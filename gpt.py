@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basemodel.attention import Cache, TanhGELU, Visible, attend, linear_together
+from basemodel.attention import AttentionMask, Cache, TanhGELU, attend, linear_together
 from basemodel.errors import InputError
 
 
@@ -45,7 +45,7 @@ class GPTConfig:
 
     @property
     def end_of_text(self) -> int:
-        """The token that stands behind each document."""
+        """The token that ends each document."""
         return {"gpt2": 50_256, "bytes": 256}[self.tokenizer]
 
 
@@ -73,14 +73,14 @@ class Attention(nn.Module):
         self.W_value = nn.Linear(config.emb_dim, config.emb_dim, bias=config.qkv_bias)
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
 
-    def forward(self, x: Tensor, visible: Visible | None = None, cache: Cache | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C). `visible`: which tokens each token attends to, if not all before it."""
+    def forward(self, x: Tensor, mask: AttentionMask | None = None, cache: Cache | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C). `mask`: which tokens each token attends to, if not all before it."""
         B, T, C = x.shape
         qkv = linear_together(x, self.W_query, self.W_key, self.W_value)  # (B, T, 3C)
         qkv = qkv.view(B, T, 3, self.n_heads, C // self.n_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         k, v = cache.extend(self, torch.stack((k, v))) if cache else (k, v)  # then (B, H, S, D)
-        y = attend(q, k, v, visible, dropout=self.drop_rate if self.training else 0.0)  # (B, H, T, D)
+        y = attend(q, k, v, mask, dropout=self.drop_rate if self.training else 0.0)  # (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -111,9 +111,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(config.emb_dim)
         self.drop_shortcut = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor, visible: Visible | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: AttentionMask | None = None, cache: Cache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x = x + self.drop_shortcut(self.att(self.norm1(x), visible, cache))
+        x = x + self.drop_shortcut(self.att(self.norm1(x), mask, cache))
         return x + self.drop_shortcut(self.ff(self.norm2(x)))
 
 
@@ -153,18 +153,18 @@ class GPTModel(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        visible: Visible | None = None,
+        mask: AttentionMask | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Map tokens (B, T) to what the head reads, (B, T, C).
 
-        `positions`, (B, T) or (T,), are 0 to T - 1 by default; `visible` and `cache` are for attention.
+        `positions`, (B, T) or (T,), are 0 to T - 1 by default; `mask` and `cache` are for attention.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.drop_emb(self.tok_emb(tokens) + self.pos_emb(positions))
         for block in self.trf_blocks:
-            x = block(x, visible, cache)
+            x = block(x, mask, cache)
         return self.final_norm(x)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -10,20 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-# Which tokens each token attends to, where not all before it: (B, 1, T, S), or in blocks for FlexAttention.
-Visible = Tensor | BlockMask
+# A boolean (B, 1, T, S), true where a query attends to a key, or FlexAttention's BlockMask; None: causal.
+AttentionMask = Tensor | BlockMask
 
 
-def within_documents(tokens: Tensor, end_of_text: int, *, in_blocks: bool) -> tuple[Tensor, Visible]:
+def within_documents(tokens: Tensor, end_of_text: int, *, flex: bool) -> tuple[Tensor, AttentionMask]:
     """For tokens (B, T) that attend to their own document alone: their positions in it (B, T), and the mask.
 
-    An end-of-text closes the document before it as a target, and opens the one behind it as an input: it is
-    what the first token is predicted from. So nothing that a document's loss is made of is in another one.
+    As a target, end-of-text closes a document; as an input, it starts the next one, whose first token is
+    predicted from it. So no document's loss depends on another document.
     """
     B, T = tokens.shape
     index = torch.arange(T, device=tokens.device)
     starts = torch.where(tokens == end_of_text, index, 0).cummax(dim=1).values  # of each token's document
-    if in_blocks:
+    if flex:
 
         def attends(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return (k <= q) & (k >= starts[b, q])
@@ -33,7 +33,7 @@ def within_documents(tokens: Tensor, end_of_text: int, *, in_blocks: bool) -> tu
 
 
 class Cache:
-    """Keys and values of the tokens that a model has read: reading on costs the work of the new ones alone.
+    """Keys and values of the tokens read so far, so that only new tokens cost work.
 
     Room for `size` tokens a row; the first `padding` (B,) of each row are padding and not attended.
     """
@@ -49,8 +49,8 @@ class Cache:
         columns = torch.arange(self.length, device=self.padding.device)
         new, first = columns[-count:, None], self.padding[:, None, None]
         # Padding attends to itself: a softmax over no tokens would be NaN.
-        visible = ((columns <= new) & (columns >= first) | (columns == new))[:, None]
-        return (columns[-count:] - self.padding[:, None]).clamp(min=0), visible
+        mask = ((columns <= new) & (columns >= first) | (columns == new))[:, None]
+        return (columns[-count:] - self.padding[:, None]).clamp(min=0), mask
 
     def extend(self, layer: nn.Module, new: Tensor) -> Tensor:
         """Add a layer's keys and values (2, B, H, T, D) of the new tokens; return those of all S tokens."""
@@ -75,11 +75,11 @@ def linear_together(x: Tensor, *layers: nn.Linear) -> Tensor:
     return F.linear(x, torch.cat([layer.weight for layer in layers]), bias)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None, dropout: float) -> Tensor:
-    """Attention of queries (B, H, T, D) to keys and values (B, H, S, D); causal where `visible` is None."""
-    if isinstance(visible, BlockMask):
-        return flex_attention(q, k, v, block_mask=visible)
-    how = {"attn_mask": visible, "dropout_p": dropout, "is_causal": visible is None}
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dropout: float) -> Tensor:
+    """Attention of queries (B, H, T, D) to keys and values (B, H, S, D); causal where `mask` is None."""
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask)
+    how = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None}
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
         # On CPUs the backward pass of short bf16 attention takes three times as long as in float32.
         with torch.autocast("cpu", enabled=False):

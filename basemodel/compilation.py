@@ -36,7 +36,7 @@ def compile_if_wanted(
         if is_out_of_memory(error):
             raise
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    problem = next((found for found in world.gather(problem) if found), None)
+    problem = next((found for found in world.all_gather(problem) if found), None)
     if problem is None:
         return
     if config.compile is True:

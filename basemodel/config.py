@@ -31,36 +31,44 @@ POSITIVE_OR_NULL = (
 class TrainConfig:
     """How a run trains, as `train.json` gives it. Intervals are in global steps, batches in sequences."""
 
+    # Required
     dataset: str  # OWNER/NAME, on the Hub and under DATASETS_DIR
     microbatch_size: int  # sequences per process per forward pass
     min_train_tokens: int  # over all epochs, rounded up to whole global batches; -1: all there are
-    dataset_revision: str | None = None
-    gradient_accumulation_steps: int | None = None  # 1, or what global_batch_size makes it
-    global_batch_size: int | None = None  # per optimizer step, over all processes
+    # Data
+    dataset_revision: str | None = None  # a commit or tag
     epochs: int = 1
     start_train_token: int = 0
     start_val_token: int = 0
-    checkpoint_interval: int | None = None  # null: validation_interval
+    document_masking: bool = False  # attention and positions stay within each document
+    # Batch
+    gradient_accumulation_steps: int | None = None  # null: 1, or what global_batch_size makes it
+    global_batch_size: int | None = None  # per optimizer step, over all processes
+    # Optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the hidden matrices, AdamW on the rest
+    learning_rate: float = 0.0004  # the peak, after the warm-up
+    muon_learning_rate: float = 0.02  # of the hidden matrices; learning_rate is that of the rest
+    weight_decay: float = 0.1
+    decay_all_parameters: bool = True  # false: only matrices, not embeddings, norms and biases
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    clipping_max_norm: float | None = None  # null: no clipping
+    # Learning-rate schedule
+    lr_schedule: Literal["constant", "cosine", "wsd"] | None = None  # null: constant
+    warmup_period_percent: float = 0.0  # of all steps
+    decay_period_percent: float = 60.0  # of all steps, for "wsd"
+    # Precision and speed
+    precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = "auto"  # the best the machine has
+    compile: bool | Literal["auto"] = "auto"  # on CUDA
+    # Validation, checkpoints and the rest
     validation_interval: int | None = None  # null: no validation
     validation_batches: int = 0  # microbatches per validation, over all processes
-    learning_rate: float = 0.0004
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.999)
-    decay_all_parameters: bool = True  # false: only matrices, not embeddings, norms and biases
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the hidden matrices, AdamW on the rest
-    muon_learning_rate: float = 0.02  # of the hidden matrices; learning_rate is that of the rest
-    schedule_learning_rate: bool = False  # true: "lr_schedule": "cosine"
-    lr_schedule: Literal["constant", "cosine", "wsd"] | None = None  # null: as schedule_learning_rate says
-    warmup_period_percent: float = 0.0
-    decay_period_percent: float = 60.0  # of "wsd"
-    clipping_max_norm: float | None = None
-    document_masking: bool = False  # tokens attend to their own document alone
-    use_amp: bool = True  # false: precision "fp32"
-    precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = "auto"
-    compile: bool | Literal["auto"] = "auto"
-    random_seed: int = 42
+    checkpoint_interval: int | None = None  # null: validation_interval
     keep_checkpoints: int | None = None  # the newest N and the best; null: all
-    usd_per_hour: float | None = None
+    random_seed: int = 42
+    usd_per_hour: float | None = None  # for the cost so far
+    # Older spellings, of published runs
+    schedule_learning_rate: bool = False  # true: "lr_schedule": "cosine"
+    use_amp: bool = True  # false: "precision": "fp32"
 
     def __post_init__(self) -> None:
         require_dataset_id(self.dataset)

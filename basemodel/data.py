@@ -73,7 +73,7 @@ class Sequences:
     """A token file cut into sequences of `length` inputs and the token that follows: `length` + 1 tokens.
 
     Sequence i starts at token start + i * length, and `count` of them fit. Numbers from `count` on belong to
-    later epochs, each in an order of its own, determined by the seed and the epoch number.
+    later epochs. Epoch 0 is in file order; each later one is shuffled by the seed and the epoch number.
     """
 
     tokens: TokenFile
@@ -88,12 +88,12 @@ class Sequences:
 
     def read(self, first: int, count: int) -> Tensor:
         """Sequences first to first + count - 1: uint16, (count, length + 1)."""
-        starts = (self.start + self._place(number) * self.length for number in range(first, first + count))
+        starts = (self.start + self._index(number) * self.length for number in range(first, first + count))
         return torch.from_numpy(
             np.stack([self.tokens.read(start, start + self.length + 1) for start in starts])
         )
 
-    def _place(self, number: int) -> int:
+    def _index(self, number: int) -> int:
         epoch, place = divmod(number, self.count)
         return place if epoch == 0 else int(_epoch_order(self.seed, epoch, self.count)[place])
 
@@ -127,7 +127,7 @@ class BatchPlan:
         """Training tokens per optimizer step."""
         return self.global_batch * self.length
 
-    def microbatches(self, step: int, rank: int) -> Iterator[int]:
+    def microbatch_starts(self, step: int, rank: int) -> Iterator[int]:
         """The first sequence of each microbatch that process `rank` reads in step `step`, counted from 0."""
         for turn in range(self.accumulation):
             yield step * self.global_batch + (turn * self.processes + rank) * self.microbatch_size

@@ -55,8 +55,8 @@ class World:
             torch.cuda.get_device_name(self.device) if cuda else f"{self.device.type} ({platform.machine()})"
         )
 
-    def gather(self, value: Result, *, patiently: bool = False) -> list[Result]:
-        """All-gather: every process's `value` (any small object), by rank."""
+    def all_gather(self, value: Result, *, patiently: bool = False) -> list[Result]:
+        """Every process's `value` (any small object), by rank."""
         if self.control is None:
             return [value]
         values: list[Any] = [None] * self.size
@@ -74,12 +74,12 @@ class World:
                 result = task()
             except (InputError, RunError) as error:
                 problem = error
-        for found in self.gather(problem, patiently=True):
+        for found in self.all_gather(problem, patiently=True):
             if found is not None:
                 raise found
         return result
 
-    def from_first(self, value: Result) -> Result:
+    def broadcast(self, value: Result) -> Result:
         """Broadcast the first process's `value`."""
         if self.control is None:
             return value
@@ -87,11 +87,11 @@ class World:
         dist.broadcast_object_list(holder, src=0, group=self.control)
         return holder[0]
 
-    def tensors_from_first(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Broadcast the first process's CPU tensors by name; the others need no copy on disk."""
         if self.control is None:
             return tensors
-        for name, shape, dtype in self.from_first([(n, t.shape, t.dtype) for n, t in tensors.items()]):
+        for name, shape, dtype in self.broadcast([(n, t.shape, t.dtype) for n, t in tensors.items()]):
             if name not in tensors:
                 tensors[name] = torch.empty(shape, dtype=dtype)
             dist.broadcast(tensors[name], src=0, group=self.control)
@@ -105,13 +105,13 @@ class World:
         dist.all_reduce(flags, group=self.control)
         return flags.item() > 0
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """All-reduce: sum a device tensor over all processes, in place. No host synchronization on a GPU."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum a device tensor over all processes, in place. No host synchronization on a GPU."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def share(self, shares: list[list[Tensor]]) -> None:
+    def broadcast_shards(self, shares: list[list[Tensor]]) -> None:
         """Broadcast the tensors of `shares[rank]`, all of one dtype, from each process, in place."""
         if self.size == 1:
             return
@@ -209,11 +209,11 @@ def lost_processes_explained() -> Iterator[None]:
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGINT asked this process to stop; a second signal exits at once.
+    """Remembers that SIGTERM or SIGINT asked this process to stop; another signal, later, exits at once.
 
-    torchrun forwards signals that the terminal has already sent, so repeats within REPEAT_SECONDS count as
-    one. A separate thread receives the signals: Python's own handlers run in the main thread, which may be
-    blocked in a collective with a process that is gone.
+    Later means after REPEAT_SECONDS, because torchrun forwards signals that the terminal has already sent. A
+    separate thread receives the signals: Python's own handlers run in the main thread, which may be blocked
+    in a collective with a process that is gone.
     """
 
     def __init__(self) -> None:

@@ -35,8 +35,8 @@ DEFAULT_CHUNK_LOGITS = 1 << 28
 def document_features(model: GPTModel, tokens: Tensor) -> Tensor:
     """`model.features` of tokens (B, T) that attend to their own document alone."""
     # FlexAttention skips what is masked, where it is compiled for a GPU; it knows no dropout.
-    in_blocks = tokens.is_cuda and torch.compiler.is_compiling() and model.config.drop_rate == 0
-    return model.features(tokens, *within_documents(tokens, model.config.end_of_text, in_blocks=in_blocks))
+    flex = tokens.is_cuda and torch.compiler.is_compiling() and model.config.drop_rate == 0
+    return model.features(tokens, *within_documents(tokens, model.config.end_of_text, flex=flex))
 
 
 class NextTokenLoss(nn.Module):

@@ -26,8 +26,8 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
-def memory_in_use(device: torch.device) -> float:
-    """Peak memory of this process since `release_memory`, in GiB."""
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this process in GiB: on CUDA since `release_memory`, on a CPU since it started."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

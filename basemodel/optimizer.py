@@ -1,4 +1,7 @@
-"""The optimizer, its learning rate at each step, and skipping non-finite steps."""
+"""The optimizer, its learning rate at each step, and skipping non-finite steps.
+
+Each parameter group has an `lr_scale`, its peak learning rate divided by the config's `learning_rate`.
+"""
 
 import math
 from typing import Any, Protocol
@@ -16,7 +19,7 @@ class Peers(Protocol):
     rank: int
     size: int
 
-    def share(self, shares: list[list[Tensor]]) -> None:
+    def broadcast_shards(self, shares: list[list[Tensor]]) -> None:
         """Broadcast the tensors of `shares[rank]` from each process to the others, in place."""
 
 
@@ -37,7 +40,7 @@ def make_optimizer(
             groups[config.weight_decay if decays else 0.0].append(parameter)
     adamw = torch.optim.AdamW(
         [
-            {"params": parameters, "weight_decay": decay, "relative_rate": 1.0}
+            {"params": parameters, "weight_decay": decay, "lr_scale": 1.0}
             for decay, parameters in groups.items()
             if parameters
         ],
@@ -47,7 +50,7 @@ def make_optimizer(
     )
     if not hidden:
         return adamw
-    group = {"params": hidden, "relative_rate": config.muon_learning_rate / config.learning_rate}
+    group = {"params": hidden, "lr_scale": config.muon_learning_rate / config.learning_rate}
     muon = Muon(
         group,
         peers=peers,
@@ -89,7 +92,7 @@ class Muon(torch.optim.Muon):
                 # Larger steps for tall matrices: torch's "original" adjustment.
                 rate = group["lr"] * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
                 matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
-        self.peers.share(self.shares)
+        self.peers.broadcast_shards(self.shares)
 
     def _updates(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> list[Tensor]:
         """The orthogonalized Nesterov momentum of matrices (M, N) or (N, M), M <= N."""
@@ -140,7 +143,7 @@ def share_out(items: list[nn.Parameter], costs: list[int], shares: int) -> list[
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set AdamW's learning rate to `rate`, and Muon's to the same fraction of its own peak."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["relative_rate"]
+        group["lr"] = rate * group["lr_scale"]
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:

@@ -27,8 +27,8 @@ FREE_ON_RESUME = {
 def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[str], None] | None) -> None:
     """Raise InputError, naming the keys, if going on from checkpoint `name` would not continue the same run.
 
-    With `allow`, changes of the configs and the data are only said to it. Another global batch would take the
-    data from another place: that is refused always.
+    With `allow`, changes to the configs or the data are only reported to it. Another global batch would read
+    other data, and is always refused.
     """
     changed = [
         *_changed_keys("model.json", meta["model_config"], run.model_config),
@@ -37,7 +37,7 @@ def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[
     ]
     if changed and allow is None:
         raise InputError(
-            f"{name} is of another run: {'; '.join(changed)}; undo that, start afresh, or go on all the "
+            f"{name} belongs to another run: {'; '.join(changed)}; undo that, start afresh, or go on all the "
             "same with --allow-config-change"
         )
     if changed:

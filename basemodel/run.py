@@ -70,6 +70,10 @@ class Run:
         interval = self.checkpoint_interval
         return step == self.plan.steps or (step > 0 and interval is not None and step % interval == 0)
 
+    def has_work_after(self, step: int) -> bool:
+        """Whether a validation or a checkpoint is due after `step` steps."""
+        return self.validates_after(step) or self.saves_after(step)
+
     def saves_from(self, step: int) -> int:
         """How many checkpoints are due after step `step`."""
         return sum(self.saves_after(later) for later in range(step + 1, self.plan.steps + 1))

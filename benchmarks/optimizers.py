@@ -69,7 +69,7 @@ def measure(run_dir: Path, world: World, rounds: int, microbatch: int | None) ->
     times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, step in sides.items():
-            world.gather(None)
+            world.all_gather(None)
             taken = milliseconds(step, world.device)
             if turn:
                 times[name].append(taken)

@@ -140,7 +140,7 @@ def in_turns(sides: dict[str, Step], rounds: int, least: float, world: World) ->
                 step()
                 steps += 1
                 synchronize(world.device)
-                elapsed = world.from_first(time.perf_counter() - start)
+                elapsed = world.broadcast(time.perf_counter() - start)
                 if elapsed > least:
                     break
             if number:  # the first round warms up

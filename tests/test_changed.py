@@ -89,7 +89,7 @@ def test_a_run_goes_on_with_what_it_was_trained_with(tmp_path: Path, file: str, 
     if key in FREE:
         check_resumable("x", meta, run, None)
         return
-    with pytest.raises(InputError, match=rf'of another run: {file}: {key} was "something else", is '):
+    with pytest.raises(InputError, match=rf'another run: {file}: {key} was "something else", is '):
         check_resumable("x", meta, run, None)
     said: list[str] = []
     check_resumable("x", meta, run, said.append)

@@ -71,7 +71,7 @@ def test_the_global_batch_is_the_same_however_it_is_split() -> None:
                 processes,
                 1000,
             )
-            firsts = [first for rank in range(processes) for first in plan.microbatches(step, rank)]
+            firsts = [first for rank in range(processes) for first in plan.microbatch_starts(step, rank)]
             batches.append(sorted(n for first in firsts for n in range(first, first + microbatch)))
         assert all(batch == list(range(step * 12, step * 12 + 12)) for batch in batches)
 

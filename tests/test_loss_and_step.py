@@ -96,7 +96,7 @@ def test_the_compiled_step_has_the_same_losses() -> None:
     eager, compiled = (
         Learner(TrainConfig(**settings, compile=compile), model_config, ALONE) for compile in (False, True)
     )
-    assert (eager.loss.is_compiled, compiled.loss.is_compiled) == (False, True)
+    assert (eager.loss_module.is_compiled, compiled.loss_module.is_compiled) == (False, True)
     sequences = torch.randint(64, (2, 17))
     for _ in range(5):
         one, *_ = eager.train_step([sequences], 0.01)

@@ -221,9 +221,9 @@ def test_masks_in_blocks_which_gpus_take_give_the_same_attention(compiled: bool)
     model = GPTModel(GPTConfig(**BYTES)).double()
     tokens = sequences_of_documents()[:, :-1]
 
-    def attended(tokens: torch.Tensor, in_blocks: bool) -> torch.Tensor:
-        positions, visible = within_documents(tokens, END, in_blocks=in_blocks)
-        return model.trf_blocks[0].att(model.tok_emb(tokens) + model.pos_emb(positions), visible)
+    def attended(tokens: torch.Tensor, flex: bool) -> torch.Tensor:
+        positions, mask = within_documents(tokens, END, flex=flex)
+        return model.trf_blocks[0].att(model.tok_emb(tokens) + model.pos_emb(positions), mask)
 
     run = torch.compile(attended, backend="aot_eager", dynamic=False) if compiled else attended
     # Without a GPU it has no backward pass, and warns that without a compiler it is slow.
