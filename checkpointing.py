@@ -198,7 +198,7 @@ def newest_checkpoint(
 def named_checkpoint(folder: Path, name: str, say: Callable[[str], None]) -> Checkpoint:
     """The checkpoint that a user named: `latest`, `best` or a folder's name. Raises InputError.
 
-    Where a link is broken, `say` is told, and it stands for the newest valid checkpoint, or the newest of
+    Where a link is broken, `say` is told, and the link means the newest valid checkpoint, or the newest of
     those that were the best.
     """
     if name not in LINKS:
@@ -355,7 +355,7 @@ def load_optimizer_tensors(
 def _free_path(folder: Path, step: int) -> Path:
     """An unused path for a checkpoint made now."""
     stamp = datetime.now(UTC).strftime("%Y%m%dZ%H%M%S")
-    # An existing checkpoint of the same second and step stays; the new one sorts behind it.
+    # An existing checkpoint of the same second and step stays; the new one sorts after it.
     while (path := folder / f"{stamp}-iteration-{step}").exists():
         date, clock = stamp.split("Z")
         stamp = f"{date}Z{int(clock) + 1:06d}"

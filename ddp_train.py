@@ -2,7 +2,7 @@
 """Train a GPT-2-class base model. A run is two JSON files, runs/RUN/model.json and runs/RUN/train.json.
 
     python ddp_train.py demo datasets                 one process, on the GPU if there is one, else on the CPU
-    python ddp_train.py demo datasets --resume        go on from the newest good checkpoint
+    python ddp_train.py demo datasets --resume        continue from the newest valid checkpoint
     python ddp_train.py demo datasets --plan          say what the run would do, and what it would cost
     python ddp_train.py original -f                   find the largest microbatch that fits
     torchrun --nproc_per_node=8 ddp_train.py 8xh100m80 datasets       the eight GPUs of one machine
@@ -180,7 +180,7 @@ def to_device(sequences: Tensor, device: torch.device) -> Tensor:
 
 @dataclass
 class Progress:
-    """Where a run stands: what a checkpoint keeps besides tensors."""
+    """The progress of a run: what a checkpoint keeps besides tensors."""
 
     step: int = 0  # finished optimizer steps
     due_work_done: bool = False  # the validation and checkpoint due after this step are done
@@ -231,7 +231,7 @@ class Trainer:
             self.world.all_gather(None)
             if not finished:
                 self.reporter.close("preempted", progress.step)
-                where = f"after step {progress.step:,}, with a checkpoint; --resume goes on from there"
+                where = f"after step {progress.step:,}, with a checkpoint; --resume continues from there"
                 self.reporter.say(f"Stopped by a signal {where}")
                 return 128 + (stop.received or signal.SIGTERM)
         self.reporter.finish(progress.step, progress.train_loss, progress.val_loss)
@@ -380,13 +380,13 @@ class Trainer:
             **provenance(),
         }
 
-    def restore(self, found: checkpointing.Checkpoint | None) -> None:
+    def restore(self, checkpoint: checkpointing.Checkpoint | None) -> None:
         """Continue from a checkpoint, which only the first process holds, on all processes."""
         world, learner = self.world, self.learner
-        meta = world.broadcast(found.meta if found else None)
-        source = world.broadcast(str(found.path) if found else None)
-        load_tensors(learner.model, world.broadcast_tensors(found.model if found else {}), source)
-        optimizer = world.broadcast_tensors(found.optimizer if found else {})
+        meta = world.broadcast(checkpoint.meta if checkpoint else None)
+        source = world.broadcast(str(checkpoint.path) if checkpoint else None)
+        load_tensors(learner.model, world.broadcast_tensors(checkpoint.model if checkpoint else {}), source)
+        optimizer = world.broadcast_tensors(checkpoint.optimizer if checkpoint else {})
         checkpointing.load_optimizer_tensors(learner.model, learner.optimizer, optimizer)
         if learner.scaler.is_enabled() and meta["scaler"]:  # empty where it was trained in another precision
             learner.scaler.load_state_dict(meta["scaler"])
@@ -396,20 +396,20 @@ class Trainer:
             best_loss=math.inf if meta["best_loss"] is None else meta["best_loss"],
             **{key: meta[key] for key in ("skipped", "seconds", "train_loss", "val_loss", "recent_losses")},
         )
-        said = [f"Resuming after step {self.progress.step:,}, from {Path(source).name}"]
+        lines = [f"Resuming after step {self.progress.step:,}, from {Path(source).name}"]
         if len(meta["rng"]) == world.size:
             set_rng_state(meta["rng"][world.rank], world.device)
         else:
             seed = np.random.SeedSequence((self.run.config.random_seed, self.progress.step, world.rank))
             torch.manual_seed(int(seed.generate_state(1)[0]))
-            said.append(
+            lines.append(
                 f"Saved by {len(meta['rng'])} processes, resumed by {world.size}: the data continue exactly "
                 "where they were; dropout masks differ"
             )
         if meta["precision"] != learner.precision:
-            said.append(f"Saved in {meta['precision']}, resumed in {learner.precision}: rounding differs")
+            lines.append(f"Saved in {meta['precision']}, resumed in {learner.precision}: rounding differs")
         if world.is_first:
-            tqdm.write("\n".join(said))
+            tqdm.write("\n".join(lines))
 
 
 def advice_after_divergence(run: Run) -> str:
@@ -428,14 +428,12 @@ def advice_after_divergence(run: Run) -> str:
 @click.argument("run_name", metavar="RUN")
 @click.argument("datasets_dir", type=click.Path(path_type=Path), required=False)
 @click.argument("checkpoint", required=False)
-@click.option(
-    "--resume", is_flag=True, help="Go on from the newest good checkpoint; afresh where there is none."
-)
+@click.option("--resume", is_flag=True, help="Continue from the newest valid checkpoint, if there is one.")
 @click.option("-f", "--find-max-microbatch-size", is_flag=True, help="Find the largest microbatch that fits.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print what the run would do, and exit.")
 @click.option("--runs-dir", type=click.Path(path_type=Path), default=Path(__file__).parent / "runs")
 @click.option(
-    "--allow-config-change", is_flag=True, help="Go on although the configs or the data set have changed."
+    "--allow-config-change", is_flag=True, help="Continue although the configs or the data set have changed."
 )
 @click.option(
     "--collective-timeout",
@@ -459,7 +457,7 @@ def main(
     """Train the run RUN, a folder of runs/ with model.json and train.json, on a data set kept in
     DATASETS_DIR.
 
-    CHECKPOINT (latest, best, or a checkpoint folder's name) goes on from there.
+    With CHECKPOINT (latest, best, or a checkpoint folder's name), continue from there.
     """
     run = Run.read(runs_dir, run_name)
     if find_max_microbatch_size and only_plan:
@@ -495,47 +493,47 @@ def plan_only(run: Run, datasets_dir: Path, world: World) -> None:
     """Print what the run would do, using the data if they are already downloaded."""
     folder = fetching.dataset_folder(datasets_dir, run.config.dataset)
     here = all((folder / f"{split}.safetensors").exists() for split in run.config.splits)
-    found = data.open_data(run.config, run.model_config, datasets_dir) if here else None
+    run_data = data.open_data(run.config, run.model_config, datasets_dir) if here else None
     plan = data.plan_batches(
-        run.config, run.model_config.context_length, world.size, found and found.train.count
+        run.config, run.model_config.context_length, world.size, run_data and run_data.train.count
     )
     if world.is_first:
-        print_plan(dataclasses.replace(run, data=found, plan=plan), world)
+        print_plan(dataclasses.replace(run, data=run_data, plan=plan), world)
 
 
 def find_max_microbatch(run: Run, world: World, stop: StopSignal) -> int:
     """The largest microbatch_size whose training step fits into memory on every process.
 
-    Steps are real, on synthetic tokens, but for the exchange of gradients. Raises RunError if 1 is too many,
-    or when asked to stop.
+    Steps are real except for synthetic tokens and no all-reduce. Raises RunError if not even 1 fits, or when
+    asked to stop.
     """
-    # What communication needs is taken before anything is measured.
+    # The first collective allocates its buffers before anything is measured.
     world.all_reduce(torch.zeros(1, device=world.device))
     if world.device.type == "cpu":
         memory.limit_host_memory(world.local_size)
-    # Steps exchange nothing, so that no process waits for one that has run out of memory.
+    # Steps do not communicate, so that no process waits for one that ran out of memory.
     alone = dataclasses.replace(world, rank=0, size=1, control=None)
     with memory.memory_errors_explained(
         "the model itself does not fit; a smaller one or fewer processes would"
     ):
         learner = Learner(dataclasses.replace(run.config, microbatch_size=1), run.model_config, alone)
-    # DDP, and accumulation from the second microbatch on, hold gradients besides activations.
+    # With DDP or accumulation, gradients exist beside the activations: a second microbatch shows that.
     config = run.config
     accumulates = config.global_batch_size is not None or config.gradient_accumulation_steps not in (None, 1)
     microbatches = 2 if world.size > 1 or accumulates else 1
 
     def try_size(size: int) -> str | None:
-        """Take two steps at a size and say what they took; None where memory ran out."""
-        said = None
+        """Take two steps at a size and describe them; None if they run out of memory."""
+        description = None
         try:
-            said = take_two_steps(learner, size, microbatches)
+            description = take_two_steps(learner, size, microbatches)
         except Exception as error:
             if not memory.is_out_of_memory(error):
                 raise
-        # Only here, with the exception and its traceback gone, is the memory of the failed step free.
+        # The failed step's memory is only free here, after its exception and traceback are gone.
         learner.optimizer.zero_grad()
         memory.release_memory(world.device)
-        return said
+        return description
 
     return largest_that_fits(try_size, world, stop)
 
@@ -571,39 +569,42 @@ def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None) 
         fetching.fetch_dataset, datasets_dir, config.dataset, config.dataset_revision, config.splits
     )
     folder = world.agree(fetch, on=world.local_rank == 0)
-    found = world.agree(lambda: data.open_data(config, model_config, datasets_dir))
-    plan = data.plan_batches(config, model_config.context_length, world.size, found.train.count)
+    run_data = world.agree(lambda: data.open_data(config, model_config, datasets_dir))
+    plan = data.plan_batches(config, model_config.context_length, world.size, run_data.train.count)
     used = plan.steps * plan.global_batch, config.validation_batches * config.microbatch_size
     share = world.local_rank, world.local_size
-    world.agree(lambda: data.check_tokens(found, *used, model_config.vocab_size, share=share))
+    world.agree(lambda: data.check_tokens(run_data, *used, model_config.vocab_size, share=share))
     names = [f"{split}.safetensors" for split in config.splits]
     files = world.agree(lambda: fetching.fingerprint_files(folder, names), on=world.local_rank == 0)
     files = fetching.same_on_all_nodes([each for each in world.all_gather(files) if each is not None])
-    return dataclasses.replace(run, plan=plan, data=found, files=files)
+    return dataclasses.replace(run, plan=plan, data=run_data, files=files)
 
 
-def make_trainer(run: Run, world: World, checkpoint: str | None, allow_change: bool) -> Trainer | None:
-    """The trainer to start with: from a named checkpoint, from the "newest" good one, or fresh.
+def make_trainer(run: Run, world: World, name: str | None, allow_change: bool) -> Trainer | None:
+    """The trainer to start with: from a named checkpoint, from the "newest" valid one, or from scratch.
 
     None if the checkpoint is from the last step: nothing is left to do.
     """
-    found = world.agree(lambda: find_checkpoint(run, checkpoint, allow_change), on=world.is_first)
-    step, settled, name = world.broadcast(
-        (found.meta["global_step"], found.meta["settled"], found.path.name) if found else (None, False, None)
-    )
-    if settled and step >= run.plan.steps:
+    checkpoint = world.agree(lambda: find_checkpoint(run, name, allow_change), on=world.is_first)
+    meta = checkpoint.meta if checkpoint else {"global_step": None, "settled": False}
+    step, due_work_done = world.broadcast((meta["global_step"], meta["settled"]))
+    if due_work_done and step >= run.plan.steps:
         if world.is_first:
-            print(f"{run.name} is finished: {name} is from the last of {run.plan.steps:,} steps")
-            complete_status(run, found)
+            print(
+                f"{run.name} is finished: {checkpoint.path.name} is from the last of {run.plan.steps:,} steps"
+            )
+            complete_status(run, checkpoint)
         return None
     if world.is_first:
         print_plan(run, world)
         if step is None and (aside := run_folder.set_earlier_results_aside(run.directory)):
-            print(f"Starting afresh; the earlier results are now in {aside} (--resume would have gone on)")
+            print(
+                f"Starting from scratch; earlier results are now in {aside} (--resume would have continued)"
+            )
     world.agree(lambda: check_space(run, step or 0), on=world.is_first)
     trainer = Trainer(run, world)
     if step is not None:
-        trainer.restore(found)
+        trainer.restore(checkpoint)
     return trainer
 
 
@@ -618,22 +619,22 @@ def complete_status(run: Run, last: checkpointing.Checkpoint) -> None:
 
 
 def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpointing.Checkpoint | None:
-    """The checkpoint to go on from, checked to be this run's; None for none."""
+    """The checkpoint to continue from, checked to be this run's; None if there is none."""
     if name is None:
         return None
     if name == "newest":
-        found = checkpointing.newest_checkpoint(run.checkpoints, tqdm.write)
+        checkpoint = checkpointing.newest_checkpoint(run.checkpoints, tqdm.write)
     else:
-        found = checkpointing.named_checkpoint(run.checkpoints, name, tqdm.write)
-    if found is None:
+        checkpoint = checkpointing.named_checkpoint(run.checkpoints, name, tqdm.write)
+    if checkpoint is None:
         return None
-    check_resumable(found.path.name, found.meta, run, tqdm.write if allow_change else None)
-    if found.meta["global_step"] > run.plan.steps:
+    check_resumable(checkpoint.path.name, checkpoint.meta, run, tqdm.write if allow_change else None)
+    if checkpoint.meta["global_step"] > run.plan.steps:
         raise InputError(
-            f"{found.path.name} is beyond the run's end, {run.plan.steps:,} steps; raise min_train_tokens, "
-            "or name an earlier checkpoint"
+            f"{checkpoint.path.name} is beyond the run's end, {run.plan.steps:,} steps; raise "
+            "min_train_tokens, or name an earlier checkpoint"
         )
-    return found
+    return checkpoint
 
 
 def check_space(run: Run, step: int) -> None:

@@ -74,9 +74,9 @@ class World:
                 result = task()
             except (InputError, RunError) as error:
                 problem = error
-        for found in self.all_gather(problem, patiently=True):
-            if found is not None:
-                raise found
+        for error in self.all_gather(problem, patiently=True):
+            if error is not None:
+                raise error
         return result
 
     def broadcast(self, value: Result) -> Result:

@@ -102,7 +102,9 @@ def same_on_all_nodes(nodes: list[dict[str, dict[str, Any]]]) -> dict[str, dict[
     for name in nodes[0]:
         hashes = {node[name]["sha256"] for node in nodes}
         if len(hashes) != 1:
-            raise InputError(f"{name} is not the same on all nodes; remove the wrong one to fetch it anew")
+            raise InputError(
+                f"{name} is not the same on all nodes; delete the wrong one to download it again"
+            )
     return nodes[0]
 
 

@@ -16,7 +16,7 @@ from basemodel.errors import RunError
 def keep_freed_memory() -> None:
     """Tell glibc to keep large freed blocks for the next step instead of returning them to the system.
 
-    A CPU step that allocates its gigabytes anew pays for the page faults; keeping the blocks nearly doubles
+    A CPU step that allocates its gigabytes again pays for the page faults; keeping the blocks nearly doubles
     its speed. Memory left over from compilation is returned first. Does nothing without glibc.
     """
     libc = ctypes.CDLL(None)

@@ -17,11 +17,11 @@ def largest_that_fits(try_size: Callable[[int], str | None], world: World, stop:
     fitting, too_large = 0, None
     while too_large is None or too_large - fitting > 1:
         size = (fitting + too_large) // 2 if too_large else max(1, 2 * fitting)
-        taken = try_size(size)
-        fits = all(each is not None for each in world.all_gather(taken))
+        description = try_size(size)
+        fits = all(each is not None for each in world.all_gather(description))
         fitting, too_large = (size, too_large) if fits else (fitting, size)
         if world.is_first:
-            tqdm.write(f"microbatch {size}: " + (f"fits, {taken}" if fits else "too large"))
+            tqdm.write(f"microbatch {size}: " + (f"fits, {description}" if fits else "too large"))
         if world.any(stop):
             raise RunError(f"stopped by a signal; the largest microbatch that fit so far is {fitting}")
     if fitting == 0:

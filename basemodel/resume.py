@@ -37,8 +37,8 @@ def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[
     ]
     if changed and allow is None:
         raise InputError(
-            f"{name} belongs to another run: {'; '.join(changed)}; undo that, start afresh, or go on all the "
-            "same with --allow-config-change"
+            f"{name} belongs to another run: {'; '.join(changed)}; undo that, start from scratch, or "
+            "continue anyway with --allow-config-change"
         )
     if changed:
         allow(f"Going on, as allowed, although {'; '.join(changed)}")

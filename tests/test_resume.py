@@ -98,7 +98,7 @@ def test_sigterm_to_one_process_checkpoints_all_and_the_run_goes_on_to_the_same_
     sandbox.train("whole", processes=processes)
     finished = sandbox.launch("stopped", processes=processes, before=STOPPED)
     assert {done.returncode for done in finished} == {128 + 15}
-    assert "with a checkpoint; --resume goes on from there" in finished[0].stdout
+    assert "with a checkpoint; --resume continues from there" in finished[0].stdout
     status = sandbox.status("stopped")
     assert status["status"] == "preempted" and status["step"] in (7, 8, 9)
     assert sandbox.checkpoints("stopped")[-1].name.endswith(f"-iteration-{status['step']}")
@@ -158,7 +158,7 @@ def test_resume_starts_afresh_where_there_is_nothing_and_a_plain_start_keeps_wha
     sandbox.train("tiny", "--resume")
     first = [path.name for path in sandbox.checkpoints()]
     out = sandbox.train()
-    assert "Starting afresh" in out
+    assert "Starting from scratch" in out
     (aside,) = sandbox.run_dir("tiny").glob("earlier-*")
     assert sorted(path.name for path in (aside / "checkpoints").glob("2*")) == sorted(first)
     assert (aside / "metrics.jsonl").exists()
