@@ -88,9 +88,9 @@ def main(
         require_empty(output_dir)
         with unfinished_folder(output_dir) as folder:
             require_empty(output_dir)  # nobody else can fill it now
-            setup = set_up_engine(engine, get_tokenizer(tokenizer), folder)
+            gigatoken = set_up_engine(engine, get_tokenizer(tokenizer), folder)
             pieces, commit = find_pieces(source, files, revision, text_column)
-            parts = encode_all(make_shards(pieces), folder / "parts", settings, setup, workers)
+            parts = encode_all(make_shards(pieces), folder / "parts", settings, gigatoken, workers)
             finished = folder / "finished"
             shutil.rmtree(finished, ignore_errors=True)
             finished.mkdir()
