@@ -85,7 +85,7 @@ class Part:
 
     @classmethod
     def load(cls, folder: Path, key: list[Any]) -> "Part | None":
-        """A part finished by an earlier start; None if there is none with this key, or it is damaged."""
+        """A part finished by an earlier run; None if there is none with this key, or it is damaged."""
         try:
             values = json.loads((folder / "record.json").read_text(encoding="utf-8"))
             counts = {split: Counts(**values["counts"][split]) for split in SPLITS}
@@ -108,7 +108,7 @@ def encode_shard(
 ) -> tuple[Part, bool]:
     """Encode a shard into a folder under `parts_dir`, which gets its name once it is complete.
 
-    The second value says whether an earlier start had finished it. Raises InputError.
+    The second value says whether an earlier run had finished it. Raises InputError.
     """
     key = [asdict(settings), *(piece.identity() for piece in shard)]
     folder = parts_dir / f"{number:06d}"
@@ -293,7 +293,7 @@ def encode_all(
                         tqdm.write(f"{part.disagreement}; encoded shard {number} with tiktoken", sys.stderr)
                 progress.show()
     if kept:
-        print(f"{kept} of {len(shards)} shards were there from an earlier start")
+        print(f"{kept} of {len(shards)} shards were already encoded by an earlier run")
     engine = "gigatoken" if gigatoken else "tiktoken"
     print(f"Encoded {shared[1]:,} tokens with {engine} at {progress.tokens_per_second:,.0f} tokens/s")
     return [parts[number] for number in range(len(shards))]

@@ -40,13 +40,13 @@ def read_questions(paths: tuple[Path, ...]) -> list[Question]:
     for path in paths:
         name = path.name.removesuffix(RESULTS_ENDING).removesuffix(".json")
         if name in results:
-            raise InputError(f"{path}: a second file named {name}; models are told apart by their names")
+            raise InputError(f"{path}: two files are named {name}; rename one, names tell the models apart")
         results[name] = read_records(path, (*FIELDS, "model_response"))
     first = next(iter(results.values()))
     for path, records in zip(paths, results.values(), strict=True):
         for index, (one, other) in enumerate(itertools.zip_longest(records, first, fillvalue={})):
             if any(one.get(field) != other.get(field) for field in FIELDS):
-                raise InputError(f"{path}: record {index} is another question than in {paths[0]}")
+                raise InputError(f"{path}: record {index} is a different question than in {paths[0]}")
     return [
         Question(
             {field: record[field] for field in FIELDS},

@@ -31,7 +31,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # anything a network can raise
         raise InputError(
-            f"the GPT-2 vocabulary is not here and could not be downloaded ({type(error).__name__}); set "
+            f"the GPT-2 vocabulary is not cached and could not be downloaded ({type(error).__name__}); set "
             "TIKTOKEN_CACHE_DIR to a folder where tiktoken has cached it, or use the tokenizer 'bytes'"
         ) from None
 
