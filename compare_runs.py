@@ -198,19 +198,14 @@ def draw_chart(runs: list[RunSummary], path: Path) -> None:
                 axes.plot(*np.reshape(points, (-1, 2)).T, color=color, linewidth=2, **style)
             axes.plot([], [], color=color, label=run.folder.name)
         axes.set(xlabel="tokens seen", ylabel="nats per token", title="validation (dots) and training loss")
-        axes.set_ylim(top=highest_shown(runs))
+        # Above the training losses after a twentieth of the tokens: the first ones would squash the rest.
+        longest = max(run.tokens or 0 for run in runs)
+        losses = [loss for run in runs for tokens, loss in run.train if tokens >= longest / 20]
+        axes.set_ylim(top=1.02 * max(losses, default=1.0))
         axes.legend()
         unfinished = path.with_name(path.name + ".incomplete")
         figure.savefig(unfinished, format="png", dpi=90)
     unfinished.replace(path)
-
-
-def highest_shown(runs: list[RunSummary]) -> float:
-    """The top of the chart: the highest training loss after a twentieth of the tokens. The much higher losses
-    of the first steps would squash the rest."""
-    longest = max(run.tokens or 0 for run in runs)
-    losses = [loss for run in runs for tokens, loss in run.train if tokens >= longest / 20]
-    return 1.02 * max(losses, default=1.0)
 
 
 def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, seconds: int) -> None:

@@ -88,9 +88,9 @@ def main(
         require_empty(output_dir)
         with unfinished_folder(output_dir) as folder:
             require_empty(output_dir)  # nobody else can fill it now
-            setup = set_up_engine(engine, get_tokenizer(tokenizer), folder)
+            gigatoken = set_up_engine(engine, get_tokenizer(tokenizer), folder)
             pieces, commit = find_pieces(source, files, revision, text_column)
-            parts = encode_all(make_shards(pieces), folder / "parts", settings, setup, workers)
+            parts = encode_all(make_shards(pieces), folder / "parts", settings, gigatoken, workers)
             finished = folder / "finished"
             shutil.rmtree(finished, ignore_errors=True)
             finished.mkdir()
@@ -113,7 +113,7 @@ def require_empty(output_dir: Path) -> None:
     have = sorted(path.name for path in output_dir.iterdir())[:3] if output_dir.exists() else []
     if have:
         raise InputError(
-            f"{output_dir}: already holds {' and '.join(have)}; remove it or choose another folder"
+            f"{output_dir}: already contains {' and '.join(have)}; remove it or choose another folder"
         )
 
 
@@ -122,7 +122,7 @@ def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
     meta = read_json_object(folder / "meta.json")
     for key, value in wanted.items():
         if meta.get(key) != value:
-            raise InputError(f"{folder}: holds a data set with another {key}, '{meta.get(key)}'")
+            raise InputError(f"{folder}: contains a data set with another {key}, '{meta.get(key)}'")
     for name, sha256 in meta.get("sha256", {}).items():
         if not (folder / name).exists() or fingerprint(folder / name)["sha256"] != sha256:
             raise InputError(f"{folder / name}: is damaged; remove {folder} and prepare it again")
@@ -130,7 +130,7 @@ def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def unfinished_folder(output_dir: Path) -> Iterator[Path]:
-    """OUTPUT_DIR.incomplete, locked for this process; kept for the next start if it holds finished parts.
+    """OUTPUT_DIR.incomplete, locked for this process; kept for the next run if it holds finished parts.
 
     Raises InputError if another process prepares the same data set, or the folder cannot be written to.
     """
@@ -187,7 +187,7 @@ def find_pieces(
             raise InputError(f"{source}: has no {', '.join(FILE_TYPES)} files that match --files '{pattern}'")
     pieces = [piece for path in paths for piece in cut_into_pieces(path, text_column)]
     if not pieces:
-        raise InputError(f"{source}: holds no documents to train on")
+        raise InputError(f"{source}: contains no documents to train on")
     return pieces, commit
 
 

@@ -178,7 +178,7 @@ def print_scores(title: str, names: list[str], scores: np.ndarray, seed: int) ->
     print_rows("model", [names[index] for index in order], scores[order], ".1f")
     pairs = list(itertools.combinations(order, 2))
     if pairs:
-        labels = [f"{names[a]} less {names[b]}" for a, b in pairs]
+        labels = [f"{names[a]} minus {names[b]}" for a, b in pairs]
         print_rows("paired difference", labels, np.stack([scores[a] - scores[b] for a, b in pairs]), "+.1f")
 
 

@@ -55,9 +55,7 @@ def main(
 ) -> None:
     """Measure the loss of the models in MODEL_SAFETENSORS, ours or Hugging Face GPT-2's."""
     if len(models) % 2:
-        raise InputError(
-            f"models come in pairs, MODEL_JSON MODEL_SAFETENSORS; {models[-1]} at the end is alone"
-        )
+        raise InputError(f"models come in pairs, MODEL_JSON MODEL_SAFETENSORS; {models[-1]} has no partner")
     pairs = list(zip(models[::2], models[1::2], strict=True))
     loaded = [load_model(*pair) for pair in pairs]
     configs = [model.config for model in loaded]
@@ -109,9 +107,7 @@ def choose_length(configs: list[GPTConfig], asked: int | None) -> int:
             f"{lengths[0]} gives all of them the same sequences"
         )
     if asked is not None and asked > lengths[0]:
-        raise InputError(
-            f"--context-length can be {lengths[0]} at most, not {asked}: that is a model's limit"
-        )
+        raise InputError(f"--context-length can be at most {lengths[0]}, a model's own, not {asked}")
     return asked or lengths[0]
 
 
@@ -172,8 +168,8 @@ def print_one(result: MeasuredLoss, no_bytes: str) -> None:
     error, bits = result.standard_error, result.bits_per_byte
     print(f"Loss against our test dataset: {result.loss:.3f}")
     print(f"Perplexity: {result.perplexity:.2f}")
-    print("Standard error: " + ("not known" if error is None else f"{error:.4f}"))
-    print("Bits per byte: " + (f"not known: {no_bytes}" if bits is None else f"{bits:.4f}"))
+    print("Standard error: " + ("unknown" if error is None else f"{error:.4f}"))
+    print("Bits per byte: " + (f"unknown: {no_bytes}" if bits is None else f"{bits:.4f}"))
 
 
 def print_table(weights: list[Path], results: list[MeasuredLoss], losses: Tensor, no_bytes: str) -> None:
@@ -182,7 +178,7 @@ def print_table(weights: list[Path], results: list[MeasuredLoss], losses: Tensor
     The last column is the mean difference to the first model, sequence by sequence. Its standard error is far
     smaller than those of the losses, because text that is hard for one model is hard for all.
     """
-    print("\n| model | loss | standard error | perplexity | bits per byte | loss, less the first's |")
+    print("\n| model | loss | standard error | perplexity | bits per byte | loss minus the first's |")
     print("| --- | --- | --- | --- | --- | --- |")
     for path, result, difference in zip(weights, results, losses - losses[0], strict=True):
         error, bits = result.standard_error, result.bits_per_byte
@@ -191,14 +187,14 @@ def print_table(weights: list[Path], results: list[MeasuredLoss], losses: Tensor
         cells = (
             str(path),
             f"{result.loss:.4f}",
-            "not known" if error is None else f"{error:.4f}",
+            "unknown" if error is None else f"{error:.4f}",
             f"{result.perplexity:.2f}",
-            "not known" if bits is None else f"{bits:.4f}",
+            "unknown" if bits is None else f"{bits:.4f}",
             "" if path is weights[0] else versus,
         )
         print(f"| {' | '.join(cells)} |")
     if no_bytes:
-        print(f"\nBits per byte: not known: {no_bytes}")
+        print(f"\nBits per byte: unknown: {no_bytes}")
 
 
 if __name__ == "__main__":

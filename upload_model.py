@@ -8,10 +8,7 @@ The folder loads with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.
 project's code. Before it gets its name or is pushed, it is loaded again and compared with gpt.py.
 """
 
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -66,33 +63,24 @@ def main(
             f"{model_json}: a vocabulary of {model.config.vocab_size} does not hold the {tokenizer.n_vocab} "
             f"tokens of the tokenizer '{model.config.tokenizer}'; is it the right tokenizer?"
         )
-    with tempfile.TemporaryDirectory() as temporary:
-        target = Path(temporary) / "model" if pushes else output
-        with new_folder(target) as folder:
-            write_model(folder, model, tokenizer)
-            name = destination if pushes else output.resolve().name
-            write_model_card(folder, name, model, model_safetensors, license)
-            check_folder(folder, model, tokenizer)
-        if pushes:
-            print(f"Pushed: {push(target, destination, 'Upload the model', private=private)}")
-        else:
-            print(f"Written to {output}")
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill; it is renamed to `path` on success and removed on failure."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=".incomplete-", dir=path.parent))
+        if not pushes:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=".incomplete-", dir=None if pushes else output.parent)
     except OSError as error:
-        raise InputError(f"{path}: cannot be created: {error.strerror}") from None
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        unfinished.replace(path)  # which may be an empty folder
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        raise InputError(f"{output}: cannot be created: {error.strerror}") from None
+    with temporary:
+        folder = Path(temporary.name) / "model"
+        folder.mkdir()
+        write_model(folder, model, tokenizer)
+        name = destination if pushes else output.resolve().name
+        write_model_card(folder, name, model, model_safetensors, license)
+        check_folder(folder, model, tokenizer)
+        if pushes:
+            print(f"Pushed: {push(folder, destination, 'Upload the model', private=private)}")
+        else:
+            folder.replace(output)  # which may be an empty folder
+            print(f"Written to {output}")
 
 
 if __name__ == "__main__":

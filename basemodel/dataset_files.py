@@ -61,7 +61,7 @@ def lay_out(parts: list[Part], fraction: float) -> dict[str, tuple[Counts, list[
     }
     train, validation = totals["train"], totals["validation"]
     if train.documents == 0:
-        raise InputError("the source holds no documents to train on")
+        raise InputError("the source contains no documents to train on")
     if validation.documents == 0:
         index = max(i for i, part in enumerate(parts) if part.counts["train"].documents)
         last = parts[index].last

@@ -45,7 +45,7 @@ def find_files(source: Path) -> list[Path]:
     known = ", ".join(FILE_TYPES)
     if source.is_file():
         if not source.name.endswith(FILE_TYPES):
-            raise InputError(f"{source}: is of no known type; known are {known}")
+            raise InputError(f"{source}: unknown file type; known are {known}")
         return [source]
     if not source.is_dir():
         raise InputError(
@@ -54,7 +54,7 @@ def find_files(source: Path) -> list[Path]:
         )
     files = sorted(path for path in source.rglob("*") if path.is_file() and path.name.endswith(FILE_TYPES))
     if not files:
-        raise InputError(f"{source}: holds no {known} files")
+        raise InputError(f"{source}: contains no {known} files")
     return files
 
 

@@ -28,7 +28,6 @@ from basemodel.tokenizer import (
     Encoder,
     EnginesDisagree,
     GigatokenEncoder,
-    GigatokenSetup,
     get_tokenizer,
     tiktoken_encoder,
 )
@@ -86,7 +85,7 @@ class Part:
 
     @classmethod
     def load(cls, folder: Path, key: list[Any]) -> "Part | None":
-        """A part finished by an earlier start; None if there is none with this key, or it is damaged."""
+        """A part finished by an earlier run; None if there is none with this key, or it is damaged."""
         try:
             values = json.loads((folder / "record.json").read_text(encoding="utf-8"))
             counts = {split: Counts(**values["counts"][split]) for split in SPLITS}
@@ -105,11 +104,11 @@ class Part:
 
 
 def encode_shard(
-    number: int, shard: list[Piece], parts_dir: Path, settings: Settings, setup: GigatokenSetup | None
+    number: int, shard: list[Piece], parts_dir: Path, settings: Settings, gigatoken: GigatokenEncoder | None
 ) -> tuple[Part, bool]:
     """Encode a shard into a folder under `parts_dir`, which gets its name once it is complete.
 
-    The second value says whether an earlier start had finished it. Raises InputError.
+    The second value says whether an earlier run had finished it. Raises InputError.
     """
     key = [asdict(settings), *(piece.identity() for piece in shard)]
     folder = parts_dir / f"{number:06d}"
@@ -118,15 +117,15 @@ def encode_shard(
     unfinished = parts_dir / f"{number:06d}.{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.mkdir()
-    tokenizer, with_tiktoken = get_tokenizer(settings.tokenizer), tiktoken_encoder(settings.tokenizer)
+    end_of_text = get_tokenizer(settings.tokenizer).eot_token
+    with_tiktoken = tiktoken_encoder(settings.tokenizer)
     try:
         try:
             part = Part(unfinished, key)
-            encode = GigatokenEncoder(tokenizer, setup) if setup else with_tiktoken
-            encode_documents(shard, part, settings, encode, tokenizer.eot_token)
+            encode_documents(shard, part, settings, gigatoken or with_tiktoken, end_of_text)
         except EnginesDisagree as error:
             part = Part(unfinished, key, disagreement=str(error))
-            encode_documents(shard, part, settings, with_tiktoken, tokenizer.eot_token)
+            encode_documents(shard, part, settings, with_tiktoken, end_of_text)
         part.save()
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -214,9 +213,16 @@ class Progress:
 
     def __init__(self, expected: int, shared: Any) -> None:
         self._shared, self._started = shared, time.monotonic()
-        self._last_line = self._started if not sys.stderr.isatty() else math.inf
-        file = sys.stderr if sys.stderr.isatty() else io.StringIO()
-        self._bar = tqdm(total=expected, desc="encoding", unit="B", unit_scale=True, file=file)
+        terminal = sys.stderr.isatty()
+        self._last_line = math.inf if terminal else self._started
+        self._bar = tqdm(
+            total=expected,
+            desc="encoding",
+            unit="B",
+            unit_scale=True,
+            mininterval=0.1 if terminal else 15,
+            file=sys.stderr if terminal else io.StringIO(),
+        )
         self.expected = expected  # bytes of text, roughly
         self.close = self._bar.close
 
@@ -254,7 +260,11 @@ def worker_pool(count: int, shared: Any) -> Iterator[ProcessPoolExecutor]:
 
 
 def encode_all(
-    shards: list[list[Piece]], parts_dir: Path, settings: Settings, setup: GigatokenSetup | None, workers: int
+    shards: list[list[Piece]],
+    parts_dir: Path,
+    settings: Settings,
+    gigatoken: GigatokenEncoder | None,
+    workers: int,
 ) -> list[Part]:
     """Encode all shards with a pool of workers, showing progress; returns the parts in the shards' order.
 
@@ -267,7 +277,7 @@ def encode_all(
     with worker_pool(min(workers, len(shards)), shared) as pool:
         # Largest first, so that no worker is left with a large one at the end.
         order = sorted(range(len(shards)), key=lambda i: -sizes[i])
-        jobs = {pool.submit(encode_shard, i, shards[i], parts_dir, settings, setup): i for i in order}
+        jobs = {pool.submit(encode_shard, i, shards[i], parts_dir, settings, gigatoken): i for i in order}
         waiting = set(jobs)
         with contextlib.closing(Progress(sum(sizes), shared)) as progress:
             while waiting:
@@ -283,7 +293,7 @@ def encode_all(
                         tqdm.write(f"{part.disagreement}; encoded shard {number} with tiktoken", sys.stderr)
                 progress.show()
     if kept:
-        print(f"{kept} of {len(shards)} shards were there from an earlier start")
-    engine = "tiktoken" if setup is None else "gigatoken"
+        print(f"{kept} of {len(shards)} shards were already encoded by an earlier run")
+    engine = "gigatoken" if gigatoken else "tiktoken"
     print(f"Encoded {shared[1]:,} tokens with {engine} at {progress.tokens_per_second:,.0f} tokens/s")
     return [parts[number] for number in range(len(shards))]

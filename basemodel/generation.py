@@ -66,24 +66,18 @@ def generate(
     return tokens
 
 
-def encode_prompt(tokenizer: tiktoken.Encoding, prompt: str, vocab_size: int) -> list[int]:
-    """The prompt's tokens; for an empty prompt, the end of a preceding text. Raises InputError for tokens
-    outside the model's vocabulary."""
-    tokens = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
-    if max(tokens) >= vocab_size:
-        raise InputError(f"the prompt has tokens outside the model's vocabulary of {vocab_size}")
-    return tokens
-
-
 def continuations(
     model: GPTModel, tokenizer: tiktoken.Encoding, prompts: Sequence[str], count: int, **options: Any
 ) -> list[str]:
     """What the model adds to each prompt: at most `count` tokens, up to the end of the text.
 
-    `options` are Sampling's fields. Prompts of similar length are batched, padded on the left.
+    `options` are Sampling's fields. Prompts of similar length are batched, padded on the left; an empty one
+    starts after end-of-text. Raises InputError for prompts outside the model's vocabulary.
     """
-    end = tokenizer.eot_token
-    encoded = [encode_prompt(tokenizer, prompt, model.config.vocab_size) for prompt in prompts]
+    end, vocab_size = tokenizer.eot_token, model.config.vocab_size
+    encoded = [tokenizer.encode_ordinary(prompt) or [end] for prompt in prompts]
+    if any(max(tokens) >= vocab_size for tokens in encoded):
+        raise InputError(f"the prompt has tokens outside the model's vocabulary of {vocab_size}")
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     texts = [""] * len(prompts)
     device = model.tok_emb.weight.device

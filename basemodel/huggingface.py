@@ -96,17 +96,12 @@ def check_folder(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) ->
     from transformers import AutoTokenizer
 
     difference, largest = largest_logit_difference(folder, model)
-    print(
-        f"Largest logit difference between transformers and gpt.py: {difference:.1e} "
-        f"(logits up to {largest:.1f})"
-    )
+    found = f"{difference:.1e} (logits up to {largest:.1f})"
+    print(f"Largest logit difference between transformers and gpt.py: {found}")
     if not difference <= 2e-5 * max(1.0, largest):
-        raise RunError(
-            f"the exported model's logits differ by {difference:.1e} from gpt.py's; nothing was kept"
-        )
-    if AutoTokenizer.from_pretrained(folder)(SAMPLE_TEXT)["input_ids"] != tokenizer.encode_ordinary(
-        SAMPLE_TEXT
-    ):
+        raise RunError(f"the export's logits differ by {difference:.1e} from gpt.py's; nothing was kept")
+    exported = AutoTokenizer.from_pretrained(folder)
+    if exported(SAMPLE_TEXT)["input_ids"] != tokenizer.encode_ordinary(SAMPLE_TEXT):
         raise RunError("the exported tokenizer's tokens differ from the model's own; nothing was kept")
 
 

@@ -5,8 +5,7 @@ import functools
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # anything a network can raise
         raise InputError(
-            f"the GPT-2 vocabulary is not here and could not be downloaded ({type(error).__name__}); set "
+            f"the GPT-2 vocabulary is not cached and could not be downloaded ({type(error).__name__}); set "
             "TIKTOKEN_CACHE_DIR to a folder where tiktoken has cached it, or use the tokenizer 'bytes'"
         ) from None
 
@@ -50,14 +49,6 @@ def tiktoken_encoder(name: str) -> Encoder:
 
 class EnginesDisagree(Exception):
     """gigatoken and tiktoken produced different tokens."""
-
-
-@dataclass(frozen=True)
-class GigatokenSetup:
-    """What a worker needs to get tiktoken's tokens out of gigatoken."""
-
-    ranks: Path  # the vocabulary, in tiktoken's file format
-    differing: str  # characters that the two libraries treat differently
 
 
 def load_gigatoken(ranks: Path) -> Any:
@@ -90,15 +81,15 @@ class GigatokenEncoder:
     """An Encoder that uses gigatoken. Raises EnginesDisagree when a sampled text gets other tokens than
     tiktoken's.
 
-    The sample is the first 16 texts and every 512th after them. Texts with a character that the libraries
-    treat differently go to tiktoken.
+    The sample is the first 16 texts and every 512th after them. Texts with one of the characters `differing`,
+    which the libraries treat differently, go to tiktoken. `ranks` is the vocabulary in tiktoken's format.
     """
 
     RENEW_BYTES = 32_000_000  # of text, after which gigatoken's ever-growing cache of words is dropped
 
-    def __init__(self, tokenizer: tiktoken.Encoding, setup: GigatokenSetup) -> None:
-        self._tokenizer, self._ranks = tokenizer, setup.ranks
-        self._differing = {character.encode() for character in setup.differing}
+    def __init__(self, tokenizer: tiktoken.Encoding, ranks: Path, differing: Iterable[str]) -> None:
+        self._tokenizer, self._ranks = tokenizer, ranks
+        self._differing = {character.encode() for character in differing}
         first_bytes = bytes({character[0] for character in self._differing})
         self._harmless = bytes(set(range(256)) - set(first_bytes))
         self._suspects = re.compile(b"[%b][\x80-\xbf]*" % re.escape(first_bytes or b"\xff"))
@@ -126,8 +117,8 @@ class GigatokenEncoder:
         return not self._differing.isdisjoint(self._suspects.findall(text))
 
 
-def set_up_engine(engine: str, tokenizer: tiktoken.Encoding, folder: Path) -> GigatokenSetup | None:
-    """Set up gigatoken for "gigatoken" or "auto", with its vocabulary in `folder`; None means tiktoken.
+def set_up_engine(engine: str, tokenizer: tiktoken.Encoding, folder: Path) -> GigatokenEncoder | None:
+    """The encoder for engine "gigatoken" or "auto", with its vocabulary in `folder`; None means tiktoken.
 
     Raises InputError if "gigatoken" is asked for and does not work; "auto" prints why it falls back.
     """
@@ -141,7 +132,7 @@ def set_up_engine(engine: str, tokenizer: tiktoken.Encoding, folder: Path) -> Gi
     lines = (b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(pieces))
     ranks.write_bytes(b"".join(lines))
     try:
-        return GigatokenSetup(ranks, "".join(differing_characters(tokenizer, load_gigatoken(ranks))))
+        return GigatokenEncoder(tokenizer, ranks, differing_characters(tokenizer, load_gigatoken(ranks)))
     except Exception as error:  # anything a library built for another machine can raise
         reason = f"gigatoken does not work here ({type(error).__name__}: {error})"
         if engine == "gigatoken":

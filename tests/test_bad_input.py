@@ -295,8 +295,8 @@ def test_preparation_of_what_is_no_text(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for source, message in (
         ("nothing", "nothing: no such file or folder"),
-        ("empty", "empty: holds no .parquet, .jsonl"),
-        ("text.doc", "text.doc: is of no known type"),
+        ("empty", "empty: contains no .parquet, .jsonl"),
+        ("text.doc", "text.doc: unknown file type"),
         ("broken.jsonl", 'broken.jsonl: line 2 is not a JSON object with a string "text"'),
         ("broken.jsonl.gz", "broken.jsonl.gz: cannot be read"),
         ("broken.parquet", "broken.parquet: damaged or not a parquet file"),
@@ -315,7 +315,7 @@ def test_preparation_replaces_nothing(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("text")
     error = refused("prepare_datasets.py", tmp_path / "in.txt", tmp_path / "out", "--tokenizer", "bytes")
     assert (
-        "already holds train.safetensors and validation.safetensors; remove it or choose another folder"
+        "already contains train.safetensors and validation.safetensors; remove it or choose another folder"
         in error
     )
     assert (tmp_path / "out/train.safetensors").read_bytes() == before
@@ -329,4 +329,4 @@ def test_the_gpt2_vocabulary_that_cannot_be_had(tmp_path: Path) -> None:
         "NO_PROXY": "",
     }
     error = refused("prepare_datasets.py", tmp_path / "in.txt", tmp_path / "out", env=nowhere)
-    assert "the GPT-2 vocabulary is not here" in error and "TIKTOKEN_CACHE_DIR" in error
+    assert "the GPT-2 vocabulary is not cached" in error and "TIKTOKEN_CACHE_DIR" in error

@@ -20,7 +20,6 @@ from basemodel.errors import InputError
 from basemodel.tokenizer import (
     EnginesDisagree,
     GigatokenEncoder,
-    GigatokenSetup,
     get_tokenizer,
     set_up_engine,
     tiktoken_encoder,
@@ -41,8 +40,7 @@ def test_bytes_are_their_own_tokens() -> None:
 @pytest.mark.parametrize("engine", ["tiktoken", "gigatoken"])
 def test_gpt2_has_its_published_tokens(tmp_path: Path, engine: str) -> None:
     tokenizer = get_tokenizer("gpt2")
-    setup = set_up_engine(engine, tokenizer, tmp_path)
-    encode = GigatokenEncoder(tokenizer, setup) if setup else tiktoken_encoder("gpt2")
+    encode = set_up_engine(engine, tokenizer, tmp_path) or tiktoken_encoder("gpt2")
     assert (tokenizer.n_vocab, tokenizer.eot_token) == (50257, 50256)
     assert encode(b"Every effort moves you").tolist() == [6109, 3626, 6100, 345]
     known = [15496, 11, 220, 995, 198, 198, 27, 91, 437, 1659, 5239, 91, 29]
@@ -90,7 +88,7 @@ def test_about_the_fraction_of_long_and_short_texts_is_for_validation() -> None:
 
 
 def test_gigatoken_agrees_on_all_characters(gpt2: tiktoken.Encoding, tmp_path: Path) -> None:
-    encode = GigatokenEncoder(gpt2, set_up_engine("gigatoken", gpt2, tmp_path))
+    encode = set_up_engine("gigatoken", gpt2, tmp_path)
     rng = random.Random(3)
     texts = [random_characters(rng, 30) + nasty_text(rng, 10) for _ in range(5000)]
     texts += [f"{letter}'s {letter}1{letter}" for letter in NEW_LETTERS]
@@ -139,7 +137,7 @@ def gigatoken(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_a_sample_of_texts_is_compared(gpt2: tiktoken.Encoding, tmp_path: Path, gigatoken: Any) -> None:
     right = gigatoken.encode = lambda data: np.array(gpt2.encode_ordinary(data.decode()), np.uint32)
-    encode = GigatokenEncoder(gpt2, GigatokenSetup(tmp_path / "ranks", differing="\u00e9"))
+    encode = GigatokenEncoder(gpt2, tmp_path / "ranks", differing="\u00e9")
     for _ in range(600):
         encode(b"text")
     gigatoken.encode = lambda data: right(data)[:-1]

@@ -249,7 +249,7 @@ def test_scores_arrive_and_malformed_replies_are_asked_for_again(tmp_path: Path,
     assert len(judge.requests) == 12 + len(spoilt)
     assert "| good | 65.5 |" in done.stdout
     assert "| bad | 5.5 |" in done.stdout
-    assert "| good less bad | +60.0 | +60.0 to +60.0 |" in done.stdout
+    assert "| good minus bad | +60.0 | +60.0 to +60.0 |" in done.stdout
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores[7] == {**RECORDS[7], "Judged by judge": {"good": 67.0, "bad": 7.0}}
     # Both answers in one prompt, in an order that changes from question to question.
@@ -361,7 +361,7 @@ def test_without_a_model_words_are_counted(tmp_path: Path, capsys: pytest.Captur
     assert "| right | 100.0 | 100.0 to 100.0 |" in f1
     assert "| half | 75.0 |" in f1  # (1 + 2 * 1 / (1 + 3)) / 2
     assert "| half | 50.0 |" in exact
-    assert "| right less half | +50.0 |" in exact
+    assert "| right minus half | +50.0 |" in exact
 
 
 def test_bootstrap_intervals_are_those_of_the_mean() -> None:
@@ -376,12 +376,12 @@ def test_results_that_do_not_go_together(tmp_path: Path) -> None:
     one, two = write_results(tmp_path, one=lambda i: "1", two=lambda i: "2")
     records = json.loads(two.read_text())
     two.write_text(json.dumps(random.Random(0).sample(records, len(records))))
-    with pytest.raises(InputError, match="record 0 is another question"):
+    with pytest.raises(InputError, match="record 0 is a different question"):
         test_ift.main.main(["judge", str(one), str(two), "--no-llm"], standalone_mode=False)
     two.write_text(json.dumps(records[:-1]))
-    with pytest.raises(InputError, match="record 11 is another question"):
+    with pytest.raises(InputError, match="record 11 is a different question"):
         judging.read_questions((one, two))
-    with pytest.raises(InputError, match="a second file named one"):
+    with pytest.raises(InputError, match="two files are named one"):
         judging.read_questions((one, one))
     two.write_text(json.dumps(RECORDS))
     with pytest.raises(InputError, match='record 0 has no string "model_response"'):

@@ -138,8 +138,8 @@ def test_models_that_do_not_go_together(sandbox: Sandbox) -> None:
     options = ("--dataset", "test/texts", "--start-token", "0", "--tokens", "320")
     for arguments, message in (
         (models, r"context lengths differ \(8, 16\); --context-length 8"),
-        (models[:3], "model.json at the end is alone"),
-        ((*models, "--context-length", "16"), "can be 8 at most, not 16"),
+        (models[:3], "model.json has no partner"),
+        ((*models, "--context-length", "16"), "can be at most 8, a model's own, not 16"),
         ((*models[:2], "--tokens", "9999"), r"which make \d+ sequences .* asks for 624"),
     ):
         with pytest.raises(InputError, match=message):

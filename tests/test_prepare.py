@@ -163,7 +163,7 @@ def test_sources_that_are_no_good(tmp_path: Path) -> None:
         (good, ["--engine", "gigatoken"], "--engine gigatoken works with the tokenizer gpt2 only"),
         (numbers, [], "column 'text' is int64, not text"),
         (broken, [], "broken.parquet: damaged or not a parquet file"),
-        (empty, [], "holds no documents to train on"),
+        (empty, [], "contains no documents to train on"),
         ("HuggingFaceFW/fineweb", [], "no such file or folder; the source may also be 'python-docs'"),
         ("../fineweb", ["--files", "*"], "the dataset's owner '..' must be a plain name"),
     ):

@@ -169,7 +169,7 @@ def test_an_output_folder_in_use(corpus: Path, tmp_path: Path) -> None:
         script.signal(signal.SIGCONT)
         assert script.wait(60).returncode == 0
     error = refused(*command)
-    assert "out: already holds README.md and meta.json and train.safetensors; remove it" in error
+    assert "out: already contains README.md and meta.json and train.safetensors; remove it" in error
 
 
 def test_a_full_disk(corpus: Path, tmp_path: Path, texts: list[str]) -> None:
@@ -184,4 +184,6 @@ def test_a_full_disk(corpus: Path, tmp_path: Path, texts: list[str]) -> None:
         assert not (tmp_path / "out").exists() and sorted(corpus.iterdir()) == before
     kept = len(parts(tmp_path / "out"))
     assert kept > 0, "what was finished is kept"
-    assert finish(corpus, tmp_path / "out", texts).stdout.startswith(f"{kept} of {kept} shards were there")
+    assert finish(corpus, tmp_path / "out", texts).stdout.startswith(
+        f"{kept} of {kept} shards were already encoded"
+    )
