@@ -41,10 +41,50 @@ def encode(tokenizer: tiktoken.Encoding, text: bytes) -> np.ndarray:
     return tokenizer.encode_to_numpy(text.decode(), allowed_special=set(), disallowed_special=())
 
 
+class MarkingEncoder:
+    """An Encoder for GPT-2's tokenizer that uses tiktoken, for long texts in half the time.
+
+    GPT-2's pattern uses look-ahead to leave the last of several white-space characters to the word after
+    them, which rules out tiktoken's fastest regular expressions. Here numpy inserts a mark before that
+    character, so that the pattern needs no look-ahead, and the marks are removed from the tokens.
+    """
+
+    SHORT = 500  # bytes; shorter texts are faster without marks
+    MARK = b"\x1f"
+    PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x1f]+|\s+|\x1f"
+    # The mark itself, or white space beyond ASCII: texts with these go to plain tiktoken.
+    UNUSUAL = re.compile(
+        rb"\x1f|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80"
+    )
+    IS_SPACE = np.isin(np.arange(256), list(b"\t\n\v\f\r "))
+
+    def __init__(self, tokenizer: tiktoken.Encoding) -> None:
+        end = tokenizer.eot_token
+        ranks = {tokenizer.decode_single_token_bytes(rank): rank for rank in range(end)}
+        self._marking = tiktoken.Encoding(
+            "gpt2-with-marks",
+            pat_str=self.PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": end},  # without any, tiktoken is slow
+        )
+        self._tokenizer, self._mark = tokenizer, ranks[self.MARK]
+
+    def __call__(self, text: bytes) -> np.ndarray:
+        """Tokenize UTF-8 text."""
+        if len(text) < self.SHORT or self.UNUSUAL.search(text):
+            return encode(self._tokenizer, text)
+        codes = np.frombuffer(text, np.uint8)
+        space = self.IS_SPACE[codes]
+        places = np.flatnonzero(space[:-2] & space[1:-1] & ~space[2:]) + 1
+        tokens = encode(self._marking, np.insert(codes, places, self.MARK[0]).tobytes())
+        return tokens[tokens != self._mark]
+
+
 @functools.cache
 def tiktoken_encoder(name: str) -> Encoder:
     """An encoder that uses tiktoken with the tokenizer of this name."""
-    return functools.partial(encode, get_tokenizer(name))
+    tokenizer = get_tokenizer(name)
+    return MarkingEncoder(tokenizer) if name == "gpt2" else functools.partial(encode, tokenizer)
 
 
 class EnginesDisagree(Exception):

@@ -20,6 +20,7 @@ from basemodel.errors import InputError
 from basemodel.tokenizer import (
     EnginesDisagree,
     GigatokenEncoder,
+    MarkingEncoder,
     get_tokenizer,
     set_up_engine,
     tiktoken_encoder,
@@ -178,3 +179,14 @@ def test_lines_are_read_once_wherever_a_file_is_cut(tmp_path: Path, monkeypatch:
         pieces = list(documents.cut_into_pieces(path, "text"))
         found = [b"".join(text) for piece in pieces for text in documents.read_documents(piece, "text")]
         assert found == [text.encode() for text in texts], size
+
+
+def test_marks_give_the_tokens_of_the_pattern_that_looks_ahead(
+    gpt2: tiktoken.Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MarkingEncoder, "SHORT", 0)
+    marking, rng = MarkingEncoder(gpt2), random.Random(0)
+    characters = " \t\n\r\x0b\x0c\x1f\x85\xa0\u2003\u3000ab1'.s\u4e2d\u0301\U0001f600"
+    for _ in range(5000):
+        text = "".join(rng.choices(characters, k=rng.randrange(12)))
+        assert marking(text.encode()).tolist() == gpt2.encode_ordinary(text), repr(text)
