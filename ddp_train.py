@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Train a GPT-2-class base model. A run is two JSON files, runs/RUN/model.json and runs/RUN/train.json.
+"""Train a GPT-2-class base model. A run is two JSON files, runs/RUN/model.json and runs/RUN/train.json; their
+keys are those of GPTConfig (gpt.py) and TrainConfig (basemodel/config.py). Data sets are kept in datasets/.
 
     python ddp_train.py demo datasets                 one process, on the GPU if there is one, else on the CPU
     python ddp_train.py demo datasets --resume        continue from the newest valid checkpoint
@@ -53,7 +54,8 @@ from basemodel.run import Run
 from basemodel.weights import load_tensors
 from gpt import GPTConfig, GPTModel
 
-# Non-finite steps in a row that are skipped. With float16 the loss scale, 65,536 = 2^16, is halved at each.
+# A run gives up after this many non-finite steps in a row. float16 may need them: its loss scale starts at
+# 2^16, and each one halves it.
 MOST_SKIPPED_IN_A_ROW = 16
 
 # ------------------------------------------------------------------------------------------------------------
@@ -62,7 +64,7 @@ MOST_SKIPPED_IN_A_ROW = 16
 
 
 class Learner:
-    """A fresh model with all that a training step takes: loss, optimizer, gradient averaging, loss scale.
+    """A new model and what a training step needs besides: loss, optimizer, gradient averaging, loss scaling.
 
     Every process starts with the same weights, and with a dropout stream of its own.
     """
@@ -77,9 +79,8 @@ class Learner:
         compile_if_wanted(self.loss_module, config, world, self._warm_up)
         self.optimizer = make_optimizer(self.model, config, self.precision, peers=world)
         allocate_state(self.optimizer)
-        self.ddp_module: nn.Module = (
-            self.loss_module
-        )  # the loss whose backward pass averages gradients over processes
+        # With several processes, DDP's wrapper of the loss averages gradients in its backward pass.
+        self.ddp_module: nn.Module = self.loss_module
         if world.size > 1:
             device_ids = None if world.device.type == "cpu" else [world.local_rank]
             self.ddp_module = DistributedDataParallel(
@@ -111,9 +112,8 @@ class Learner:
         loss = self._accumulate_gradients(microbatches)
         grad_norm = self._clip_gradients()
         stops = torch.full_like(loss, float(stop))
-        loss, stops = self.world.all_reduce(
-            torch.stack([loss / self.world.size, stops])
-        )  # one all-reduce for both
+        # One all-reduce for both.
+        loss, stops = self.world.all_reduce(torch.stack([loss / self.world.size, stops]))
         finite = loss.isfinite() & grad_norm.isfinite()
         set_learning_rate(self.optimizer, learning_rate)
         step_if(finite, self.optimizer, self.scaler)
@@ -149,7 +149,7 @@ class Learner:
     def validate(self, sequences: data.Sequences, stop: StopSignal) -> float | None:
         """Mean loss over the first validation_batches microbatches, shared out over the processes.
 
-        None if a process is asked to stop meanwhile.
+        Returns None if any process is asked to stop before it finishes.
         """
         config, world = self.config, self.world
         self.loss_module.eval()
@@ -183,7 +183,7 @@ class Progress:
     """The progress of a run: what a checkpoint keeps besides tensors."""
 
     step: int = 0  # finished optimizer steps
-    due_work_done: bool = False  # the validation and checkpoint due after this step are done
+    work_due: bool = True  # the validation and checkpoint due after this step are still to be done
     skipped: int = 0  # steps in a row, up to this one, that were not finite
     seconds: float = 0.0  # of training, over all resumed parts
     best_loss: float = math.inf
@@ -205,7 +205,7 @@ class Trainer:
         self.progress = Progress()
 
     def train(self) -> int:
-        """Train to the last step, or until a signal asks to stop: then all processes save the same step.
+        """Train to the last step, or until a signal arrives: then all processes stop after the same step.
 
         Returns the exit status: 0, or 128 + the signal. Raises RunError when the run diverges or a checkpoint
         cannot be saved.
@@ -222,12 +222,12 @@ class Trainer:
                         self._save(scheduled=False)
                     self.saver.finish()
             except Exception as error:
-                if isinstance(error, Diverged):  # now that the last save has come to its end
+                if isinstance(error, Diverged):  # the last save has finished, so the advice can name it
                     error = RunError(f"{error}; {advice_after_divergence(run)}")
                 self.reporter.close("failed", progress.step, error=" ".join(str(error).split()))
                 raise error
             self.reporter.checkpoint = self.saver.saved
-            # torchrun ends the other processes as soon as one has left: none may before all is saved.
+            # torchrun ends the other processes as soon as one exits, so none may before everything is saved.
             self.world.all_gather(None)
             if not finished:
                 self.reporter.close("preempted", progress.step)
@@ -238,10 +238,10 @@ class Trainer:
         return 0
 
     def _loop(self, stop: StopSignal) -> bool:
-        """The training loop. False if a signal came before the last step and its work were done."""
+        """The training loop. Returns False if a signal arrived before all work was done."""
         plan, progress, pending = self.run.plan, self.progress, PendingSteps(self.world.device)
         while True:
-            if not progress.due_work_done:  # also before the first step
+            if progress.work_due:  # also before the first step
                 self._log(pending.read_all())
                 if not self._do_due_work(stop):
                     return False
@@ -254,7 +254,7 @@ class Trainer:
             learning_rate = learning_rate_at(progress.step, plan.steps, self.run.config)
             result = self.learner.train_step(microbatches, learning_rate, stop=bool(stop))
             progress.step += 1
-            progress.due_work_done = not self.run.has_work_after(progress.step)
+            progress.work_due = self.run.has_work_after(progress.step)
             # On a GPU, results are read one step late, so that it never waits for Python.
             pending.add(progress.step, result)
             results = pending.read_due()
@@ -293,13 +293,13 @@ class Trainer:
     def _do_due_work(self, stop: StopSignal) -> bool:
         """Validate and save where that is due after this step, and draw the chart.
 
-        False if a signal came first. The resumed run then does all of it, and makes the same decisions as an
-        uninterrupted run.
+        Returns False if a signal arrives during validation; the resumed run then repeats it, and decides as
+        an uninterrupted run would.
         """
         run, progress = self.run, self.progress
         if run.validates_after(progress.step) and not self._validate(stop):
             return False
-        progress.due_work_done = True
+        progress.work_due = False
         if run.saves_after(progress.step):
             self._save()
         self.reporter.chart()
@@ -324,8 +324,8 @@ class Trainer:
     def _save(self, *, scheduled: bool = True) -> None:
         """Start saving a checkpoint. `latest` will point to it; so will `best`, if it is the best so far.
 
-        A checkpoint off schedule (before a stop) is never the best and closes no interval, so that stopping
-        and resuming changes no decision.
+        One saved because of a stop is never marked best and leaves recent_losses alone, so that a resumed run
+        picks the same best checkpoint as an uninterrupted one.
         """
         start, learner = time.monotonic(), self.learner
         is_best = scheduled and self._close_interval()
@@ -358,7 +358,7 @@ class Trainer:
         run, progress = self.run, self.progress
         return {
             "global_step": progress.step,
-            "settled": progress.due_work_done,
+            "settled": not progress.work_due,
             "skipped": progress.skipped,
             "sequences_seen": progress.step * run.plan.global_batch,
             "tokens_seen": progress.step * run.plan.tokens_per_step,
@@ -392,7 +392,7 @@ class Trainer:
             learner.scaler.load_state_dict(meta["scaler"])
         self.progress = Progress(
             step=meta["global_step"],
-            due_work_done=meta["settled"],
+            work_due=not meta["settled"],
             best_loss=math.inf if meta["best_loss"] is None else meta["best_loss"],
             **{key: meta[key] for key in ("skipped", "seconds", "train_loss", "val_loss", "recent_losses")},
         )
@@ -466,7 +466,7 @@ def main(
         raise InputError("give either a checkpoint's name or --resume, which finds the newest")
     if not datasets_dir and not find_max_microbatch_size:
         raise InputError("DATASETS_DIR is missing: the folder of the data sets")
-    # A process that torchrun has started again goes on, whatever the first was told.
+    # A process restarted by torchrun resumes, even without --resume.
     resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     status = 0
     with lost_processes_explained():
@@ -504,8 +504,8 @@ def plan_only(run: Run, datasets_dir: Path, world: World) -> None:
 def find_max_microbatch(run: Run, world: World, stop: StopSignal) -> int:
     """The largest microbatch_size whose training step fits into memory on every process.
 
-    Steps are real except for synthetic tokens and no all-reduce. Raises RunError if not even 1 fits, or when
-    asked to stop.
+    The steps are real, but on random tokens and without all-reduce. Raises RunError if not even 1 fits, or
+    when asked to stop.
     """
     # The first collective allocates its buffers before anything is measured.
     world.all_reduce(torch.zeros(1, device=world.device))
@@ -513,9 +513,7 @@ def find_max_microbatch(run: Run, world: World, stop: StopSignal) -> int:
         memory.limit_host_memory(world.local_size)
     # Steps do not communicate, so that no process waits for one that ran out of memory.
     alone = dataclasses.replace(world, rank=0, size=1, control=None)
-    with memory.memory_errors_explained(
-        "the model itself does not fit; a smaller one or fewer processes would"
-    ):
+    with memory.memory_errors_explained("the model alone does not fit; use a smaller one or fewer processes"):
         learner = Learner(dataclasses.replace(run.config, microbatch_size=1), run.model_config, alone)
     # With DDP or accumulation, gradients exist beside the activations: a second microbatch shows that.
     config = run.config
@@ -554,7 +552,7 @@ def take_two_steps(learner: Learner, size: int, count: int) -> str:
 def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None) -> Run:
     """Lock the run's folder, download missing data, once per node, and check every token the run will use.
 
-    A missing `checkpoint` fails first.
+    Raises InputError at once if `checkpoint` does not exist.
     """
     config, model_config = run.config, run.model_config
     config.accumulation_for(world.size)  # before anything slow
@@ -587,8 +585,8 @@ def make_trainer(run: Run, world: World, name: str | None, allow_change: bool) -
     """
     checkpoint = world.agree(lambda: find_checkpoint(run, name, allow_change), on=world.is_first)
     meta = checkpoint.meta if checkpoint else {"global_step": None, "settled": False}
-    step, due_work_done = world.broadcast((meta["global_step"], meta["settled"]))
-    if due_work_done and step >= run.plan.steps:
+    step, settled = world.broadcast((meta["global_step"], meta["settled"]))
+    if settled and step >= run.plan.steps:
         if world.is_first:
             print(
                 f"{run.name} is finished: {checkpoint.path.name} is from the last of {run.plan.steps:,} steps"
@@ -638,7 +636,7 @@ def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpoin
 
 
 def check_space(run: Run, step: int) -> None:
-    """Raise InputError if the disk does not take the checkpoints that the run writes after step `step`."""
+    """Raise InputError if the disk has no room for the checkpoints still to be written after step `step`."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in GPTModel(run.model_config).parameters())
     to_come, keep = run.saves_from(step), run.config.keep_checkpoints

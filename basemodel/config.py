@@ -6,26 +6,6 @@ from typing import Any, Literal
 from basemodel.command_line import require_dataset_id
 from basemodel.errors import InputError
 
-AT_LEAST = {
-    "microbatch_size": 1,
-    "epochs": 1,
-    "start_train_token": 0,
-    "start_val_token": 0,
-    "validation_batches": 0,
-    "weight_decay": 0,
-    "random_seed": 0,
-}
-POSITIVE = ("learning_rate", "muon_learning_rate")
-POSITIVE_OR_NULL = (
-    "gradient_accumulation_steps",
-    "global_batch_size",
-    "checkpoint_interval",
-    "validation_interval",
-    "keep_checkpoints",
-    "clipping_max_norm",
-    "usd_per_hour",
-)
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -44,7 +24,7 @@ class TrainConfig:
     # Batch
     gradient_accumulation_steps: int | None = None  # null: 1, or what global_batch_size makes it
     global_batch_size: int | None = None  # per optimizer step, over all processes
-    # Optimizer
+    # Optimizer. The defaults are those of the published runs; runs/*-best have better values.
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the hidden matrices, AdamW on the rest
     learning_rate: float = 0.0004  # the peak, after the warm-up
     muon_learning_rate: float = 0.02  # of the hidden matrices; learning_rate is that of the rest
@@ -122,7 +102,7 @@ class TrainConfig:
 
     @property
     def schedule(self) -> str:
-        """How the learning rate goes: "constant", "cosine" or "wsd"."""
+        """The learning-rate schedule: "constant", "cosine" or "wsd"."""
         return self.lr_schedule or ("cosine" if self.schedule_learning_rate else "constant")
 
     @property
@@ -156,10 +136,31 @@ class TrainConfig:
         return accumulation
 
 
-def optimizer_in_words(train: dict[str, Any]) -> str:
-    """How a run's weights are updated, from the values of its train.json, for people.
+AT_LEAST = {
+    "microbatch_size": 1,
+    "epochs": 1,
+    "start_train_token": 0,
+    "start_val_token": 0,
+    "validation_batches": 0,
+    "weight_decay": 0,
+    "random_seed": 0,
+}
+POSITIVE = ("learning_rate", "muon_learning_rate")
+POSITIVE_OR_NULL = (
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "checkpoint_interval",
+    "validation_interval",
+    "keep_checkpoints",
+    "clipping_max_norm",
+    "usd_per_hour",
+)
 
-    Checkpoints that are older than a key do without it.
+
+def optimizer_in_words(train: dict[str, Any]) -> str:
+    """One line that sums up the optimizer settings of a train.json.
+
+    It may come from an old checkpoint that lacks newer keys.
     """
     said = f"{train['optimizer']}, learning rate {train['learning_rate']:g}"
     if train["optimizer"] == "muon":

@@ -149,8 +149,8 @@ def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: in
     if available is not None and needed > available:
         raise InputError(
             f"{config.dataset} has {available:,} sequences of {length} tokens in {config.epochs} epochs "
-            f"after start_train_token {config.start_train_token}, the run needs {needed:,}; epochs "
-            f"{math.ceil(needed / per_epoch)} would do, or min_train_tokens -1 for all there are"
+            f"after start_train_token {config.start_train_token}, the run needs {needed:,}; set "
+            f"epochs to {math.ceil(needed / per_epoch)}, or min_train_tokens to -1 to use all there are"
         )
     return BatchPlan(config.microbatch_size, accumulation, processes, length, steps)
 

@@ -209,9 +209,9 @@ def lost_processes_explained() -> Iterator[None]:
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGINT asked this process to stop; another signal, later, exits at once.
+    """Remembers that SIGTERM or SIGINT asked this process to stop; a second one exits at once.
 
-    Later means after REPEAT_SECONDS, because torchrun forwards signals that the terminal has already sent. A
+    A second one within REPEAT_SECONDS is ignored: torchrun forwards what the terminal has already sent. A
     separate thread receives the signals: Python's own handlers run in the main thread, which may be blocked
     in a collective with a process that is gone.
     """

@@ -64,7 +64,7 @@ def _download(folder: Path, dataset: str, revision: str | None, names: list[str]
             _keep_fingerprints(folder, _known_fingerprints(folder) | {name: known})
         except InputError:
             raise
-        except Exception as error:  # whatever a network, a proxy or the Hub can think of
+        except Exception as error:  # network, proxy and Hub errors have many types
             if name == "meta.json" and isinstance(error, EntryNotFoundError):
                 continue  # older data sets have none
             raise InputError(

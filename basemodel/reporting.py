@@ -74,9 +74,8 @@ class Reporter:
             path = self.run.metrics
             try:
                 self._metrics.write((json.dumps(finite) + "\n").encode())
-                if (
-                    finite["step"] == self._begun_at
-                ):  # a signal came between a step and the validation after it
+                # A signal came between this step and the validation after it: merge the two lines.
+                if finite["step"] == self._begun_at:
                     self._metrics.close()
                     self._metrics = _cut_back_metrics(path, self._begun_at)
             except OSError as error:

@@ -108,7 +108,7 @@ CONFIGS = {
     "epochs it would take": (
         {},
         {"min_train_tokens": 10_000},
-        "epochs 3 would do, or min_train_tokens -1 for all",
+        "set epochs to 3, or min_train_tokens to -1 to use all",
     ),
     "start too late": (
         {},
