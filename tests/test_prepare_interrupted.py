@@ -26,11 +26,11 @@ def texts() -> list[str]:
 
 @pytest.fixture
 def corpus(tmp_path: Path, texts: list[str]) -> Path:
-    """1,200 documents in shards of 20 kB: of parquet by row groups, of .jsonl by lines, files together."""
+    """1,200 documents in shards of 20 kB: of .jsonl by lines, of parquet by row groups, files together."""
     folder = tmp_path / "in"
     folder.mkdir()
-    write_parquet(folder / "a.parquet", texts[:500])
-    write_jsonl(folder / "b.jsonl", texts[500:1000])
+    write_jsonl(folder / "a.jsonl", texts[:500])
+    write_parquet(folder / "b.parquet", texts[500:1000])
     for i, text in enumerate(texts[1000:]):
         (folder / f"c{i:03}.txt").write_text(text)
     return folder
@@ -129,8 +129,8 @@ def test_parts_of_other_input_are_made_again(
     options, fraction = (), 0.01
     if change == "files":
         texts = [text.swapcase() for text in texts]  # of the same size
-        write_parquet(corpus / "a.parquet", texts[:500])
-        write_jsonl(corpus / "b.jsonl", texts[500:1000])
+        write_jsonl(corpus / "a.jsonl", texts[:500])
+        write_parquet(corpus / "b.parquet", texts[500:1000])
         for i, text in enumerate(texts[1000:]):
             (corpus / f"c{i:03}.txt").write_text(text)
     else:
