@@ -24,7 +24,7 @@ from typing import Any
 
 import click
 
-from basemodel.command_line import require_dataset_id, run_command
+from basemodel.command_line import require_repo_id, run_command
 from basemodel.dataset_files import card, draw_lengths, write_dataset
 from basemodel.documents import FILE_TYPES, PYTHON_DOCS, Piece, cut_into_pieces, find_files, make_shards
 from basemodel.encoding import Settings, encode_all
@@ -77,7 +77,7 @@ def main(
     if engine == "gigatoken" and tokenizer != "gpt2":
         raise InputError("--engine gigatoken works with the tokenizer gpt2 only")
     if files is not None:
-        require_dataset_id(source)
+        require_repo_id(source)
     if repo_id:
         check_push(repo_id)
     settings = Settings(tokenizer, validation_fraction, text_column)

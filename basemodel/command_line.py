@@ -63,10 +63,10 @@ def require_inside(folder: Path, path: Path) -> None:
         raise InputError(f"{path}: is a link that points outside {folder}; give the folder itself")
 
 
-def require_dataset_id(dataset: str) -> None:
-    """Raise InputError unless `dataset` is a Hub data set id, OWNER/NAME, with plain names."""
-    owner, slash, name = dataset.partition("/")
+def require_repo_id(repo_id: str, what: str = "dataset") -> None:
+    """Raise InputError unless `repo_id`, of a `what` on the Hub, is OWNER/NAME, with plain names."""
+    owner, slash, name = repo_id.partition("/")
     if not slash:
-        raise InputError(f"dataset must be OWNER/NAME, not '{dataset}'")
-    require_plain_name(owner, "the dataset's owner")
-    require_plain_name(name, "the dataset's name")
+        raise InputError(f"{what} must be OWNER/NAME, not '{repo_id}'")
+    require_plain_name(owner, f"the {what}'s owner")
+    require_plain_name(name, f"the {what}'s name")

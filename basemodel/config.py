@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from basemodel.command_line import require_dataset_id
+from basemodel.command_line import require_repo_id
 from basemodel.errors import InputError
 
 
@@ -51,7 +51,7 @@ class TrainConfig:
     use_amp: bool = True  # false: "precision": "fp32"
 
     def __post_init__(self) -> None:
-        require_dataset_id(self.dataset)
+        require_repo_id(self.dataset)
         for key, least in AT_LEAST.items():
             if getattr(self, key) < least:
                 raise InputError(f"{key} must be at least {least}, not {getattr(self, key)}")

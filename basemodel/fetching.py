@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from basemodel.command_line import require_dataset_id, require_inside
+from basemodel.command_line import require_inside, require_repo_id
 from basemodel.errors import InputError
 from basemodel.files import fingerprint, replace_text
 from basemodel.hub import download_file, reason
@@ -19,7 +19,7 @@ FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its
 
 def dataset_folder(datasets_dir: Path, dataset: str) -> Path:
     """The folder of data set OWNER/NAME. Raises InputError for any other name, or a link that leads out."""
-    require_dataset_id(dataset)
+    require_repo_id(dataset)
     folder = datasets_dir.joinpath(*dataset.split("/"))
     require_inside(datasets_dir, folder)
     return folder

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from basemodel.command_line import require_plain_name
+from basemodel.command_line import require_repo_id
 from basemodel.errors import InputError, RunError
 from basemodel.files import fingerprint
 
@@ -94,11 +94,7 @@ def check_push(repo_id: str) -> None:
     """Raise InputError unless `repo_id` is OWNER/NAME and the Hub accepts this user's token."""
     from huggingface_hub import HfApi, get_token
 
-    owner, slash, name = repo_id.partition("/")
-    if not slash:
-        raise InputError(f"--push: the repository must be OWNER/NAME, not '{repo_id}'")
-    require_plain_name(owner, "the repository's owner")
-    require_plain_name(name, "the repository's name")
+    require_repo_id(repo_id, "repository")
     if get_token() is None:
         raise InputError("--push: there is no Hub token; set HF_TOKEN, or run: hf auth login")
     try:

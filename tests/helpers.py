@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
 import runpy
 import signal
 import socket
@@ -24,8 +25,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
@@ -109,15 +112,8 @@ def write_model(folder: Path, seed: int = 0, **changes: Any) -> tuple[Path, Path
 # ------------------------------------------------------------------------------------------------------------
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-SCRIPTS = (
-    "ddp_train",
-    "prepare_datasets",
-    "test_loss",
-    "test_smoke",
-    "test_ift",
-    "compare_runs",
-    "upload_model",
-)
+SCRIPTS = ("ddp_train", "prepare_datasets", "compare_runs", "upload_model")
+SCRIPTS += ("test_loss", "test_smoke", "test_ift")
 HEAVY = (
     "torch._dynamo",
     "torch.distributed.run",
@@ -247,6 +243,12 @@ def refused(*command: str | Path, status: int = 2, **options: Any) -> str:
     lines = [line for line in done.stderr.splitlines() if not line.startswith("encoding: ")]
     assert len(lines) == 1 and lines[0].startswith("Error: "), done.stderr
     return lines[0].removeprefix("Error: ")
+
+
+def option_defaults(command: click.Command) -> dict[str, str]:
+    """The defaults that a command's --help shows, by option."""
+    shown = CliRunner().invoke(command, ["--help"], terminal_width=200).stdout
+    return dict(re.findall(r"^ +(--[a-z-]+) .*\[default: ([^];]+)", shown, flags=re.MULTILINE))
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> None:

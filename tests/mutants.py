@@ -91,7 +91,7 @@ def main() -> None:
     for mutant in chosen:
         mutated(mutant)  # that each edit can be made is seen before anything slow
     if run_tests(sorted({mutant.test for mutant in chosen})) != 0:
-        raise SystemExit("the tests do not pass in an unchanged copy; run them, and mend that first")
+        raise SystemExit("the tests fail in an unchanged copy; fix that first")
     with ThreadPoolExecutor(2) as pool:
         verdicts = []
         for mutant, said in zip(chosen, pool.map(verdict, chosen), strict=True):

@@ -1,5 +1,4 @@
-"""What a tired person types at 2 a.m.: each mistake gets one line that names the thing and the mend, and no
-harm."""
+"""What a tired person types at 2 a.m.: each mistake gets one line that names the thing and the fix."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Damaged checkpoints, full disks, numbers that are none."""
+"""Damaged checkpoints, full disks, non-finite losses."""
 
 import os
 import resource
@@ -254,12 +254,12 @@ def test_a_chart_that_cannot_be_drawn_is_a_warning(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Numbers that are none
+# Non-finite losses
 # ------------------------------------------------------------------------------------------------------------
 
 
 def poison(ranks: tuple[int, ...], when: Callable[[int], bool]) -> Callable[[int], None]:
-    """A patch by which the loss of some passes in training is no number, on some processes."""
+    """A patch that makes the loss of some training passes NaN, on some processes."""
 
     def patch(rank: int) -> None:
         real, passes = loss.NextTokenLoss.forward, 0
@@ -279,7 +279,7 @@ def poison(ranks: tuple[int, ...], when: Callable[[int], bool]) -> Callable[[int
 
 
 @forked
-def test_a_loss_that_is_no_number_on_one_process_skips_the_step_on_all(tmp_path: Path) -> None:
+def test_a_non_finite_loss_on_one_process_skips_the_step_on_all(tmp_path: Path) -> None:
     sandbox = make_sandbox(tmp_path, "one", "all")
     # The first pass is the one that sorts buckets; each step is two.
     for run, ranks in (("one", (1,)), ("all", (0, 1))):

@@ -1,7 +1,6 @@
 """Continuing text: the same tokens with a key-value cache as without, and together as one by one."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import tiktoken
 import torch
 from click.testing import CliRunner
-from helpers import MODEL, run_script, write_model
+from helpers import MODEL, option_defaults, run_script, write_model
 from safetensors.torch import save_file
 
 from basemodel.generation import BATCH_SIZE, continuations, generate
@@ -137,9 +136,7 @@ def test_the_default_prompt_is_continued_with_gpt2s_tokens(gpt2: tiktoken.Encodi
 
 
 def test_defaults() -> None:
-    shown = CliRunner().invoke(main, ["--help"], terminal_width=200).stdout
-    defaults = dict(re.findall(r"^ +(--[a-z-]+) .*\[default: ([^];]+)", shown, flags=re.MULTILINE))
-    assert defaults == {
+    assert option_defaults(main) == {
         "--prompt": "Every effort moves you",
         "--tokens": "20",
         "--temperature": "1.0",

@@ -1,7 +1,6 @@
 """The loss of trained models: what test_loss.py says is what an independent sum says."""
 
 import math
-import re
 import statistics
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import tiktoken
 import torch
 from click.testing import CliRunner
-from helpers import MODEL, Sandbox, run_script, write_dataset, write_model
+from helpers import MODEL, Sandbox, option_defaults, run_script, write_dataset, write_model
 
 from basemodel.data import Sequences, TokenFile
 from basemodel.errors import InputError
@@ -80,9 +79,7 @@ def test_figures_are_those_of_a_sum_token_by_token(
 
 
 def test_defaults_are_the_published_test_set() -> None:
-    shown = CliRunner().invoke(main, ["--help"], terminal_width=200).stdout
-    defaults = dict(re.findall(r"^ +(--[a-z-]+) .*\[default: ([^];]+)", shown, flags=re.MULTILINE))
-    assert defaults == {
+    assert option_defaults(main) == {
         "--dataset": "gpjt/fineweb-gpt2-tokens",
         "--split": "validation",
         "--start-token": "50000000",

@@ -104,7 +104,7 @@ def test_state_that_is_allocated_ahead_changes_no_weight_and_no_later_step() -> 
     assert_same_tensors(at_once.tensors(), ahead.tensors())
 
 
-def test_muon_leaves_everything_as_it_is_where_gradients_are_no_numbers() -> None:
+def test_muon_leaves_everything_as_it_is_where_gradients_are_not_finite() -> None:
     model = model_with_gradients()
     optimizer = make_optimizer(model, config(optimizer="muon"), "fp32", ALONE)
     allocate_state(optimizer)

@@ -192,7 +192,7 @@ def test_the_search_finds_what_fits_on_every_process(
     assert out.splitlines()[-1] == f"Max microbatch size was {expected}"
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_says_what_is_left(sandbox: Sandbox) -> None:
+def test_a_non_finite_loss_ends_the_run_and_says_what_is_left(sandbox: Sandbox) -> None:
     sandbox.write_run(train={"learning_rate": 1e38, "checkpoint_interval": 1})
     done = run_script(*sandbox.command("tiny"))
     assert done.returncode == 1
