@@ -78,6 +78,8 @@ def main(
         raise InputError("--engine gigatoken works with the tokenizer gpt2 only")
     if files is not None:
         require_repo_id(source)
+    elif source != PYTHON_DOCS:
+        find_files(Path(source))  # a misspelt path is an error before anything slow
     if repo_id:
         check_push(repo_id)
     settings = Settings(tokenizer, validation_fraction, text_column)

@@ -306,6 +306,9 @@ def test_preparation_of_what_is_no_text(tmp_path: Path) -> None:
         assert last.startswith("Error: ") and message in last, done.stderr
         assert "Traceback" not in done.stderr
         assert not list(out.glob("*")), "nothing half done is left"
+    # A misspelt path is noticed before GPT-2's vocabulary is looked for, which is not to be had here.
+    nowhere = {"TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "https_proxy": "http://127.0.0.1:9"}
+    assert "nothing: no such file or folder" in refused(*prepare, tmp_path / "nothing", out, env=nowhere)
 
 
 def test_preparation_replaces_nothing(tmp_path: Path) -> None:
