@@ -52,9 +52,9 @@ def finish(corpus: Path, output: Path, texts: list[str], *options: str, fraction
 
 
 def parts(output: Path) -> list[Path]:
-    """The folders of finished shards; one whose record was cut off by a kill is not."""
-    records = output.with_name(output.name + ".incomplete").glob("parts/*/record.json")
-    return [path.parent for path in records if path.read_text().rstrip().endswith("}")]
+    """The folders of finished shards, which have their final names, and whole records."""
+    folders = output.with_name(output.name + ".incomplete").glob("parts/[0-9]*[0-9]")
+    return [path for path in folders if path.name.isdigit() and (path / "record.json").exists()]
 
 
 def wait_for_parts(script: Script, output: Path, count: int) -> None:
