@@ -239,36 +239,39 @@ class Trainer:
 
     def _loop(self, stop: StopSignal) -> bool:
         """The training loop. Returns False if a signal arrived before all work was done."""
-        plan, progress, pending = self.run.plan, self.progress, PendingSteps(self.world.device)
-        while True:
-            if progress.work_due:  # also before the first step
-                self._log(pending.read_all())
-                if not self._do_due_work(stop):
-                    return False
-                pending.restart_clock()
-            if progress.step == plan.steps:
-                return True
-            microbatches = [
-                self._read(start) for start in plan.microbatch_starts(progress.step, self.world.rank)
-            ]
-            learning_rate = learning_rate_at(progress.step, plan.steps, self.run.config)
+        run, plan, progress, pending = self.run, self.run.plan, self.progress, PendingSteps(self.world.device)
+        # Before the first step, and where a stop left it undone.
+        if progress.work_due and not self._validate_and_save(stop):
+            return False
+        pending.restart_clock()
+        while progress.step < plan.steps:
+            starts = plan.microbatch_starts(progress.step, self.world.rank)
+            microbatches = [self._read(first) for first in starts]
+            learning_rate = learning_rate_at(progress.step, plan.steps, run.config)
             result = self.learner.train_step(microbatches, learning_rate, stop=bool(stop))
             progress.step += 1
-            progress.work_due = self.run.has_work_after(progress.step)
-            # On a GPU, results are read one step late, so that it never waits for Python.
+            progress.work_due = run.has_work_after(progress.step)
+
+            # A GPU's results are read one step late, so that it never waits for Python.
             pending.add(progress.step, result)
-            results = pending.read_due()
+            results = pending.read_all() if progress.work_due else pending.read_due()
             self._log(results)
             # The count is summed over the processes, so all of them stop after the same step.
             if any(result.stops for _, result, _ in results):
                 self._log(pending.read_all())
                 return False
+
+            if progress.work_due:
+                if not self._validate_and_save(stop):
+                    return False
+                pending.restart_clock()
             self.saver.check()  # raises the error of a save that failed in the background
             self.reporter.checkpoint = self.saver.saved
+        return True
 
-    def _read(self, start: int) -> Tensor:
-        """The microbatch whose first sequence is `start`, (B, T + 1), on the device."""
-        return to_device(self.run.data.train.read(start, self.run.plan.microbatch_size), self.world.device)
+    def _read(self, first: int) -> Tensor:
+        """The microbatch that starts with sequence `first`, (B, T + 1), on the device."""
+        return to_device(self.run.data.train.read(first, self.run.plan.microbatch_size), self.world.device)
 
     def _log(self, results: list[tuple[int, StepResult, float]]) -> None:
         """Log finished steps, each with its result and its seconds.
@@ -283,14 +286,13 @@ class Trainer:
                 self.progress.recent_losses.append(result.loss)
             self.progress.skipped = 0 if result.finite else self.progress.skipped + 1
             if not result.finite:
-                what = (
-                    f"the training loss is {result.loss}, the gradient norm {result.grad_norm} at step {step}"
-                )
+                loss, norm = result.loss, result.grad_norm
+                what = f"the training loss is {loss}, the gradient norm {norm} at step {step}"
                 if self.progress.skipped >= MOST_SKIPPED_IN_A_ROW:
                     raise Diverged(f"{what}, and {self.progress.skipped} steps in a row were skipped")
                 self.reporter.say(f"Skipped: {what}; the weights stay as they were")
 
-    def _do_due_work(self, stop: StopSignal) -> bool:
+    def _validate_and_save(self, stop: StopSignal) -> bool:
         """Validate and save where that is due after this step, and draw the chart.
 
         Returns False if a signal arrives during validation; the resumed run then repeats it, and decides as

@@ -1,9 +1,7 @@
-"""What attention looks at, and how it is computed: masks, the key-value cache, and kernels tuned for CPUs.
+"""What attention looks at, and how it is computed: masks, the key-value cache, and the kernel.
 
 Shapes: B sequences, T new tokens of S in all, H heads of D = C / H.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -52,27 +50,15 @@ class Cache:
         mask = ((columns <= new) & (columns >= first) | (columns == new))[:, None]
         return (columns[-count:] - self.padding[:, None]).clamp(min=0), mask
 
-    def extend(self, layer: nn.Module, new: Tensor) -> Tensor:
-        """Add a layer's keys and values (2, B, H, T, D) of the new tokens; return those of all S tokens."""
+    def extend(self, layer: nn.Module, keys: Tensor, values: Tensor) -> Tensor:
+        """Add a layer's keys and values (B, H, T, D) of the new tokens; return those of all S tokens,
+        (2, B, H, S, D)."""
         if layer not in self.layers:
-            self.layers[layer] = new.new_empty(*new.shape[:3], self.size, new.shape[4])
-        self.layers[layer][:, :, :, self.length - new.shape[3] : self.length] = new
+            B, H, _, D = keys.shape
+            self.layers[layer] = keys.new_empty(2, B, H, self.size, D)
+        new = slice(self.length - keys.shape[2], self.length)
+        self.layers[layer][0, :, :, new], self.layers[layer][1, :, :, new] = keys, values
         return self.layers[layer][:, :, :, : self.length]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Kernels: PyTorch's formulas, computed in less time
-# ------------------------------------------------------------------------------------------------------------
-
-
-def linear_together(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """The outputs of several linear layers side by side, (..., outputs of all)."""
-    if x.shape[-2] == 1:
-        # One token's products take less time than to copy the weights would.
-        return torch.cat([layer(x) for layer in layers], dim=-1)
-    # One matrix product in place of three: fewer, larger ones are faster.
-    bias = torch.cat([layer.bias for layer in layers]) if layers[0].bias is not None else None
-    return F.linear(x, torch.cat([layer.weight for layer in layers]), bias)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dropout: float) -> Tensor:
@@ -85,17 +71,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dropout:
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
     return F.scaled_dot_product_attention(q, k, v, **how)
-
-
-class TanhGELU(nn.GELU):
-    """GELU in its tanh form."""
-
-    def __init__(self) -> None:
-        super().__init__(approximate="tanh")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape -> the same shape."""
-        if not torch.compiler.is_compiling():
-            return super().forward(x)
-        # The same, with one exponential in place of tanh, which takes a compiled CPU kernel far longer.
-        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3))
