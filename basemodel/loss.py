@@ -8,7 +8,6 @@ it; the backward pass only scales those gradients. (The idea is that of Cut Cros
 2024, and of Liger Kernel, Hsu et al. 2024, in plain PyTorch.)
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,10 +31,8 @@ CHUNK_LOGITS = {"cpu": 1 << 24}
 DEFAULT_CHUNK_LOGITS = 1 << 28
 
 
-def document_features(model: GPTModel, tokens: Tensor) -> Tensor:
-    """`model.features` of tokens (B, T) that attend to their own document alone."""
-    # FlexAttention skips what is masked, where it is compiled for a GPU; it knows no dropout.
-    flex = tokens.is_cuda and torch.compiler.is_compiling() and model.config.drop_rate == 0
+def document_features(model: GPTModel, tokens: Tensor, *, flex: bool = False) -> Tensor:
+    """`model.features` of tokens (B, T) that attend to their own document alone; `flex`: FlexAttention."""
     return model.features(tokens, *within_documents(tokens, model.config.end_of_text, flex=flex))
 
 
@@ -44,20 +41,21 @@ class NextTokenLoss(nn.Module):
 
     def __init__(self, model: GPTModel, *, document_masking: bool = False) -> None:
         super().__init__()
-        self.model = model
-        self._eager_features = (
-            functools.partial(document_features, model) if document_masking else model.features
-        )
-        self._features: Callable[[Tensor], Tensor] = self._eager_features
+        self.model, self.document_masking = model, document_masking
         self._chunk: ChunkFunction = chunk_loss_and_gradients
 
-    def compile(self) -> None:
-        """Compile, at their next call, the blocks as one graph and the loss of a chunk as another."""
+    def compile(self, *, dynamic: bool = False) -> None:
+        """Compile, at their next call, each block and the loss of a chunk; `dynamic`: for any batch size.
+
+        One graph of all blocks would hold back every gradient until its backward pass has ended, and DDP
+        could not all-reduce those of the last blocks meanwhile. Equal blocks are compiled once.
+        """
         if self.model.out_head.weight.device.type == "cpu":
             # Keep 60% of the activations, recompute the cheap ones: as fast on a CPU, in a tenth less memory.
             torch._functorch.config.activation_memory_budget = 0.6
-        self._features = torch.compile(self._eager_features, dynamic=False)
-        self._chunk = torch.compile(chunk_loss_and_gradients, dynamic=False)
+        for block in self.model.trf_blocks:
+            block.compile(dynamic=dynamic)
+        self._chunk = torch.compile(chunk_loss_and_gradients, dynamic=dynamic)
 
     @property
     def is_compiled(self) -> bool:
@@ -66,14 +64,27 @@ class NextTokenLoss(nn.Module):
 
     def uncompile(self) -> None:
         """Undo `compile`."""
-        self._features, self._chunk = self._eager_features, chunk_loss_and_gradients
+        for block in self.model.trf_blocks:
+            block._compiled_call_impl = None
+        self._chunk = chunk_loss_and_gradients
 
-    def forward(self, sequences: Tensor) -> Tensor:
-        """Map sequences (B, T + 1) to the mean cross-entropy in nats per token, a scalar."""
+    def forward(self, sequences: Tensor, loss_scale: Tensor | None = None) -> Tensor:
+        """Map sequences (B, T + 1) to the mean cross-entropy in nats per token, a scalar.
+
+        `loss_scale` is what the caller will multiply the loss by, for fp16.
+        """
         features = self._features(sequences[:, :-1]).flatten(0, 1)  # (B * T, C)
+        options = {"loss_scale": loss_scale, "chunk_function": self._chunk}
         return chunked_cross_entropy(
-            features, self.model.out_head.weight, sequences[:, 1:].flatten(), chunk_function=self._chunk
+            features, self.model.out_head.weight, sequences[:, 1:].flatten(), **options
         )
+
+    def _features(self, tokens: Tensor) -> Tensor:
+        if not self.document_masking:
+            return self.model.features(tokens)
+        # FlexAttention skips what is masked, where it is compiled for a GPU; it knows no dropout.
+        flex = tokens.is_cuda and self.is_compiled and self.model.config.drop_rate == 0
+        return document_features(self.model, tokens, flex=flex)
 
 
 def chunked_cross_entropy(
@@ -81,33 +92,33 @@ def chunked_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
+    loss_scale: Tensor | None = None,
     chunk_tokens: int | None = None,
-    chunk_function: "ChunkFunction | None" = None,
+    **options: Any,
 ) -> Tensor:
     """`F.cross_entropy(features @ weight.T, targets)` of features (N, C), weight (V, C), targets (N,).
 
-    Equal to it up to rounding, in value and in both gradients, with products in autocast's precision. The
-    backward pass may run once: it scales the gradients in place.
+    Equal to it up to rounding, in value and in both gradients, with products in autocast's precision. For
+    fp16, `loss_scale`, by which the caller will multiply the loss, scales the gradients where they are
+    computed: what the products round to zero, no later scaling brings back. The backward pass may run once:
+    it scales the gradients in place. `options` are those of Chunks.
     """
     if torch.is_autocast_enabled(features.device.type):
-        dtype = torch.get_autocast_dtype(features.device.type)
-        if dtype == torch.float16:
-            # The loss scale would come too late for gradients computed in the forward pass.
-            return F.cross_entropy(F.linear(features, weight).float(), targets, ignore_index=IGNORED)
-        features = features.to(dtype)
+        features = features.to(torch.get_autocast_dtype(features.device.type))
     if chunk_tokens is None:  # equal chunks, because compiled code is specialized for a size
         most = CHUNK_LOGITS.get(features.device.type, DEFAULT_CHUNK_LOGITS)
         chunks = math.ceil(len(features) * len(weight) / most)
         chunk_tokens = math.ceil(len(features) / chunks)
     wants_gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
-    chunks = Chunks(chunk_tokens, chunk_function or chunk_loss_and_gradients, wants_gradients)
-    return _ChunkedCrossEntropy.apply(features, weight, targets, chunks)
+    chunks = Chunks(chunk_tokens, wants_gradients, **options)
+    return _ChunkedCrossEntropy.apply(features, weight, targets, loss_scale, chunks)
 
 
 def chunk_loss_and_gradients(
-    features: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
+    features: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, factor: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The summed loss of a chunk of features (n, C), and its gradient with respect to the logits, (n, V).
+    """The summed loss of a chunk of features (n, C), and its gradient with respect to the logits, (n, V),
+    times `factor`.
 
     Rows of `weight` beyond vocab_size are padding.
     """
@@ -120,27 +131,33 @@ def chunk_loss_and_gradients(
     log_probabilities = F.log_softmax(logits, dim=-1)
     of_targets = log_probabilities.gather(1, rows)
     # The gradient is the softmax minus one at the target, subtracted before rounding.
-    gradient = log_probabilities.exp_().to(features.dtype)
-    gradient.scatter_(1, rows, of_targets.exp().sub(1).to(features.dtype))
+    gradient, at_targets = log_probabilities.exp_(), of_targets.exp().sub(1)
+    if factor is not None:
+        gradient, at_targets = gradient.mul_(factor), at_targets * factor
+    gradient = gradient.to(features.dtype)
+    gradient.scatter_(1, rows, at_targets.to(features.dtype))
     gradient *= counts[:, None]
     return -(of_targets.squeeze(1) * counts).sum(), gradient
 
 
-ChunkFunction = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+ChunkFunction = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
 
 
 class Chunks(NamedTuple):
     """How the loss is computed in chunks."""
 
     tokens: int  # per chunk
-    function: ChunkFunction
     gradients: bool  # whether any are wanted
+    chunk_function: ChunkFunction = chunk_loss_and_gradients
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, chunks: Chunks) -> Tensor:
-        vocab_size = weight.shape[0]
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, loss_scale: Tensor | None, chunks: Chunks
+    ) -> Tensor:
+        vocab_size, count = weight.shape[0], (targets != IGNORED).sum()
+        factor = None if loss_scale is None else loss_scale / count
         # GPUs multiply in tiles, so there the copy for the products is padded to a multiple of 64 rows.
         padding = -vocab_size % 64 if features.is_cuda else 0
         padded = F.pad(weight.to(features.dtype), (0, 0, 0, padding))
@@ -152,25 +169,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(features.device.type, enabled=False):
             for first in range(0, len(features), chunks.tokens):
                 chunk = features[first : first + chunks.tokens]
-                chunk_loss, gradient = chunks.function(
-                    chunk, padded, targets[first : first + chunks.tokens], vocab_size
-                )
+                chunk_targets = targets[first : first + chunks.tokens]
+                chunk_loss, gradient = chunks.chunk_function(chunk, padded, chunk_targets, vocab_size, factor)
                 loss += chunk_loss
                 if chunks.gradients:
                     torch.mm(gradient, padded, out=features_gradient[first : first + chunks.tokens])
                     torch.mm(gradient.T, chunk, out=product)
                     weight_gradient += product[:vocab_size]
-        count = (targets != IGNORED).sum()
         if chunks.gradients:
-            ctx.save_for_backward(features_gradient, weight_gradient, count)
+            # The gradients are those of the loss times this.
+            multiple = count if loss_scale is None else loss_scale
+            ctx.save_for_backward(features_gradient, weight_gradient, multiple)
         return loss / count
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        features_gradient, weight_gradient, count = ctx.saved_tensors
-        scale = gradient / count
+        features_gradient, weight_gradient, multiple = ctx.saved_tensors
+        scale = gradient / multiple
         return (
             (features_gradient * scale).to(features_gradient.dtype),
             weight_gradient.mul_(scale),
-            *[None] * 2,
+            *[None] * 3,
         )

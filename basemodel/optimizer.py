@@ -46,7 +46,7 @@ def make_optimizer(
         ],
         lr=config.learning_rate,
         betas=config.betas,
-        fused=model.out_head.weight.device.type in ("cpu", "cuda"),
+        fused=True,  # so that it can skip a step without the host
     )
     if not hidden:
         return adamw
@@ -69,6 +69,8 @@ class Muon(torch.optim.Muon):
     processes keep the momentum of all matrices, so that the first one can save it.
     """
 
+    found_inf: Tensor | None = None  # set by `step_if`
+
     def __init__(self, group: dict[str, Any], *, peers: Peers, dtype: torch.dtype, **options: float) -> None:
         super().__init__([group], **options)
         self.peers, self.dtype = peers, dtype
@@ -77,13 +79,19 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update all matrices from gradients that are already averaged over the processes."""
+        """Update all matrices from gradients that are already averaged over the processes.
+
+        Nothing changes if `found_inf` is set and not 0; the device decides that, without the host.
+        """
         (group,) = self.param_groups
-        for matrix in group["params"]:
+        matrices = group["params"]
+        finite = matrices[0].new_zeros(()) == 0 if self.found_inf is None else self.found_inf == 0
+        for matrix in matrices:
             state = self.state[matrix]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(matrix)
-            state["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+            momentum = state["momentum_buffer"]
+            momentum.lerp_(matrix.grad.where(finite, momentum), 1 - group["momentum"])
         of_one_size: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for matrix in self.shares[self.peers.rank]:
             of_one_size.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
@@ -91,7 +99,8 @@ class Muon(torch.optim.Muon):
             for matrix, update in zip(alike, self._updates(alike, group), strict=True):
                 # Larger steps for tall matrices: torch's "original" adjustment.
                 rate = group["lr"] * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
-                matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                updated = matrix.mul(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                matrix.copy_(updated.where(finite, matrix))
         self.peers.broadcast_shards(self.shares)
 
     def _updates(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> list[Tensor]:
@@ -116,6 +125,9 @@ def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: i
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon and AdamW, each for its own parameters, as one optimizer with one state."""
 
+    found_inf: Tensor | None = None  # set by `step_if`
+    _step_supports_amp_scaling = True  # tells GradScaler that `step` itself heeds found_inf
+
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         super().__init__([*muon.param_groups, *adamw.param_groups], defaults={})
         self._muon, self._adamw = muon, adamw
@@ -125,6 +137,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         # Loading a checkpoint replaces the groups and the state that the two share with this one.
         self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
         self._muon.state = self._adamw.state = self.state
+        self._muon.found_inf = self._adamw.found_inf = self.found_inf
         self._muon.step()
         self._adamw.step()
 
@@ -188,15 +201,10 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def step_if(finite: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Step the optimizer, or skip the step if the gradients are not finite.
-
-    A fused optimizer decides on the device; any other synchronizes the host.
-    """
+    """Step the optimizer, or skip the step if the gradients are not finite. The device decides."""
     if scaler.is_enabled():  # it has checked the gradients itself, and lowers its scale
         scaler.step(optimizer)
         scaler.update()
-    elif optimizer.defaults.get("fused"):
+    else:
         optimizer.found_inf = 1 - finite.float()  # as GradScaler sets it
-        optimizer.step()
-    elif finite.item():
         optimizer.step()
