@@ -54,8 +54,8 @@ from basemodel.run import Run
 from basemodel.weights import load_tensors
 from gpt import GPTConfig, GPTModel
 
-# A run gives up after this many non-finite steps in a row. float16 may need them: its loss scale starts at
-# 2^16, and each one halves it.
+# A run gives up after this many non-finite steps in a row. In fp16 they are normal at first: the loss scale
+# starts at 2^16, and each one halves it. In bf16 and fp32, which need no scale, they mean divergence.
 MOST_SKIPPED_IN_A_ROW = 16
 
 # ------------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ class Learner:
         loss = self._accumulate_gradients(microbatches)
         grad_norm = self._clip_gradients()
         stops = torch.full_like(loss, float(stop))
-        # One all-reduce for both.
+        # Both in one all-reduce: tiny ones cost latency only.
         loss, stops = self.world.all_reduce(torch.stack([loss / self.world.size, stops]))
         finite = loss.isfinite() & grad_norm.isfinite()
         set_learning_rate(self.optimizer, learning_rate)
@@ -124,7 +124,8 @@ class Learner:
     def _accumulate_gradients(self, microbatches: list[Tensor]) -> Tensor:
         """Accumulate gradients over the microbatches; return this process's mean loss.
 
-        DDP all-reduces the gradients, to their average over the processes, in the last backward pass.
+        Each loss is a mean, divided by the number of microbatches; in the last backward pass DDP all-reduces
+        the gradients to their average over the processes. So they are those of the global batch's mean loss.
         """
         mean_loss = torch.zeros((), device=self.world.device)
         loss_scale = self.scaler.scale(torch.ones_like(mean_loss)) if self.scaler.is_enabled() else None
@@ -139,7 +140,7 @@ class Learner:
         return mean_loss
 
     def _clip_gradients(self) -> Tensor:
-        """Clip gradients to clipping_max_norm, if set; return their norm before."""
+        """Clip gradients to clipping_max_norm, if it is set; return their norm before clipping."""
         self.scaler.unscale_(self.optimizer)
         parameters = list(self.model.parameters())
         grad_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
@@ -163,16 +164,9 @@ class Learner:
             if (index := first + world.rank) < config.validation_batches:
                 microbatch = sequences.read(index * config.microbatch_size, config.microbatch_size)
                 with autocast(self.precision, world.device):
-                    total += self.loss_module(to_device(microbatch, world.device))
+                    total += self.loss_module(data.to_device(microbatch, world.device))
         self.loss_module.train()
         return None if stopped else world.all_reduce(total).item() / config.validation_batches
-
-
-def to_device(sequences: Tensor, device: torch.device) -> Tensor:
-    """Move uint16 sequences to the device and widen them there; on CUDA without waiting for the copy."""
-    if device.type == "cuda":
-        sequences = sequences.pin_memory()
-    return sequences.to(device, non_blocking=True).to(torch.int64)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,7 +234,10 @@ class Trainer:
         return 0
 
     def _loop(self, stop: StopSignal) -> bool:
-        """The training loop. Returns False if a signal arrived before all work was done."""
+        """The training loop: read, step, log, stop if asked to, validate and save where due.
+
+        Returns False if a signal arrived before all work was done.
+        """
         run, plan, progress, pending = self.run, self.run.plan, self.progress, PendingSteps(self.world.device)
         # Before the first step, and where a stop left it undone.
         if progress.work_due and not self._validate_and_save(stop):
@@ -273,7 +270,9 @@ class Trainer:
 
     def _read(self, first: int) -> Tensor:
         """The microbatch that starts with sequence `first`, (B, T + 1), on the device."""
-        return to_device(self.run.data.train.read(first, self.run.plan.microbatch_size), self.world.device)
+        return data.to_device(
+            self.run.data.train.read(first, self.run.plan.microbatch_size), self.world.device
+        )
 
     def _log(self, results: list[tuple[int, StepResult, float]]) -> None:
         """Log finished steps, each with its result and its seconds.
@@ -481,7 +480,7 @@ def main(
             if world.is_first:
                 print(f"Max microbatch size was {size}")
         elif only_plan:
-            plan_only(run, datasets_dir, world)
+            show_plan(run, datasets_dir, world)
         else:
             run = prepare(run, datasets_dir, world, checkpoint)
             hint = f"microbatch_size is {run.config.microbatch_size}; -f finds the largest that fits"
@@ -493,7 +492,7 @@ def main(
     return status
 
 
-def plan_only(run: Run, datasets_dir: Path, world: World) -> None:
+def show_plan(run: Run, datasets_dir: Path, world: World) -> None:
     """Print what the run would do, using the data if they are already downloaded."""
     folder = fetching.dataset_folder(datasets_dir, run.config.dataset)
     here = all((folder / f"{split}.safetensors").exists() for split in run.config.splits)
@@ -559,7 +558,7 @@ def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None) 
     Raises InputError at once if `checkpoint` does not exist.
     """
     config, model_config = run.config, run.model_config
-    config.accumulation_for(world.size)  # before anything slow
+    config.accumulation_for(world.size)  # raises an error here, not after a download
     if checkpoint is not None:
         world.agree(lambda: checkpointing.require_named(run.checkpoints, checkpoint), on=world.is_first)
     locked = world.agree(lambda: run_folder.lock_run(run.directory), on=world.is_first)

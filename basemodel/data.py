@@ -103,6 +103,13 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(np.arange(count, dtype=np.uint32))
 
 
+def to_device(sequences: Tensor, device: torch.device) -> Tensor:
+    """Move uint16 sequences to the device and widen them there; on CUDA without waiting for the copy."""
+    if device.type == "cuda":
+        sequences = sequences.pin_memory()
+    return sequences.to(device, non_blocking=True).to(torch.int64)
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """Which sequences each process reads in each step.
