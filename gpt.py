@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basemodel.attention import AttentionMask, Cache, attend
+from basemodel.attention import AttentionMask, Cache, attend, linear_together
 from basemodel.errors import InputError
 
 
@@ -76,11 +76,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: AttentionMask | None = None, cache: Cache | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C). `mask`: which tokens each token attends to, if not all before it."""
         B, T, C = x.shape
-        shape = B, T, self.n_heads, C // self.n_heads
-        q = self.W_query(x).view(shape).transpose(1, 2)  # (B, H, T, D)
-        k = self.W_key(x).view(shape).transpose(1, 2)
-        v = self.W_value(x).view(shape).transpose(1, 2)
-        k, v = cache.extend(self, k, v) if cache else (k, v)  # with a cache (B, H, S, D)
+        qkv = linear_together(x, self.W_query, self.W_key, self.W_value)  # (B, T, 3C)
+        qkv = qkv.view(B, T, 3, self.n_heads, C // self.n_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        k, v = cache.extend(self, torch.stack((k, v))) if cache else (k, v)  # then (B, H, S, D)
         y = attend(q, k, v, mask, dropout=self.drop_rate if self.training else 0.0)  # (B, H, T, D)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
 
