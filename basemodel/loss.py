@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class NextTokenLoss(nn.Module):
         if self.model.out_head.weight.device.type == "cpu":
             # Keep 60% of the activations, recompute the cheap ones: as fast on a CPU, in a tenth less memory.
             torch._functorch.config.activation_memory_budget = 0.6
+        torch._dynamo.config.optimize_ddp = False  # it would cut graphs at buckets; blocks are small enough
         for block in self.model.trf_blocks:
             block.compile(dynamic=dynamic)
         self._chunk = torch.compile(chunk_loss_and_gradients, dynamic=dynamic)

@@ -1,0 +1,215 @@
+"""What the training step does on a GPU, as far as a CPU can show: when gradients leave, where they lie, how
+often the host would wait for the device, and what fp16 loses."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from forked import forked
+from helpers import MODEL, TRAIN
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from basemodel.config import TrainConfig
+from basemodel.distributed import World
+from basemodel.loss import NextTokenLoss, chunked_cross_entropy
+from ddp_train import Learner
+from gpt import GPTConfig, GPTModel
+
+ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), control=None)
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler"
+)
+
+
+def make_learner(world: World = ALONE, **train: Any) -> Learner:
+    return Learner(TrainConfig(**{**TRAIN, **train}), GPTConfig(**MODEL), world)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Gradients under DDP
+# ------------------------------------------------------------------------------------------------------------
+
+
+def graphs_behind(node: Any) -> list[Any]:
+    """The compiled graphs among the nodes of an autograd graph."""
+    seen, waiting = set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return [node for node in seen if "CompiledFunction" in node.name()]
+
+
+@needs_compiler
+@forked
+def test_compiled_blocks_let_their_gradients_go_while_others_still_run_backward() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    loss = NextTokenLoss(GPTModel(GPTConfig(**{**MODEL, "n_layers": 8})))
+    loss.compile()
+    # A block has 50 kB of gradients: about one bucket for each.
+    parallel = DistributedDataParallel(loss, bucket_cap_mb=0.05, gradient_as_bucket_view=True)
+    events = []
+
+    def note(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        events.append("bucket")
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    parallel.register_comm_hook(None, note)
+    for _ in range(2):  # buckets are rebuilt in the order of the first backward pass
+        events.clear()
+        total = parallel(torch.randint(64, (2, 17)))
+        graphs = graphs_behind(total.grad_fn)
+        for graph in graphs:
+            graph.register_prehook(lambda *_: events.append("graph"))
+        total.backward()
+    assert len(graphs) == 8
+    buckets = events.count("bucket")
+    last_graph = len(events) - events[::-1].index("graph")
+    assert buckets >= 7 and events[:last_graph].count("bucket") >= buckets / 2, events
+
+
+@forked
+def test_gradients_stay_where_ddp_sends_them_from() -> None:
+    """In the same memory over steps and microbatches: nothing is allocated, copied or held twice."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    two = World(rank=0, local_rank=0, size=2, local_size=2, device=torch.device("cpu"), control=None)
+    learner = make_learner(two)
+    places: dict[str, set[int]] = {name: set() for name, _ in learner.model.named_parameters()}
+    microbatches = list(torch.randint(64, (2, 2, 17)))
+    learner.train_step(microbatches, 0.01)
+    for name, parameter in learner.model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda parameter, name=name: places[name].add(parameter.grad.data_ptr())
+        )
+    for _ in range(3):
+        learner.train_step(microbatches, 0.01)
+        for name, parameter in learner.model.named_parameters():
+            places[name].add(parameter.grad.data_ptr())
+            assert not parameter.grad.any(), "and the next step starts from zero"
+    assert {name: len(found) for name, found in places.items()} == dict.fromkeys(places, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The host does not wait
+# ------------------------------------------------------------------------------------------------------------
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations for which the host would wait for a GPU, because they need a tensor's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        name = function.overloadpacket._qualified_op_name.removeprefix("aten::")
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+COMBINATIONS = [
+    {"optimizer": optimizer, "precision": precision, "clipping_max_norm": clipping}
+    for optimizer in ("adamw", "muon")
+    for precision in ("fp32", "bf16", "fp16")
+    for clipping in (None, 1.0)
+]
+
+
+@pytest.mark.parametrize("train", COMBINATIONS, ids=lambda train: "-".join(map(str, train.values())))
+def test_a_step_never_makes_the_host_wait(train: dict) -> None:
+    learner = make_learner(**train)
+    microbatches = list(torch.randint(64, (2, 2, 17)))
+    learner.train_step(microbatches, 0.01)
+    with HostReads() as reads:
+        result = learner.train_step(microbatches, 0.01)
+        assert reads.found == []
+        result[0].item()
+    assert reads.found, "what reads values is noticed"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_with_nan_changes_nothing(optimizer: str, precision: str) -> None:
+    learner = make_learner(optimizer=optimizer, precision=precision, clipping_max_norm=1.0)
+    microbatches = list(torch.randint(64, (2, 2, 17)))
+    learner.train_step(microbatches, 0.01)
+
+    def state() -> list[Tensor]:
+        kept = [value for state in learner.optimizer.state.values() for value in state.values()]
+        return [tensor.clone() for tensor in (*learner.model.state_dict().values(), *kept)]
+
+    before, whole = state(), learner.ddp_module
+    learner.ddp_module = lambda *inputs: whole(*inputs) * torch.nan
+    *_, finite, _ = learner.train_step(microbatches, 0.01)
+    assert not finite
+    assert all(map(torch.equal, before, state()))
+    learner.ddp_module = whole
+    *_, finite, _ = learner.train_step(microbatches, 0.01)
+    assert finite and not any(map(torch.equal, before[:3], state()[:3]))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# fp16
+# ------------------------------------------------------------------------------------------------------------
+
+
+def fp16_loss_and_gradients(loss_function: Any, inputs: list[Tensor], scale: Tensor) -> list[Tensor]:
+    """The loss, and its gradients as a scaler would leave them, in fp16 autocast."""
+    features, weight, targets = inputs
+    with torch.autocast("cpu", torch.float16):
+        loss = loss_function(features, weight, targets, scale)
+    gradients = torch.autograd.grad(loss * scale, (features, weight))
+    return [loss, *(gradient / scale for gradient in gradients)]
+
+
+def whole(features: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(features, weight).float(), targets)
+
+
+def chunked(features: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    return chunked_cross_entropy(features, weight, targets, loss_scale=scale, chunk_tokens=100)
+
+
+def test_the_chunked_fp16_loss_is_as_exact_as_the_whole_one() -> None:
+    """Row by row, because AdamW makes as much of the small gradients of rare tokens as of large ones."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(512, 64), 0.3 * torch.randn(20_000, 64), torch.randint(100, (512,))]
+    inputs[:2] = [tensor.requires_grad_() for tensor in inputs[:2]]
+    precise = [inputs[0].double(), inputs[1].double(), inputs[2]]
+    loss = F.cross_entropy(precise[0] @ precise[1].T, precise[2])
+    expected = [loss, *torch.autograd.grad(loss, precise[:2])]
+    scale = torch.tensor(2.0**16)
+    theirs, ours = (fp16_loss_and_gradients(function, inputs, scale) for function in (whole, chunked))
+
+    def error(found: Tensor, true: Tensor) -> float:
+        return ((found - true).norm(dim=-1) / true.norm(dim=-1)).mean().item()
+
+    for one, other, true in zip(ours, theirs, expected, strict=True):
+        assert error(one, true) <= 1.05 * error(other, true) + 1e-7, (error(one, true), error(other, true))
+
+
+def test_fp16_gradients_overflow_where_those_of_the_whole_loss_do() -> None:
+    """So that the scaler sees them, skips the step and halves its scale."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(256, 16), torch.randn(50, 16), torch.randint(50, (256,))]
+    inputs[:2] = [tensor.requires_grad_() for tensor in inputs[:2]]
+    for exponent, finite in ((10, True), (40, False)):
+        for function in (whole, chunked):
+            loss, *gradients = fp16_loss_and_gradients(function, inputs, torch.tensor(2.0**exponent))
+            assert loss.isfinite()
+            assert all(gradient.isfinite().all() for gradient in gradients) == finite
+    inputs[0].data[3] = torch.nan
+    for function in (whole, chunked):
+        results = fp16_loss_and_gradients(function, inputs, torch.tensor(1024.0))
+        assert not any(result.isfinite().all() for result in results)
