@@ -38,8 +38,7 @@ def load_model(model_json: Path, weights: Path) -> GPTModel:
     accelerator if there is one. Raises InputError."""
     model = GPTModel(read_config(GPTConfig, model_json))
     load_weights(model, weights)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(device).eval()
+    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
 
 
 def load_weights(model: GPTModel, path: Path) -> None:
