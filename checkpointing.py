@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -64,9 +64,9 @@ class Saver:
         self.folder, self.keep, self.log = folder, keep, log
         self.saved: str | None = None  # name of the last checkpoint on disk
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
-        self._job: Future[None] | None = None
-        self._host_copies: dict[str, Tensor] = {}
-        self._copied: tuple[dict[str, Tensor], ...] = ()
+        self._job: Future[None] = Future()
+        self._job.set_result(None)
+        self._copied: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
 
     def __enter__(self) -> Self:
         return self
@@ -77,7 +77,7 @@ class Saver:
     def copy(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """Copy the tensors to host memory. Waits for the previous save and raises its error, if any."""
         self.finish()
-        self._copied = self._on_host("model", model), self._on_host("optimizer", optimizer)
+        self._copied = tuple(map(_copy_to_host, (model, optimizer), self._copied))
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
@@ -87,26 +87,12 @@ class Saver:
 
     def check(self) -> None:
         """Raise the error of the last save, if it has finished with one."""
-        if self._job is not None and self._job.done():
+        if self._job.done():
             self.finish()
 
     def finish(self) -> None:
         """Wait for the save in progress. Raises RunError if it failed."""
-        job, self._job = self._job, None
-        if job is not None:
-            job.result()
-
-    def _on_host(self, kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in buffers that are reused by every save, pinned so that CUDA copies asynchronously."""
-        copies = {}
-        for name, tensor in tensors.items():
-            key = f"{kind}.{name}"
-            if key not in self._host_copies:
-                self._host_copies[key] = torch.empty_like(
-                    tensor, device="cpu", memory_format=torch.contiguous_format, pin_memory=tensor.is_cuda
-                )
-            copies[name] = self._host_copies[key].copy_(tensor.detach(), non_blocking=True)
-        return copies
+        self._job.result()
 
     def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], meta: dict[str, Any]) -> None:
         sync(self.log)
@@ -119,6 +105,17 @@ class Saver:
         self.saved = path.name
 
 
+def _copy_to_host(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the buffers of the save before, pinned so that CUDA copies asynchronously."""
+    copies = {}
+    for name, tensor in tensors.items():
+        if (buffer := buffers.get(name)) is None:
+            layout = {"memory_format": torch.contiguous_format, "pin_memory": tensor.is_cuda}
+            buffer = torch.empty_like(tensor, device="cpu", **layout)
+        copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
+    return copies
+
+
 def save_checkpoint(
     folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], meta: dict[str, Any]
 ) -> Path:
@@ -127,7 +124,9 @@ def save_checkpoint(
     `meta` must have `global_step`. Raises RunError if that fails, for example on a full disk; then the folder
     is as it was before.
     """
-    path = _free_path(folder, meta["global_step"])
+    now = datetime.now(UTC)
+    while (path := folder / f"{now:%Y%m%dZ%H%M%S}-iteration-{meta['global_step']}").exists():
+        now += timedelta(seconds=1)  # the new one sorts after what was saved in the same second and step
     temporary = folder / (TEMPORARY_PREFIX + path.name)
     try:
         if not folder.exists():
@@ -137,9 +136,8 @@ def save_checkpoint(
         for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
             safetensors.torch.save_file(tensors, temporary / name, metadata={"format": "pt"})
             sync(temporary / name)
-        meta = meta | {
-            "files": {name: fingerprint(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
-        }
+        files = {name: fingerprint(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        meta = meta | {"files": files}
         text = json.dumps(meta | {"digest": _digest(meta)}, indent=1, allow_nan=False)
         (temporary / META_FILE).write_text(text, encoding="utf-8")
         sync(temporary / META_FILE)
@@ -152,7 +150,7 @@ def save_checkpoint(
         raise RunError(
             f"the checkpoint of step {meta['global_step']} could not be saved: {error}; it takes "
             f"{_in_words(size)}, {_in_words(_free_space(folder))} are free in {folder}; free some and go on "
-            f"from {_described(last_checkpoint(folder))} with --resume"
+            f"from {_names(list_checkpoints(folder)[-1:])} with --resume"
         ) from error
     return path
 
@@ -229,9 +227,8 @@ def require_named(folder: Path, name: str) -> Path:
     if (folder / name).is_symlink():
         raise InputError(f"{folder / name}: is a link; name the checkpoint's own folder")
     if not (folder / name).is_dir():
-        raise InputError(
-            f"{folder / name}: no such checkpoint; there are: {_described(*list_checkpoints(folder))}"
-        )
+        have = _names(list_checkpoints(folder))
+        raise InputError(f"{folder / name}: no such checkpoint; there are: {have}")
     return folder / name
 
 
@@ -245,13 +242,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.name.split("-")[0], int(NAME.fullmatch(path.name)[1])))
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint, valid or not."""
-    return next(reversed(list_checkpoints(folder)), None)
-
-
-def _described(*paths: Path | None) -> str:
-    return ", ".join(path.name for path in paths if path is not None) or "none"
+def _names(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths) or "none"
 
 
 def point_link(folder: Path, name: str, target: Path) -> None:
@@ -334,34 +326,23 @@ def load_optimizer_tensors(
 
     A parameter whose state comes from another kind of optimizer starts with fresh state.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    layout = optimizer.state_dict()
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(".")
+        saved.setdefault(name, {})[kind] = tensor
+    names = {parameter: name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    rest = dict(tensors)
+    state = {}
     for index, parameter in enumerate(parameters):
-        prefix = names[id(parameter)] + "."
-        mine = [key for key in rest if key.startswith(prefix) and "." not in key[len(prefix) :]]
-        saved = {key[len(prefix) :]: rest.pop(key) for key in mine}
-        if saved.keys() == optimizer.state[parameter].keys():
-            state[index] = saved
-    if rest:
-        raise InputError(
-            f"the optimizer has no place for '{next(iter(rest), '')}'; it is configured differently"
-        )
-    optimizer.load_state_dict(layout | {"state": state})
-
-
-def _free_path(folder: Path, step: int) -> Path:
-    """An unused path for a checkpoint made now."""
-    stamp = datetime.now(UTC).strftime("%Y%m%dZ%H%M%S")
-    # An existing checkpoint of the same second and step stays; the new one sorts after it.
-    while (path := folder / f"{stamp}-iteration-{step}").exists():
-        date, clock = stamp.split("Z")
-        stamp = f"{date}Z{int(clock) + 1:06d}"
-    return path
+        found = saved.pop(names[parameter], {})
+        if found.keys() == optimizer.state[parameter].keys():
+            state[index] = found
+    if saved:
+        name, found = next(iter(saved.items()))
+        first = f"{name}.{next(iter(found))}"
+        raise InputError(f"the optimizer has no place for '{first}'; it is configured differently")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def _digest(meta: dict[str, Any]) -> str:
-    """The SHA-256 of the contents of a meta.json."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()

@@ -25,14 +25,14 @@ import click
 import numpy as np
 import torch
 
-from basemodel.charts import xkcd_figure
-from basemodel.command_line import require_plain_name, run_command
+from basemodel.charts import xkcd_chart
+from basemodel.command_line import run_command
 from basemodel.config import TrainConfig
 from basemodel.errors import InputError
 from basemodel.files import replace_text
 from basemodel.json_config import read_config
 from basemodel.measured_loss import MeasuredLoss, read_test_loss
-from basemodel.run_folder import read_metrics, read_status
+from basemodel.run_folder import find_run, read_metrics, read_status
 from gpt import GPTConfig, GPTModel
 
 UNKNOWN = "–"
@@ -60,7 +60,8 @@ def main(run_names: tuple[str, ...], chart: Path, page: Path | None, refresh: in
             raise InputError(f"run '{name}' is named twice")
     runs = [read_run(runs_dir, name) for name in run_names]
     rows = table(runs)
-    print(markdown(rows))
+    for cells in (list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)):
+        print(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     for note in notes(runs):
         print(f"\n{note}")
     if any(run.tokens is not None for run in runs):
@@ -83,6 +84,7 @@ class RunSummary:
     status: dict[str, Any]
     train: Points  # binned
     validation: Points
+    validation_loss: float | None  # the best so far
     test: MeasuredLoss | None  # of the best checkpoint, else of the latest
     tokens: int | None  # seen so far
     seconds: float | None  # over all resumed parts
@@ -90,18 +92,10 @@ class RunSummary:
     tokens_per_second: float | None  # the median over all steps: excludes validation, checkpoints and pauses
     validation_share: float | None  # of the time
 
-    @property
-    def validation_loss(self) -> float | None:
-        """The best so far."""
-        return min((loss for _, loss in self.validation), default=None)
-
 
 def read_run(runs_dir: Path, name: str) -> RunSummary:
     """Summarize a run's folder, whether training has started or not. Raises InputError if there is none."""
-    folder = runs_dir / require_plain_name(name, "run")
-    if not folder.is_dir():
-        have = ", ".join(sorted(path.parent.name for path in runs_dir.glob("*/train.json"))) or "none"
-        raise InputError(f"{folder}: no such run; there are: {have}")
+    folder = find_run(runs_dir, name)
     model_config = read_config(GPTConfig, folder / "model.json")
     config = read_config(TrainConfig, folder / "train.json")
     with torch.device("meta"):
@@ -110,7 +104,8 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     metrics = [
         line for line in read_metrics(folder / "metrics.jsonl") if {"tokens", "seconds"} <= line.keys()
     ]
-    last = metrics[-1] if metrics else {"tokens": None, "seconds": None}
+    last = metrics[-1] if metrics else {}
+    validation = curve(metrics, "val_loss")
     step = next((line for line in metrics if line["step"]), None)
     speeds = [line["tokens_per_second"] for line in metrics if line.get("tokens_per_second")]
     validating = sum(line.get("validation_seconds", 0.0) for line in metrics)
@@ -120,13 +115,14 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
         parameters=parameters,
         status=read_status(folder),
         train=binned(curve(metrics, "train_loss")),
-        validation=curve(metrics, "val_loss"),
+        validation=validation,
+        validation_loss=min((loss for _, loss in validation), default=None),
         test=next((test for test in tests if test), None),
-        tokens=last["tokens"],
-        seconds=last["seconds"],
+        tokens=last.get("tokens"),
+        seconds=last.get("seconds"),
         global_batch=step and step["tokens"] // step["step"] // model_config.context_length,
         tokens_per_second=statistics.median(speeds) if speeds else None,
-        validation_share=validating / last["seconds"] if last["seconds"] else None,
+        validation_share=validating / last["seconds"] if last.get("seconds") else None,
     )
 
 
@@ -172,12 +168,6 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
     ]
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
-    """The rows as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
 def notes(runs: list[RunSummary]) -> list[str]:
     """Warnings for readers of the table."""
     tests = [run.test for run in runs if run.test]
@@ -189,10 +179,10 @@ def notes(runs: list[RunSummary]) -> list[str]:
 
 def draw_chart(runs: list[RunSummary], path: Path) -> None:
     """Draw the runs' losses over tokens seen, one color per run, as a PNG in xkcd style."""
-    with xkcd_figure((11, 7)) as figure:
+    with xkcd_chart(path, (11, 7)) as figure:
         axes = figure.subplots()
         for index, run in enumerate(runs):
-            color = f"C{index % 10}"
+            color = f"C{index}"
             styles = ((run.train, {"alpha": 0.4}), (run.validation, {"marker": "o", "markersize": 5}))
             for points, style in styles:
                 axes.plot(*np.reshape(points, (-1, 2)).T, color=color, linewidth=2, **style)
@@ -203,9 +193,6 @@ def draw_chart(runs: list[RunSummary], path: Path) -> None:
         losses = [loss for run in runs for tokens, loss in run.train if tokens >= longest / 20]
         axes.set_ylim(top=1.02 * max(losses, default=1.0))
         axes.legend()
-        unfinished = path.with_name(path.name + ".incomplete")
-        figure.savefig(unfinished, format="png", dpi=90)
-    unfinished.replace(path)
 
 
 def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, seconds: int) -> None:

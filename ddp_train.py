@@ -46,10 +46,8 @@ from basemodel.optimizer import allocate_state, learning_rate_at, make_optimizer
 from basemodel.pending import PendingSteps, StepResult
 from basemodel.plan import print_plan
 from basemodel.precision import autocast, choose_precision
-from basemodel.provenance import provenance
 from basemodel.reporting import Reporter
-from basemodel.resume import check_resumable
-from basemodel.rng import rng_state, set_rng_state
+from basemodel.resume import check_resumable, provenance, rng_state, set_rng_state
 from basemodel.run import Run
 from basemodel.weights import load_tensors
 from gpt import GPTConfig, GPTModel

@@ -25,16 +25,7 @@ from basemodel.files import replace_text
 from basemodel.fine_tuning import FineTuning, check_lengths, encode_records, fine_tune
 from basemodel.generation import continuations
 from basemodel.instructions import FIELDS, fetch_records, prompt_of, read_records, split_records
-from basemodel.judging import (
-    RESULTS_ENDING,
-    Judge,
-    ReplyCache,
-    exact_match,
-    judge_all,
-    read_questions,
-    score_all,
-    token_f1,
-)
+from basemodel.judging import RESULTS_ENDING, Judge, exact_match, judge_all, read_questions, token_f1
 from basemodel.tokenizer import get_tokenizer
 from basemodel.weights import load_model
 
@@ -109,7 +100,7 @@ def generate_command(
 
 
 @main.command(name="judge")
-@click.argument("results", type=Path, nargs=-1, required=True, metavar="RESULTS.json ...")
+@click.argument("paths", type=Path, nargs=-1, required=True, metavar="RESULTS.json ...")
 @click.option("--model", default="gpt-5.1", show_default=True, help="The judge.")
 @click.option("--base-url", help="An OpenAI-compatible server; default: OpenAI's.")
 @click.option("--no-llm", is_flag=True, help="Score by token F1 and exact match instead.")
@@ -119,7 +110,7 @@ def generate_command(
 @click.option("--cache", type=Path, default="ift-judgements.jsonl", show_default=True, help="For replies.")
 @click.option("--scores", type=Path, help="Write the scores of each question to this JSON file.")
 def judge_command(
-    results: tuple[Path, ...],
+    paths: tuple[Path, ...],
     *,
     model: str,
     base_url: str | None,
@@ -134,21 +125,23 @@ def judge_command(
 
     The key for the judge's server comes from OPENAI_API_KEY. After an interruption the same command resumes.
     """
-    questions = read_questions(results)
-    names = list(questions[0].answers)
+    results = read_questions(paths)
+    names, questions = list(results), next(iter(results.values()))
     if scores is not None and not scores.parent.is_dir():
         raise InputError(f"{scores}: no such folder: {scores.parent}")
+    found: dict[str, np.ndarray] = {}  # each model's scores on each question, (models, questions)
     if no_llm:
-        metrics = {"Token F1": token_f1, "Exact match": exact_match}
-        found = {title: score_all(questions, metric) for title, metric in metrics.items()}
+        for title, metric in {"Token F1": token_f1, "Exact match": exact_match}.items():
+            pairs = [[(r["model_response"], r["output"]) for r in records] for records in results.values()]
+            found[title] = np.array([[metric(*pair) for pair in row] for row in pairs])
     else:
-        judge = Judge(model, base_url, retries, ReplyCache(cache))
-        found = {f"Judged by {model}": judge_all(questions, judge, seed, parallel)}
+        judge = Judge(model, base_url, retries, cache)
+        found[f"Judged by {model}"] = judge_all(results, judge, seed, parallel)
     for title, values in found.items():
         print_scores(title, names, values, seed)
     if scores:
         lines = [
-            question.record
+            {field: question[field] for field in FIELDS}
             | {title: dict(zip(names, values[:, index], strict=True)) for title, values in found.items()}
             for index, question in enumerate(questions)
         ]

@@ -92,10 +92,14 @@ def main(
         if (weights.parent / META_FILE).exists():  # a checkpoint of this project
             write_test_loss(weights.parent, result)
     print(f"{count:,} sequences of {length:,} tokens from {sequences.tokens.path}")
-    if len(results) == 1:
-        print_one(results[0], no_bytes)
-    else:
+    if len(results) > 1:
         print_table([weights for _, weights in pairs], results, losses, no_bytes)
+    else:
+        (result,) = results
+        print(f"Loss against our test dataset: {result.loss:.3f}")
+        print(f"Perplexity: {result.perplexity:.2f}")
+        print(f"Standard error: {known(result.standard_error)}")
+        print(f"Bits per byte: {known(result.bits_per_byte, f'unknown: {no_bytes}')}")
 
 
 def choose_length(configs: list[GPTConfig], asked: int | None) -> int:
@@ -163,13 +167,9 @@ def count_bytes(sequences: Sequences, count: int, tokenizer_name: str) -> tuple[
     return size, "" if size else "the tokens encode no text"
 
 
-def print_one(result: MeasuredLoss, no_bytes: str) -> None:
-    """Print one model's result, one value per line."""
-    error, bits = result.standard_error, result.bits_per_byte
-    print(f"Loss against our test dataset: {result.loss:.3f}")
-    print(f"Perplexity: {result.perplexity:.2f}")
-    print("Standard error: " + ("unknown" if error is None else f"{error:.4f}"))
-    print("Bits per byte: " + (f"unknown: {no_bytes}" if bits is None else f"{bits:.4f}"))
+def known(value: float | None, otherwise: str = "unknown") -> str:
+    """A figure with four decimals."""
+    return otherwise if value is None else f"{value:.4f}"
 
 
 def print_table(weights: list[Path], results: list[MeasuredLoss], losses: Tensor, no_bytes: str) -> None:
@@ -181,15 +181,14 @@ def print_table(weights: list[Path], results: list[MeasuredLoss], losses: Tensor
     print("\n| model | loss | standard error | perplexity | bits per byte | loss minus the first's |")
     print("| --- | --- | --- | --- | --- | --- |")
     for path, result, difference in zip(weights, results, losses - losses[0], strict=True):
-        error, bits = result.standard_error, result.bits_per_byte
         versus = f"{difference.mean():+.4f}"
         versus += f" ± {difference.std() / math.sqrt(len(difference)):.4f}" if len(difference) > 1 else ""
         cells = (
             str(path),
             f"{result.loss:.4f}",
-            "unknown" if error is None else f"{error:.4f}",
+            known(result.standard_error),
             f"{result.perplexity:.2f}",
-            "unknown" if bits is None else f"{bits:.4f}",
+            known(result.bits_per_byte),
             "" if path is weights[0] else versus,
         )
         print(f"| {' | '.join(cells)} |")

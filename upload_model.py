@@ -16,8 +16,7 @@ import click
 from basemodel.command_line import run_command
 from basemodel.errors import InputError
 from basemodel.hub import check_push, push
-from basemodel.huggingface import check_folder, write_model
-from basemodel.model_card import write_model_card
+from basemodel.huggingface import check_folder, write_model, write_model_card
 from basemodel.tokenizer import get_tokenizer
 from basemodel.weights import load_model
 

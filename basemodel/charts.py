@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def xkcd_figure(size: tuple[float, float]) -> "Iterator[Figure]":
-    """A figure of `size` inches in xkcd style, in an installed font."""
+def xkcd_chart(path: Path, size: tuple[float, float]) -> "Iterator[Figure]":
+    """A figure of `size` inches in xkcd style, in an installed font, then saved as a PNG, atomically."""
     import matplotlib  # imported here because it takes half a second
 
     matplotlib.use("Agg")
@@ -30,8 +30,11 @@ def xkcd_figure(size: tuple[float, float]) -> "Iterator[Figure]":
         figure = plt.figure(figsize=size, layout="constrained")
         try:
             yield figure
+            unfinished = path.with_name(path.name + ".incomplete")
+            figure.savefig(unfinished, format="png", dpi=90)
         finally:
             plt.close(figure)
+    unfinished.replace(path)
 
 
 def draw_chart(metrics: Path, chart: Path, title: str) -> None:
@@ -48,7 +51,7 @@ def draw_chart(metrics: Path, chart: Path, title: str) -> None:
         values = ([trained[i][key] for i in part if trained[i][key] is not None] for part in bins)
         return [float(statistic(found)) if found else math.nan for found in values]
 
-    with xkcd_figure((11, 11)) as figure:
+    with xkcd_chart(chart, (11, 11)) as figure:
         loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))
         steps = binned("step", np.mean)
         low, high = binned("train_loss", min), binned("train_loss", max)
@@ -63,6 +66,3 @@ def draw_chart(metrics: Path, chart: Path, title: str) -> None:
         rate.set(ylabel="learning rate")
         norm.plot(steps, binned("grad_norm", np.mean), color="tab:red")
         norm.set(ylabel="gradient norm", xlabel="global step")
-        unfinished = chart.with_name(chart.name + ".incomplete")
-        figure.savefig(unfinished, format="png", dpi=90)
-    unfinished.replace(chart)

@@ -104,12 +104,12 @@ def join_segments(segments: list[Segment], path: Path) -> str:
 
 def draw_lengths(parts: list[Part], path: Path, title: str) -> str:
     """Draw a histogram of document lengths in tokens, in xkcd style; return the figures as text."""
-    from basemodel.charts import xkcd_figure
+    from basemodel.charts import xkcd_chart
 
     lengths = np.concatenate([np.fromfile(part.folder / "lengths", dtype="<u4") for part in parts])
     mean, median, total = float(lengths.mean()), float(np.median(lengths)), int(lengths.sum(dtype=np.int64))
     lost = 1 - np.minimum(lengths, CONTEXT_LENGTH).sum(dtype=np.int64) / total
-    with xkcd_figure((10, 6)) as figure:
+    with xkcd_chart(path, (10, 6)) as figure:
         axes = figure.subplots()
         axes.hist(lengths, bins=np.geomspace(1, lengths.max() + 1, 60))
         axes.set(xscale="log", title=title, xlabel="tokens in a document", ylabel="documents")
@@ -117,7 +117,6 @@ def draw_lengths(parts: list[Part], path: Path, title: str) -> str:
         axes.axvline(median, color="tab:green", label=f"median {median:,.0f}")
         axes.axvline(CONTEXT_LENGTH, color="tab:gray", label=f"cropping here would lose {lost:.1%}")
         axes.legend()
-        figure.savefig(path, dpi=90)
     return (
         f"Tokens per document: mean {mean:,.1f}, median {median:,.0f}; {total:,} tokens in all\n"
         f"Cropping every document to {CONTEXT_LENGTH:,} tokens would lose {lost:.1%} of them"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import tiktoken
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from basemodel.errors import InputError, RunError
@@ -39,11 +40,9 @@ def check_lengths(records: list[Record], tokenizer: tiktoken.Encoding, length: i
 def collate(records: list[list[int]], length: int, end_of_text: int) -> tuple[Tensor, Tensor]:
     """Batch tokenized records as inputs and targets, (B, T) each, T at most `length`, padded.
     The first end-of-text is a target, so that the model learns to stop; the others are ignored."""
-    longest = max(map(len, records))
-    padded = torch.tensor([tokens + [end_of_text] * (longest + 1 - len(tokens)) for tokens in records])
-    inputs, targets = padded[:, :-1], padded[:, 1:].clone()
-    for row, tokens in zip(targets, records, strict=True):
-        row[len(tokens) :] = IGNORED
+    rows = [torch.tensor([*tokens, end_of_text]) for tokens in records]
+    inputs = pad_sequence(rows, batch_first=True, padding_value=end_of_text)[:, :-1]
+    targets = pad_sequence(rows, batch_first=True, padding_value=IGNORED)[:, 1:]
     return inputs[:, :length], targets[:, :length]
 
 
@@ -79,21 +78,16 @@ class FineTuning:
     seed: int
 
 
-def set_dropout(model: GPTModel, rate: float) -> None:
-    """Change a model's dropout rate."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = rate
-        if hasattr(module, "drop_rate"):
-            module.drop_rate = rate
-
-
 def fine_tune(
     model: GPTModel, train: list[list[int]], validation: list[list[int]], how: FineTuning, end_of_text: int
 ) -> None:
     """Train `model` on tokenized records, epoch by epoch until the validation loss rises, and leave it with
     the weights of the best epoch. Raises RunError if training diverges."""
-    set_dropout(model, how.drop_rate)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = how.drop_rate
+        elif hasattr(module, "drop_rate"):
+            module.drop_rate = how.drop_rate
     torch.manual_seed(how.seed)
     shuffle = random.Random(how.seed)
     optimizer = torch.optim.AdamW(model.parameters(), how.learning_rate, weight_decay=how.weight_decay)

@@ -1,7 +1,10 @@
-"""A model as a standard GPT-2 folder for transformers: weights, config.json, tokenizer files, and a check."""
+"""A model as a standard GPT-2 folder for transformers: weights, config.json, tokenizer, card, and a check."""
 
+import contextlib
 import itertools
 import json
+import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,37 @@ import safetensors.torch
 import tiktoken
 import torch
 
-from basemodel.errors import RunError
+from basemodel.config import optimizer_in_words
+from basemodel.errors import InputError, RunError
+from basemodel.json_config import read_json_object
+from basemodel.measured_loss import read_test_loss
 from basemodel.weights import to_huggingface
+from checkpointing import META_FILE
 from gpt import GPTConfig, GPTModel
 
 # What the tokenizers must agree on: words, spaces, digits, contractions, scripts, an emoji of four parts.
 SAMPLE_TEXT = "It's 1,024 tokens,\n\tisn't it?   Größe, 語言, язык, العربية 👩‍👩‍👧‍👦 x==y"
+
+CHART = "training-run-chart.png"
+CARD = """# {name}
+
+A GPT-2 model, trained from scratch with one script and two JSON files.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+inputs = tokenizer("Every effort moves you", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=25)[0]))
+```
+
+It is a base model: it continues text, and was not trained to follow instructions or to be correct or safe.
+
+| | |
+| --- | --- |
+{rows}
+"""
 
 
 def write_model(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> None:
@@ -66,10 +94,9 @@ def write_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, context_length: 
     ranks = tokenizer._mergeable_ranks
     vocab = {written(token): rank for token, rank in ranks.items()} | {end_of_text: tokenizer.eot_token}
     pairs = [(written(a), written(b)) for a, b in merges(ranks)]
-    GPT2Tokenizer(vocab=vocab, merges=pairs, model_max_length=context_length).save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in pairs)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    exported = GPT2Tokenizer(vocab=vocab, merges=pairs, model_max_length=context_length)
+    exported.save_pretrained(folder)
+    exported.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -89,6 +116,66 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
         if len(parts) == 2:
             pairs.append((parts[0], parts[1]))
     return pairs
+
+
+def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, license: str | None) -> None:
+    """Write README.md for a model from a weights file: metadata for the Hub, usage, and what is known of its
+    training. For one of a run's checkpoints, also copy the run's chart."""
+    from huggingface_hub import ModelCardData
+
+    config, dataset = model.config, "local/"
+    facts = {
+        "Parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "Shape": f"{config.n_layers} layers of {config.emb_dim}, {config.n_heads} heads, context "
+        f"{config.context_length:,}, vocabulary {config.vocab_size:,} ({config.tokenizer}), "
+        f"{'tied' if config.tie_weights else 'untied'}, QKV bias {'on' if config.qkv_bias else 'off'}, "
+        f"dropout {config.drop_rate:g}",
+    }
+    with contextlib.suppress(InputError, KeyError):  # no meta.json, or not one of ours
+        meta = read_json_object(weights.parent / META_FILE)
+        facts |= training_facts(meta)
+        dataset = meta["train_config"]["dataset"]
+    if test := read_test_loss(weights.parent):
+        bits = f", {test.bits_per_byte:.4f} bits per byte" if test.bits_per_byte is not None else ""
+        data = f"{test.dataset}, {test.split}, {test.tokens:,} tokens from {test.start_token:,} on"
+        loss = f"{test.loss:.3f} nats per token, perplexity {test.perplexity:.2f}"
+        facts["Test loss"] = f"{loss}{bits} ({data})"
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    chart = weights.resolve().parent.parent.parent / CHART  # runs/RUN/checkpoints/NAME/model.safetensors
+    if "Data" in facts and chart.exists():
+        shutil.copyfile(chart, folder / CHART)
+        rows += f"\n\n![Loss, learning rate and gradient norm during training]({CHART})"
+    metadata = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2"],
+        datasets=None if dataset.startswith("local/") else [dataset],
+    )
+    text = f"---\n{metadata.to_yaml()}\n---\n\n{CARD.format(name=name, rows=rows)}"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def training_facts(meta: dict[str, Any]) -> dict[str, str]:
+    """How a checkpoint was trained, as rows of the card."""
+    train, length = meta["train_config"], meta["model_config"]["context_length"]
+    facts = {
+        "Data": f"{train['dataset']}, {meta['tokens_seen']:,} tokens, at most {train['epochs']} epochs",
+        "Global batch": f"{meta['global_batch']:,} sequences of {length:,} tokens",
+        "Steps": f"{meta['global_step']:,} of {meta['total_steps']:,}",
+        "Optimizer": optimizer_in_words(train),
+    }
+    if meta["train_loss"] is not None:
+        facts["Training loss"] = f"{meta['train_loss']:.3f} nats per token"
+    if meta["val_loss"] is not None:
+        within = ", within documents" if train.get("document_masking") else ""
+        facts["Validation loss"] = f"{meta['val_loss']:.3f} nats per token{within}"
+    facts["Hardware"] = f"{meta['processes']} x {meta['device']}, precision {meta['precision']}"
+    facts["Time"] = f"{timedelta(seconds=round(meta['seconds']))} (hours, minutes, seconds)"
+    if train.get("usd_per_hour") is not None:
+        facts["Cost"] = f"${train['usd_per_hour'] * meta['seconds'] / 3600:.2f}"
+    facts["Software"] = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    return facts
 
 
 def check_folder(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> None:

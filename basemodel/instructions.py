@@ -7,7 +7,6 @@ from pathlib import Path
 from basemodel.errors import InputError
 from basemodel.files import replace_text
 
-DATA_FILE = "instruction-data.json"
 FIELDS = ("instruction", "input", "output")
 Record = dict[str, str]
 
@@ -37,18 +36,17 @@ def read_records(path: Path, fields: tuple[str, ...] = FIELDS) -> list[Record]:
 
 def fetch_records(folder: Path, url: str) -> list[Record]:
     """The records at `url`, downloaded once and kept in `folder`. Raises InputError."""
-    path = folder / DATA_FILE
-    if path.exists():
-        return read_records(path)
-    try:
-        with urllib.request.urlopen(url, timeout=60) as reply:
-            text = reply.read()
-    except (OSError, ValueError) as error:
-        raise InputError(f"could not download {url} ({error}); --data FILE takes a copy of it") from None
-    records = parse_records(text, url)
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(path, text.decode("utf-8"))
-    return records
+    path = folder / "instruction-data.json"
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(url, timeout=60) as reply:
+                text = reply.read()
+        except (OSError, ValueError) as error:
+            raise InputError(f"could not download {url} ({error}); --data FILE takes a copy of it") from None
+        parse_records(text, url)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(path, text.decode("utf-8"))
+    return read_records(path)
 
 
 def split_records(records: list[Record]) -> tuple[list[Record], list[Record], list[Record]]:

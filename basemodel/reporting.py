@@ -34,10 +34,8 @@ class Reporter:
         self._line: dict[str, float] = {}  # the pending line of metrics.jsonl
         if enabled:
             self._metrics = _cut_back_metrics(run.metrics, step)
-            shown = sys.stderr.isatty()
-            self._bar = tqdm(
-                total=self.plan.steps, initial=step, unit="step", disable=not shown, dynamic_ncols=True
-            )
+            options = {"unit": "step", "disable": None, "dynamic_ncols": True}  # None: unless on a terminal
+            self._bar = tqdm(total=self.plan.steps, initial=step, **options)
 
     def seconds(self) -> float:
         """Seconds of training so far, including those before the run was resumed."""
@@ -66,16 +64,12 @@ class Reporter:
     def flush(self) -> None:
         """Write the pending line. Raises RunError if that fails, for example on a full disk."""
         if self.enabled and self._line:
-            finite = {
-                key: None if value is None or not math.isfinite(value) else value
-                for key, value in self._line.items()
-            }
-            self._line = {}
-            path = self.run.metrics
+            line, self._line, path = self._line, {}, self.run.metrics
+            finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
             try:
                 self._metrics.write((json.dumps(finite) + "\n").encode())
                 # A signal came between this step and the validation after it: merge the two lines.
-                if finite["step"] == self._begun_at:
+                if line["step"] == self._begun_at:
                     self._metrics.close()
                     self._metrics = _cut_back_metrics(path, self._begun_at)
             except OSError as error:
@@ -89,11 +83,12 @@ class Reporter:
         weight = max(0.05, 1 / self._timed)  # at first a plain mean, because the first step is slow
         self.step_seconds = (1 - weight) * (self.step_seconds or 0.0) + weight * step_seconds
         speed = self.plan.tokens_per_step / max(step_seconds, 1e-9)
-        self.loss = values["train_loss"] if math.isfinite(values["train_loss"]) else None
+        loss = values["train_loss"]
+        self.loss = loss if math.isfinite(loss) else None
         self.log(step, {**values, "tokens_per_second": round(speed, 1)})
         self._bar.update(step - self._bar.n)
         cost = "" if self.cost() is None else f", ${self.cost():.2f}"
-        text = f"loss {values['train_loss']:.3f}, {self.tokens_per_second:,.0f} tokens/s{cost}"
+        text = f"loss {loss:.3f}, {self.tokens_per_second:,.0f} tokens/s{cost}"
         now = time.monotonic()
         if not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
@@ -150,9 +145,8 @@ class Reporter:
             return
         self.flush()
         try:
-            charts.draw_chart(
-                self.run.metrics, self.run.directory / "training-run-chart.png", self.run.directory.name
-            )
+            folder = self.run.directory
+            charts.draw_chart(self.run.metrics, folder / "training-run-chart.png", folder.name)
         except Exception as error:
             self.say(f"Warning: the chart could not be drawn: {type(error).__name__}: {error}")
         self._last_chart = time.monotonic()

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from basemodel.command_line import require_inside, require_plain_name
+from basemodel.command_line import require_inside
 from basemodel.config import TrainConfig
 from basemodel.data import BatchPlan, RunData
 from basemodel.errors import InputError
 from basemodel.json_config import read_config
+from basemodel.run_folder import find_run
 from gpt import GPTConfig
 
 
@@ -26,10 +27,7 @@ class Run:
     @classmethod
     def read(cls, runs_dir: Path, name: str) -> Self:
         """Read the run `name` of `runs_dir`. Raises InputError if it is missing or its configs are wrong."""
-        folder = runs_dir / require_plain_name(name, "run")
-        if not folder.is_dir():
-            have = ", ".join(sorted(path.parent.name for path in runs_dir.glob("*/train.json"))) or "none"
-            raise InputError(f"{folder}: no such run; there are: {have}")
+        folder = find_run(runs_dir, name)
         require_inside(runs_dir, folder)
         model_config = read_config(GPTConfig, folder / "model.json")
         config = read_config(TrainConfig, folder / "train.json")

@@ -1,13 +1,23 @@
-"""A run's folder: reading its logs, locking it, and setting earlier results aside."""
+"""A run's folder: finding it, reading its logs, locking it, and setting earlier results aside."""
 
 import fcntl
 import json
 import os
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from basemodel.command_line import require_plain_name
 from basemodel.errors import InputError
+
+
+def find_run(runs_dir: Path, name: str) -> Path:
+    """The folder of the run `name`. Raises InputError, naming the runs there are, if there is none."""
+    folder = runs_dir / require_plain_name(name, "run")
+    if not folder.is_dir():
+        have = ", ".join(sorted(path.parent.name for path in runs_dir.glob("*/train.json"))) or "none"
+        raise InputError(f"{folder}: no such run; there are: {have}")
+    return folder
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -56,12 +66,9 @@ def set_earlier_results_aside(directory: Path) -> Path | None:
     found = [directory / name for name in names if (directory / name).exists()]
     if not found:
         return None
-    stamp = datetime.now(UTC).strftime("%Y%m%dZ%H%M%S")
-    aside = next(
-        path
-        for n in range(1000)
-        if not (path := directory / f"earlier-{stamp}{f'-{n}' if n else ''}").exists()
-    )
+    now = datetime.now(UTC)
+    while (aside := directory / f"earlier-{now:%Y%m%dZ%H%M%S}").exists():
+        now += timedelta(seconds=1)
     aside.mkdir()
     for path in found:
         path.rename(aside / path.name)

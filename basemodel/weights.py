@@ -1,5 +1,6 @@
 """Loading weights, ours and Hugging Face's, and converting between the two naming schemes."""
 
+import re
 from pathlib import Path
 
 import safetensors.torch
@@ -11,25 +12,23 @@ from basemodel.errors import InputError
 from basemodel.json_config import read_config
 from gpt import GPTConfig, GPTModel
 
-# Hugging Face's names -> ours, outside the blocks and within block N (behind `h.N.` and `trf_blocks.N.`).
-HUGGINGFACE_NAMES = {
-    "wte.weight": "tok_emb.weight",
-    "wpe.weight": "pos_emb.weight",
-    "ln_f.weight": "final_norm.scale",
-    "ln_f.bias": "final_norm.shift",
-    "lm_head.weight": "out_head.weight",
+# Hugging Face's modules -> ours; those of block N stand behind `h.N.` and `trf_blocks.N.`.
+MODULES = {
+    "wte": "tok_emb",
+    "wpe": "pos_emb",
+    "ln_1": "norm1",
+    "attn.c_proj": "att.out_proj",
+    "ln_2": "norm2",
+    "mlp.c_fc": "ff.layers.0",
+    "mlp.c_proj": "ff.layers.2",
+    "ln_f": "final_norm",
+    "lm_head": "out_head",
 }
-HUGGINGFACE_BLOCK_NAMES = {
-    "attn.c_proj.weight": "att.out_proj.weight",
-    "attn.c_proj.bias": "att.out_proj.bias",
-    "mlp.c_fc.weight": "ff.layers.0.weight",
-    "mlp.c_fc.bias": "ff.layers.0.bias",
-    "mlp.c_proj.weight": "ff.layers.2.weight",
-    "mlp.c_proj.bias": "ff.layers.2.bias",
-    "ln_1.weight": "norm1.scale",
-    "ln_1.bias": "norm1.shift",
-    "ln_2.weight": "norm2.scale",
-    "ln_2.bias": "norm2.shift",
+NORM = {"weight": "scale", "bias": "shift"}
+NAMES = {
+    f"{theirs}.{kind}": f"{ours}.{NORM[kind] if 'norm' in ours else kind}"
+    for theirs, ours in MODULES.items()
+    for kind in NORM
 }
 QKV = ("W_query", "W_key", "W_value")
 
@@ -39,8 +38,7 @@ def load_model(model_json: Path, weights: Path) -> GPTModel:
     accelerator if there is one. Raises InputError."""
     model = GPTModel(read_config(GPTConfig, model_json))
     load_weights(model, weights)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return model.to(device).eval()
+    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
 
 
 def load_weights(model: GPTModel, path: Path) -> None:
@@ -89,24 +87,20 @@ def from_huggingface(tensors: dict[str, Tensor], *, qkv_bias: bool) -> dict[str,
     (out, in), with Q, K and V side by side in one. `attn.bias` and `attn.masked_bias` are masks, not weights.
     """
     ours: dict[str, Tensor] = {}
-    for full_name, tensor in tensors.items():
-        name = full_name.removeprefix("transformer.")
-        if not name.startswith("h.") or name.count(".") < 2:
-            ours[HUGGINGFACE_NAMES.get(name, full_name)] = tensor
+    for name, tensor in tensors.items():
+        match = re.match(r"(?:transformer\.)?(h\.\d+\.|)", name)
+        block, part = match[1], name[match.end() :]
+        if block and part in ("attn.bias", "attn.masked_bias"):
             continue
-        _, layer, part = name.split(".", 2)
-        if part in ("attn.bias", "attn.masked_bias"):
-            continue
-        tensor = tensor.T.contiguous() if tensor.dim() == 2 else tensor
-        if part in ("attn.c_attn.weight", "attn.c_attn.bias"):
+        tensor = tensor.T.contiguous() if block and tensor.dim() == 2 else tensor
+        block = block.replace("h", "trf_blocks")
+        if block and part in ("attn.c_attn.weight", "attn.c_attn.bias"):
             kind = part.removeprefix("attn.c_attn.")
             if kind == "weight" or qkv_bias or tensor.any():  # zero biases mean none
                 for target, piece in zip(QKV, tensor.chunk(3), strict=True):
-                    ours[f"trf_blocks.{layer}.att.{target}.{kind}"] = piece
-        elif part in HUGGINGFACE_BLOCK_NAMES:
-            ours[f"trf_blocks.{layer}.{HUGGINGFACE_BLOCK_NAMES[part]}"] = tensor
+                    ours[f"{block}att.{target}.{kind}"] = piece
         else:
-            ours[full_name] = tensor
+            ours[block + NAMES[part] if part in NAMES else name] = tensor
     return ours
 
 
@@ -115,23 +109,18 @@ def to_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Q, K and V without biases get zero biases. A tied model's head, not among its tensors, is left out.
     """
-    outside = {ours: theirs for theirs, ours in HUGGINGFACE_NAMES.items()}
-    inside = {ours: theirs for theirs, ours in HUGGINGFACE_BLOCK_NAMES.items()}
+    names = {ours: theirs for theirs, ours in NAMES.items()}
     theirs: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name in outside:
-            prefix = "" if name == "out_head.weight" else "transformer."
-            theirs[prefix + outside[name]] = tensor
-            continue
-        _, layer, part = name.split(".", 2)
-        block = f"transformer.h.{layer}."
-        if part in inside:
-            theirs[block + inside[part]] = tensor.T.contiguous() if tensor.dim() == 2 else tensor
+        block, part = re.fullmatch(r"(trf_blocks\.\d+\.|)(.+)", name).groups()
+        prefix = "" if part == "out_head.weight" else "transformer." + block.replace("trf_blocks", "h")
+        if part in names:
+            theirs[prefix + names[part]] = tensor.T.contiguous() if block and tensor.dim() == 2 else tensor
         elif part == "att.W_query.weight":
             stem = name.removesuffix("W_query.weight")
             weights = [tensors[f"{stem}{which}.weight"] for which in QKV]
             no_bias = tensor.new_zeros(len(tensor))
             biases = [tensors.get(f"{stem}{which}.bias", no_bias) for which in QKV]
-            theirs[f"{block}attn.c_attn.weight"] = torch.cat(weights).T.contiguous()
-            theirs[f"{block}attn.c_attn.bias"] = torch.cat(biases)
+            theirs[f"{prefix}attn.c_attn.weight"] = torch.cat(weights).T.contiguous()
+            theirs[f"{prefix}attn.c_attn.bias"] = torch.cat(biases)
     return theirs

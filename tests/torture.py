@@ -137,8 +137,8 @@ def assert_same_end(sandbox: Sandbox, run: str, other: str) -> None:
 
 def last_step(sandbox: Sandbox, run: str) -> int:
     """The step of the newest checkpoint."""
-    path = checkpointing.last_checkpoint(sandbox.run_dir(run) / "checkpoints")
-    return int(path.name.rpartition("-")[2]) if path else 0
+    paths = checkpointing.list_checkpoints(sandbox.run_dir(run) / "checkpoints")
+    return int(paths[-1].name.rpartition("-")[2]) if paths else 0
 
 
 def kill_once(sandbox: Sandbox, dice: random.Random, *, in_save: bool) -> bool:
