@@ -66,7 +66,8 @@ def cut_into_pieces(path: Path, text_column: str) -> Iterator[Piece]:
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         start = size = 0
         for i, group in enumerate(groups):
-            size += _column_size(group, text_column)
+            columns = (group.column(j) for j in range(group.num_columns))
+            size += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_column)
             if size >= SHARD_BYTES or i == len(groups) - 1:
                 yield Piece(path, size, start, i + 1)
                 start, size = i + 1, 0
@@ -162,11 +163,6 @@ def _parquet_file(path: Path, text_column: str) -> Iterator[Any]:
         raise InputError(f"{path}: damaged or not a parquet file: {reason}") from None
 
 
-def _column_size(row_group: Any, name: str) -> int:
-    columns = (row_group.column(i) for i in range(row_group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
-
-
 def _parquet_texts(piece: Piece, text_column: str) -> Iterator[Text]:
     import pyarrow
 
@@ -188,7 +184,8 @@ def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text]:
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
-                number += _lines_before(piece)
+                if piece.start:
+                    number += sum(1 for _ in _lines(replace(piece, start=0, stop=piece.start)))
                 raise InputError(
                     f'{piece.path}: line {number} is not a JSON object with a string "{text_column}"'
                 )
@@ -213,11 +210,6 @@ def _lines(piece: Piece) -> Iterator[bytes]:
             yield line
 
 
-def _lines_before(piece: Piece) -> int:
-    before = replace(piece, start=0, stop=piece.start)
-    return sum(1 for _ in _lines(before)) if piece.start else 0
-
-
 class TextFile:
     """A .txt file as one document, read a megabyte at a time. Invalid UTF-8 becomes U+FFFD and is counted."""
 
@@ -228,17 +220,16 @@ class TextFile:
     def __iter__(self) -> Iterator[bytes]:
         self.replaced = 0
         codecs.register_error("replace and count", self._replace)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace and count")
         size, text = 1 << 20, ""
-        with self._path.open("rb") as file:
-            while data := file.read(size):
-                text += decoder.decode(data)
+        with self._path.open(encoding="utf-8", errors="replace and count", newline="") as file:
+            while more := file.read(size):
+                text += more
                 cut = safe_cut(text)
                 if cut:
                     yield text[:cut].encode()
                     text = text[cut:]
                 size = 2 * size if cut == 0 else 1 << 20
-        yield (text + decoder.decode(b"", final=True)).encode()
+        yield text.encode()
 
     def _replace(self, error: UnicodeError) -> tuple[str, int]:
         self.replaced += 1

@@ -59,7 +59,7 @@ def _download(folder: Path, dataset: str, revision: str | None, names: list[str]
             theirs = get_hf_file_metadata(hf_hub_url(dataset, name, repo_type="dataset", revision=revision))
             revision = theirs.commit_hash or revision
             url = hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
-            found = download_file(url, folder / name, size=theirs.size, etag=theirs.etag)
+            found = download_file(url, folder / name, theirs)
             known = {**found, "mtime_ns": (folder / name).stat().st_mtime_ns, "revision": revision}
             _keep_fingerprints(folder, _known_fingerprints(folder) | {name: known})
         except InputError:

@@ -4,7 +4,6 @@ An interrupted download resumes, even after a kill: the Hub's own client would s
 """
 
 import fcntl
-import functools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,17 @@ from basemodel.errors import InputError, RunError
 from basemodel.files import fingerprint
 
 
-def download_file(url: str, path: Path, *, size: int | None, etag: str | None) -> dict[str, Any]:
+def download_file(url: str, path: Path, metadata: Any) -> dict[str, Any]:
     """Download one file, resuming an earlier attempt; return its size and SHA-256.
 
     An incomplete file has another name beside `path`; of several processes one downloads, the others wait.
-    Raises InputError if the file differs from what was announced (a large file's `etag` is its SHA-256), and
-    whatever the Hub's client raises.
+    Raises InputError if the file differs from what its HfFileMetadata announced (a large file's `etag` is its
+    SHA-256), and whatever the Hub's client raises.
     """
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    etag = etag or ""
+    size, etag = metadata.size, metadata.etag or ""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".incomplete-{path.name}-{etag[:16]}")
     with partial.open("ab") as file:
@@ -52,8 +51,10 @@ def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Pat
     They are kept in the Hub's own cache, shared by all processes; when all are there, the Hub is not asked.
     Raises InputError, naming the data set, on any failure.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
     from huggingface_hub.utils import filter_repo_objects
 
     options = {"repo_type": "dataset", "revision": revision, "allow_patterns": pattern}
@@ -63,7 +64,14 @@ def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Pat
         except LocalEntryNotFoundError:
             commit = HfApi().dataset_info(dataset, revision=revision or "main").sha
             names = HfApi().list_repo_files(dataset, repo_type="dataset", revision=commit)
-            fetch = functools.partial(_download_to_cache, dataset, commit)
+            blobs = Path(HF_HUB_CACHE, repo_folder_name(repo_id=dataset, repo_type="dataset"), "blobs")
+
+            def fetch(name: str) -> None:
+                url = hf_hub_url(dataset, name, repo_type="dataset", revision=commit)
+                announced = get_hf_file_metadata(url)
+                if not (blobs / announced.etag).exists():
+                    download_file(url, blobs / announced.etag, announced)
+
             with ThreadPoolExecutor(8) as pool:
                 list(pool.map(fetch, filter_repo_objects(names, allow_patterns=pattern)))
             # Finds these files in the cache, and links them to their names.
@@ -75,19 +83,6 @@ def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Pat
         ) from None
     names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return [folder / name for name in sorted(filter_repo_objects(names, allow_patterns=pattern))], folder.name
-
-
-def _download_to_cache(dataset: str, commit: str, name: str) -> None:
-    """Download a file to where the Hub's client caches its content, blobs/ETAG, unless it is there."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import repo_folder_name
-
-    url = hf_hub_url(dataset, name, repo_type="dataset", revision=commit)
-    metadata = get_hf_file_metadata(url)
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=dataset, repo_type="dataset")
-    blob = folder / "blobs" / metadata.etag
-    if not blob.exists():
-        download_file(url, blob, size=metadata.size, etag=metadata.etag)
 
 
 def check_push(repo_id: str) -> None:
