@@ -8,6 +8,7 @@ import itertools
 import json
 import platform
 import random
+import sys
 import sysconfig
 import warnings
 import zlib
@@ -30,7 +31,7 @@ class Piece:
     path: Path | None  # None: the Python documentation
     size: int  # bytes of text, roughly
     start: int = 0
-    stop: int = 0
+    stop: int = sys.maxsize
 
     def identity(self) -> list[Any]:
         """Values that differ for any other piece, and for this one once its file has changed."""
@@ -184,8 +185,7 @@ def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text]:
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
-                if piece.start:
-                    number += sum(1 for _ in _lines(replace(piece, start=0, stop=piece.start)))
+                number += sum(1 for _ in _lines(replace(piece, start=0, stop=piece.start)))
                 raise InputError(
                     f'{piece.path}: line {number} is not a JSON object with a string "{text_column}"'
                 )
@@ -194,13 +194,9 @@ def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text]:
 
 def _lines(piece: Piece) -> Iterator[bytes]:
     """The lines of a .jsonl that start within the piece."""
-    if piece.path.suffix != ".jsonl":
-        import pyarrow  # decompresses by the file's extension
+    import pyarrow  # decompresses by the file's extension
 
-        with pyarrow.input_stream(str(piece.path)) as stream:
-            yield from io.BufferedReader(stream)
-        return
-    with piece.path.open("rb") as file:
+    with io.BufferedReader(pyarrow.input_stream(str(piece.path)), 1 << 20) as file:
         place = piece.start
         if place:
             file.seek(place - 1)

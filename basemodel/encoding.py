@@ -105,47 +105,36 @@ def _hashes(folder: Path) -> dict[str, str]:
 def encode_documents(shard: list[Piece], folder: Path, settings: Settings, encode: Encoder) -> dict[str, Any]:
     """Encode the documents of a shard into the files of its folder; return what the record says of them."""
     end_of_text = get_tokenizer(settings.tokenizer).eot_token.to_bytes(2, "little")
-    sizes, last, replaced = {split: np.zeros(3, np.int64) for split in SPLITS}, [0, 0, 0], 0
+    sizes, replaced = {name: np.zeros(3, np.int64) for name in (*SPLITS, "last")}, 0
+    encoded = _encoded
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in PART_FILES}
         for piece in shard:
             for document in read_documents(piece, settings.text_column):
                 held_out = in_validation(document, settings.validation_fraction)
                 split = "validation" if held_out else "train"
-                size = np.array([1, 1, 0])
-                _report(size)
+                before = encoded.copy()
                 for text in document:  # in fragments that can be encoded one by one
                     tokens = encode(text)
                     files[split].write(tokens.astype("<u2").tobytes())
-                    more = np.array([0, len(tokens), len(text)])
-                    size += more
-                    _report(more)
+                    encoded += (0, len(tokens), len(text))
                 files[split].write(end_of_text)
+                encoded += (1, 1, 0)
+                size = encoded - before
                 files["lengths"].write(int(size[1]).to_bytes(4, "little"))
                 sizes[split] += size
-                last = last if held_out else size.tolist()
+                sizes["last"] = sizes["last"] if held_out else size
                 replaced += document.replaced
-    _report(np.zeros(3, np.int64), at_least=0)
-    return {split: sizes[split].tolist() for split in SPLITS} | {"last": last, "replaced": replaced}
+    return {name: size.tolist() for name, size in sizes.items()} | {"replaced": replaced}
 
 
-_shared: Any  # the size of what all workers have encoded
-_unreported = np.zeros(3, np.int64)
+_encoded: np.ndarray  # the size of all that this worker has encoded, in memory that the main process reads
 
 
-def _report(size: np.ndarray, at_least: int = 1 << 20) -> None:
-    """Add to what all workers have encoded, at least so many bytes of text at a time."""
-    np.add(_unreported, size, out=_unreported)
-    if _unreported[2] >= at_least:
-        with _shared.get_lock():
-            _shared[:] = (_unreported + _shared[:]).tolist()
-        _unreported[:] = 0
-
-
-def _start_worker(shared: Any) -> None:
+def _start_worker(memory: Any, slots: Any) -> None:
     """Set up a worker process. It ends with the main process, which alone handles Ctrl-C."""
-    global _shared
-    _shared = shared
+    global _encoded
+    _encoded = np.frombuffer(memory, np.int64).reshape(-1, 3)[slots.get()]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -163,7 +152,7 @@ def _end_with_parent() -> None:
 class Progress(tqdm):
     """Bytes, documents, tokens, tokens/s and ETA: a bar on a terminal, else a line every 15 seconds."""
 
-    def __init__(self, expected: int, shared: Any) -> None:
+    def __init__(self, expected: int, encoded: np.ndarray) -> None:
         terminal = sys.stderr.isatty()
         super().__init__(
             total=expected,
@@ -173,17 +162,17 @@ class Progress(tqdm):
             mininterval=0.1 if terminal else 15,
             file=sys.stderr if terminal else io.StringIO(),
         )
-        self.expected, self.shared = expected, shared  # bytes of text, roughly; see _shared
+        self.expected, self.encoded = expected, encoded  # bytes of text, roughly; the size of each worker's
         self.next_line = math.inf if terminal else time.monotonic() + 15
 
     @property
     def tokens_per_second(self) -> float:
         """The mean over all workers since the start."""
-        return self.shared[1] / self.format_dict["elapsed"]
+        return self.encoded[:, 1].sum() / self.format_dict["elapsed"]
 
     def show(self) -> None:
         """Update the bar or, when it is time, print a line."""
-        documents, tokens, size = self.shared[:]
+        documents, tokens, size = self.encoded.sum(axis=0).tolist()
         self.total = max(self.expected, size)
         done = f"{documents:,} documents, {tokens:,} tokens, {self.tokens_per_second:,.0f} tokens/s"
         self.set_postfix_str(done, refresh=False)
@@ -194,11 +183,17 @@ class Progress(tqdm):
 
 
 @contextlib.contextmanager
-def worker_pool(count: int, shared: Any) -> Iterator[ProcessPoolExecutor]:
-    """A pool of workers that ends with any error; raises RunError if a worker is killed."""
-    with ProcessPoolExecutor(count, CONTEXT, _start_worker, (shared,)) as pool:
+def worker_pool(count: int) -> Iterator[tuple[ProcessPoolExecutor, np.ndarray]]:
+    """A pool of workers, and the size of what each has encoded so far, shape (count, 3).
+
+    The workers end with any error. Raises RunError if one is killed.
+    """
+    memory, slots = CONTEXT.RawArray("q", 3 * count), CONTEXT.SimpleQueue()
+    for slot in range(count):
+        slots.put(slot)
+    with ProcessPoolExecutor(count, CONTEXT, _start_worker, (memory, slots)) as pool:
         try:
-            yield pool
+            yield pool, np.frombuffer(memory, np.int64).reshape(-1, 3)
         except BrokenProcessPool:
             raise RunError("a worker was killed, perhaps out of memory; try fewer --workers") from None
         except BaseException:
@@ -221,27 +216,27 @@ def encode_all(
     Raises InputError, and RunError if a worker is killed.
     """
     tiktoken_encoder(settings.tokenizer)  # loaded here once for all forked workers
-    shared = CONTEXT.Array("q", 3)  # the size of what all workers have encoded
     expected = [sum(piece.size for piece in shard) for shard in shards]
     parts = {}
-    with worker_pool(min(workers, len(shards)), shared) as pool:
+    with worker_pool(min(workers, len(shards))) as (pool, encoded):
         # Largest first, so that no worker is left with a large one at the end.
         order = sorted(range(len(shards)), key=lambda i: -expected[i])
         jobs = {pool.submit(encode_shard, i, shards[i], parts_dir, settings, gigatoken): i for i in order}
         waiting = set(jobs)
-        with Progress(sum(expected), shared) as progress:
+        with Progress(sum(expected), encoded) as progress:
             while waiting:
                 finished, waiting = concurrent.futures.wait(waiting, timeout=0.2)
                 for job in finished:
                     number = jobs[job]
                     part = parts[number] = job.result()
-                    encoded = 0 if part.resumed else sum(part.record[split][2] for split in SPLITS)
-                    progress.expected += encoded - expected[number]
+                    done = 0 if part.resumed else sum(part.record[split][2] for split in SPLITS)
+                    progress.expected += done - expected[number]
                     if reason := part.record["disagreement"]:
                         tqdm.write(f"{reason}; encoded shard {number} with tiktoken", sys.stderr)
                 progress.show()
     if kept := sum(part.resumed for part in parts.values()):
         print(f"{kept} of {len(shards)} shards were already encoded by an earlier run")
     engine = "gigatoken" if gigatoken else "tiktoken"
-    print(f"Encoded {shared[1]:,} tokens with {engine} at {progress.tokens_per_second:,.0f} tokens/s")
+    tokens, speed = encoded[:, 1].sum(), progress.tokens_per_second
+    print(f"Encoded {tokens:,} tokens with {engine} at {speed:,.0f} tokens/s")
     return [parts[number] for number in range(len(shards))]
