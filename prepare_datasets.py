@@ -94,7 +94,6 @@ def main(
             pieces, commit = find_pieces(source, files, revision, text_column)
             parts = encode_all(make_shards(pieces), folder / "parts", settings, gigatoken, workers)
             finished = folder / "finished"
-            shutil.rmtree(finished, ignore_errors=True)
             finished.mkdir()
             description = "as tokens: one tensor 'tokens' per split, end-of-text after each document"
             meta = {"description": f"{source} {description}", "source": source, "files": files}
@@ -148,7 +147,7 @@ def unfinished_folder(output_dir: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{folder}: cannot be created or written to: {error.strerror}") from None
     with lock:
-        remove_unfinished(parts)
+        remove_unfinished(folder)
         try:
             yield folder
         except OSError as error:
@@ -159,15 +158,15 @@ def unfinished_folder(output_dir: Path) -> Iterator[Path]:
                 "and run the same command again: finished shards are kept"
             ) from None
         finally:
-            remove_unfinished(parts)
+            remove_unfinished(folder)
             with contextlib.suppress(OSError):
                 parts.rmdir()  # unless it holds finished parts
                 shutil.rmtree(folder)
 
 
-def remove_unfinished(parts: Path) -> None:
-    """Remove the folders NUMBER.PROCESS that killed workers leave behind."""
-    for path in parts.glob("*.*"):
+def remove_unfinished(folder: Path) -> None:
+    """Remove all but finished parts: a half-joined data set, and NUMBER.PROCESS of killed workers."""
+    for path in (folder / "finished", *folder.glob("parts/*.*")):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -129,11 +129,10 @@ class Text:
 def read_documents(piece: Piece, text_column: str) -> "Iterator[Text | TextFile]":
     """The documents in a piece: rows of .parquet, lines of .jsonl, a whole .txt. Raises InputError."""
     path = piece.path
-    if path is None:
-        yield from map(Text.from_str, python_docs())
-        return
     try:
-        if path.suffix == ".parquet":
+        if path is None:
+            yield from map(Text.from_str, python_docs())
+        elif path.suffix == ".parquet":
             yield from _parquet_texts(piece, text_column)
         elif path.suffix == ".txt":
             yield TextFile(path)
@@ -194,9 +193,13 @@ def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text]:
 
 def _lines(piece: Piece) -> Iterator[bytes]:
     """The lines of a .jsonl that start within the piece."""
-    import pyarrow  # decompresses by the file's extension
+    if piece.path.suffix == ".jsonl":
+        stream = piece.path.open("rb")
+    else:
+        import pyarrow  # decompresses by the file's extension
 
-    with io.BufferedReader(pyarrow.input_stream(str(piece.path)), 1 << 20) as file:
+        stream = io.BufferedReader(pyarrow.input_stream(str(piece.path)))
+    with stream as file:
         place = piece.start
         if place:
             file.seek(place - 1)
@@ -206,18 +209,18 @@ def _lines(piece: Piece) -> Iterator[bytes]:
             yield line
 
 
+@dataclass
 class TextFile:
     """A .txt file as one document, read a megabyte at a time. Invalid UTF-8 becomes U+FFFD and is counted."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.replaced = 0  # invalid sequences in the last pass over the file
+    path: Path
+    replaced: int = 0  # invalid sequences in the last pass over the file
 
     def __iter__(self) -> Iterator[bytes]:
         self.replaced = 0
         codecs.register_error("replace and count", self._replace)
         size, text = 1 << 20, ""
-        with self._path.open(encoding="utf-8", errors="replace and count", newline="") as file:
+        with self.path.open(encoding="utf-8", errors="replace and count", newline="") as file:
             while more := file.read(size):
                 text += more
                 cut = safe_cut(text)
