@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpointing
-from basemodel import data, fetching, memory, run_folder
+from basemodel import data, hub, memory, run_folder
 from basemodel.command_line import run_command
 from basemodel.compilation import compile_if_wanted
 from basemodel.config import TrainConfig
@@ -492,7 +492,7 @@ def main(
 
 def show_plan(run: Run, datasets_dir: Path, world: World) -> None:
     """Print what the run would do, using the data if they are already downloaded."""
-    folder = fetching.dataset_folder(datasets_dir, run.config.dataset)
+    folder = hub.dataset_folder(datasets_dir, run.config.dataset)
     here = all((folder / f"{split}.safetensors").exists() for split in run.config.splits)
     run_data = data.open_data(run.config, run.model_config, datasets_dir) if here else None
     plan = data.plan_batches(
@@ -565,7 +565,7 @@ def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None) 
     elif world.is_first:
         tqdm.write(f"Warning: {run.directory} cannot be locked; do not start this run twice")
     fetch = functools.partial(
-        fetching.fetch_dataset, datasets_dir, config.dataset, config.dataset_revision, config.splits
+        hub.fetch_dataset, datasets_dir, config.dataset, config.dataset_revision, config.splits
     )
     folder = world.agree(fetch, on=world.local_rank == 0)
     run_data = world.agree(lambda: data.open_data(config, model_config, datasets_dir))
@@ -574,8 +574,8 @@ def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None) 
     share = world.local_rank, world.local_size
     world.agree(lambda: data.check_tokens(run_data, *used, model_config.vocab_size, share=share))
     names = [f"{split}.safetensors" for split in config.splits]
-    files = world.agree(lambda: fetching.fingerprint_files(folder, names), on=world.local_rank == 0)
-    files = fetching.same_on_all_nodes([each for each in world.all_gather(files) if each is not None])
+    files = world.agree(lambda: hub.fingerprint_files(folder, names), on=world.local_rank == 0)
+    files = hub.same_on_all_nodes([each for each in world.all_gather(files) if each is not None])
     return dataclasses.replace(run, plan=plan, data=run_data, files=files)
 
 

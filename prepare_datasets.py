@@ -94,7 +94,6 @@ def main(
             pieces, commit = find_pieces(source, files, revision, text_column)
             parts = encode_all(make_shards(pieces), folder / "parts", settings, gigatoken, workers)
             finished = folder / "finished"
-            shutil.rmtree(finished, ignore_errors=True)
             finished.mkdir()
             description = "as tokens: one tensor 'tokens' per split, end-of-text after each document"
             meta = {"description": f"{source} {description}", "source": source, "files": files}
@@ -137,21 +136,18 @@ def unfinished_folder(output_dir: Path) -> Iterator[Path]:
     Raises InputError if another process prepares the same data set, or the folder cannot be written to.
     """
     folder = output_dir.with_name(output_dir.name + ".incomplete")
+    parts = folder / "parts"
     try:
-        (folder / "parts").mkdir(parents=True, exist_ok=True)
+        parts.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("a")
+        # Not flock: a worker that outlives this process by a moment must not hold the lock.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{output_dir}: another process is preparing it; wait for it or stop it") from None
     except OSError as error:
         raise InputError(f"{folder}: cannot be created or written to: {error.strerror}") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"{output_dir}: another process is preparing it; wait for it or stop it"
-            ) from None
-        # A worker that outlives this process by a moment must not hold the lock.
-        os.register_at_fork(after_in_child=lock.close)
-        remove_unfinished(folder / "parts")
+        remove_unfinished(folder)
         try:
             yield folder
         except OSError as error:
@@ -162,14 +158,15 @@ def unfinished_folder(output_dir: Path) -> Iterator[Path]:
                 "and run the same command again: finished shards are kept"
             ) from None
         finally:
-            remove_unfinished(folder / "parts")
-            if output_dir.exists() or not any((folder / "parts").iterdir()):
-                shutil.rmtree(folder, ignore_errors=True)
+            remove_unfinished(folder)
+            with contextlib.suppress(OSError):
+                parts.rmdir()  # unless it holds finished parts
+                shutil.rmtree(folder)
 
 
-def remove_unfinished(parts_dir: Path) -> None:
-    """Remove the folders NUMBER.PROCESS that killed workers leave behind."""
-    for path in parts_dir.glob("*.*"):
+def remove_unfinished(folder: Path) -> None:
+    """Remove all but finished parts: a half-joined data set, and NUMBER.PROCESS of killed workers."""
+    for path in (folder / "finished", *folder.glob("parts/*.*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -194,13 +191,17 @@ def find_pieces(
 
 
 def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
-    """Add meta.json and the card to a finished folder, sync it to disk, rename it to OUTPUT_DIR."""
+    """Add meta.json and the card to a finished folder, sync it to disk, rename it to OUTPUT_DIR.
+
+    Then nothing else in the unfinished folder is needed any more.
+    """
     (finished / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     (finished / "README.md").write_text(card(output_dir.name, meta), encoding="utf-8")
     for path in (*finished.iterdir(), finished):
         sync(path)
     finished.replace(output_dir)
     sync(output_dir.parent)
+    shutil.rmtree(finished.parent, ignore_errors=True)
     if meta["replaced"]:
         print(f"Invalid UTF-8 was replaced by {meta['replaced']:,} characters U+FFFD")
     for split, counts in meta["splits"].items():

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from basemodel.command_line import run_command
 from basemodel.data import Sequences, TokenFile, check_tokenizer
 from basemodel.errors import InputError, RunError
-from basemodel.fetching import fetch_dataset
+from basemodel.hub import fetch_dataset
 from basemodel.loss import document_features
 from basemodel.measured_loss import MeasuredLoss, write_test_loss
 from basemodel.tokenizer import get_tokenizer

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from basemodel.config import TrainConfig
 from basemodel.errors import InputError
-from basemodel.fetching import dataset_folder
+from basemodel.hub import dataset_folder
 from basemodel.json_config import read_json_object
 from gpt import GPTConfig
 

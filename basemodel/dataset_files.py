@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from basemodel.encoding import SPLITS, Counts, Part, Settings
+from basemodel.encoding import COUNTED, SPLITS, Part, Settings
 from basemodel.errors import InputError, RunError
 from basemodel.tokenizer import get_tokenizer
 
@@ -39,44 +39,39 @@ def write_dataset(folder: Path, parts: list[Part], settings: Settings) -> dict[s
         "vocab_size": tokenizer.n_vocab,
         "token_dtype": "uint16",
         "end_of_text": tokenizer.eot_token,
-        "splits": {split: asdict(counts) for split, (counts, _) in splits.items()},
-        "replaced": sum(part.replaced for part in parts),
+        "splits": {split: dict(zip(COUNTED, size, strict=True)) for split, (size, _) in splits.items()},
+        "replaced": sum(part.record["replaced"] for part in parts),
         "sha256": sha256,
         "versions": {"python": platform.python_version(), "tiktoken": importlib.metadata.version("tiktoken")},
     }
 
 
-def lay_out(parts: list[Part], fraction: float) -> dict[str, tuple[Counts, list[Segment]]]:
-    """What each split consists of. Raises InputError if the documents do not make two splits.
+def lay_out(parts: list[Part], fraction: float) -> dict[str, tuple[list[int], list[Segment]]]:
+    """Each split's size and segments. Raises InputError if the documents do not make two splits.
 
     If no document fell to validation, the last one goes there, or the end of a single one: otherwise a text
     in one file, which is one document, would have no validation data.
     """
-    totals = {split: Counts() for split in SPLITS}
-    for part in parts:
-        for split in SPLITS:
-            totals[split].add(part.counts[split])
+    sizes = {split: sum(np.array(part.record[split]) for part in parts) for split in SPLITS}
     segments = {
-        split: [(part.folder / split, 0, part.counts[split].tokens) for part in parts] for split in SPLITS
+        split: [(part.folder / split, 0, part.record[split][1]) for part in parts] for split in SPLITS
     }
-    train, validation = totals["train"], totals["validation"]
-    if train.documents == 0:
+    documents, tokens, _ = sizes["train"]
+    if documents == 0:
         raise InputError("the source contains no documents to train on")
-    if validation.documents == 0:
-        index = max(i for i, part in enumerate(parts) if part.counts["train"].documents)
-        last = parts[index].last
-        tokens, size = last.tokens, last.bytes
-        if train.documents == 1:
-            tokens = max(1, int(tokens * fraction))
-            size = round(size * tokens / last.tokens)
-        if tokens >= train.tokens:
+    if sizes["validation"][0] == 0:
+        index = max(i for i, part in enumerate(parts) if part.record["train"][0])
+        _, length, size = parts[index].record["last"]
+        held_out = length if documents > 1 else max(1, int(length * fraction))
+        if held_out >= tokens:
             raise InputError("the source is too short to hold out any text for validation")
+        size = round(size * held_out / length)
         path, start, stop = segments["train"][index]
-        segments["train"][index] = (path, start, stop - tokens)
-        segments["validation"] = [(path, stop - tokens, stop)]
-        validation.add(Counts(1, tokens, size))
-        train.add(Counts(-1 if train.documents > 1 else 0, -tokens, -size))
-    return {split: (totals[split], segments[split]) for split in SPLITS}
+        segments["train"][index] = (path, start, stop - held_out)
+        segments["validation"] = [(path, stop - held_out, stop)]
+        sizes["validation"] = np.array([1, held_out, size])
+        sizes["train"] -= [documents > 1, held_out, size]
+    return {split: (sizes[split].tolist(), segments[split]) for split in SPLITS}
 
 
 def join_segments(segments: list[Segment], path: Path) -> str:

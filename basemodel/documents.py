@@ -8,6 +8,7 @@ import itertools
 import json
 import platform
 import random
+import sys
 import sysconfig
 import warnings
 import zlib
@@ -30,7 +31,7 @@ class Piece:
     path: Path | None  # None: the Python documentation
     size: int  # bytes of text, roughly
     start: int = 0
-    stop: int = 0
+    stop: int = sys.maxsize
 
     def identity(self) -> list[Any]:
         """Values that differ for any other piece, and for this one once its file has changed."""
@@ -66,7 +67,8 @@ def cut_into_pieces(path: Path, text_column: str) -> Iterator[Piece]:
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         start = size = 0
         for i, group in enumerate(groups):
-            size += _column_size(group, text_column)
+            columns = (group.column(j) for j in range(group.num_columns))
+            size += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_column)
             if size >= SHARD_BYTES or i == len(groups) - 1:
                 yield Piece(path, size, start, i + 1)
                 start, size = i + 1, 0
@@ -127,11 +129,10 @@ class Text:
 def read_documents(piece: Piece, text_column: str) -> "Iterator[Text | TextFile]":
     """The documents in a piece: rows of .parquet, lines of .jsonl, a whole .txt. Raises InputError."""
     path = piece.path
-    if path is None:
-        yield from map(Text.from_str, python_docs())
-        return
     try:
-        if path.suffix == ".parquet":
+        if path is None:
+            yield from map(Text.from_str, python_docs())
+        elif path.suffix == ".parquet":
             yield from _parquet_texts(piece, text_column)
         elif path.suffix == ".txt":
             yield TextFile(path)
@@ -162,11 +163,6 @@ def _parquet_file(path: Path, text_column: str) -> Iterator[Any]:
         raise InputError(f"{path}: damaged or not a parquet file: {reason}") from None
 
 
-def _column_size(row_group: Any, name: str) -> int:
-    columns = (row_group.column(i) for i in range(row_group.num_columns))
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
-
-
 def _parquet_texts(piece: Piece, text_column: str) -> Iterator[Text]:
     import pyarrow
 
@@ -188,7 +184,7 @@ def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text]:
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
-                number += _lines_before(piece)
+                number += sum(1 for _ in _lines(replace(piece, start=0, stop=piece.start)))
                 raise InputError(
                     f'{piece.path}: line {number} is not a JSON object with a string "{text_column}"'
                 )
@@ -197,13 +193,13 @@ def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text]:
 
 def _lines(piece: Piece) -> Iterator[bytes]:
     """The lines of a .jsonl that start within the piece."""
-    if piece.path.suffix != ".jsonl":
+    if piece.path.suffix == ".jsonl":
+        stream = piece.path.open("rb")
+    else:
         import pyarrow  # decompresses by the file's extension
 
-        with pyarrow.input_stream(str(piece.path)) as stream:
-            yield from io.BufferedReader(stream)
-        return
-    with piece.path.open("rb") as file:
+        stream = io.BufferedReader(pyarrow.input_stream(str(piece.path)))
+    with stream as file:
         place = piece.start
         if place:
             file.seek(place - 1)
@@ -213,32 +209,26 @@ def _lines(piece: Piece) -> Iterator[bytes]:
             yield line
 
 
-def _lines_before(piece: Piece) -> int:
-    before = replace(piece, start=0, stop=piece.start)
-    return sum(1 for _ in _lines(before)) if piece.start else 0
-
-
+@dataclass
 class TextFile:
     """A .txt file as one document, read a megabyte at a time. Invalid UTF-8 becomes U+FFFD and is counted."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.replaced = 0  # invalid sequences in the last pass over the file
+    path: Path
+    replaced: int = 0  # invalid sequences in the last pass over the file
 
     def __iter__(self) -> Iterator[bytes]:
         self.replaced = 0
         codecs.register_error("replace and count", self._replace)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace and count")
         size, text = 1 << 20, ""
-        with self._path.open("rb") as file:
-            while data := file.read(size):
-                text += decoder.decode(data)
+        with self.path.open(encoding="utf-8", errors="replace and count", newline="") as file:
+            while more := file.read(size):
+                text += more
                 cut = safe_cut(text)
                 if cut:
                     yield text[:cut].encode()
                     text = text[cut:]
                 size = 2 * size if cut == 0 else 1 << 20
-        yield (text + decoder.decode(b"", final=True)).encode()
+        yield text.encode()
 
     def _replace(self, error: UnicodeError) -> tuple[str, int]:
         self.replaced += 1

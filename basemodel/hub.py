@@ -1,30 +1,180 @@
-"""The Hugging Face Hub: downloading a data set's files and uploading folders.
+"""Data sets from the Hugging Face Hub, identified by the SHA-256 of their files, and uploads to it.
 
 An interrupted download resumes, even after a kill: the Hub's own client would start over.
 """
 
+import contextlib
 import fcntl
-import functools
+import json
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from basemodel.command_line import require_repo_id
+import huggingface_hub as hub  # loads its parts, and the network's, when they are used
+from tqdm import tqdm
+
+from basemodel.command_line import require_inside, require_repo_id
 from basemodel.errors import InputError, RunError
-from basemodel.files import fingerprint
+from basemodel.files import fingerprint, replace_text
+from basemodel.json_config import read_json_object
+
+FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files
 
 
-def download_file(url: str, path: Path, *, size: int | None, etag: str | None) -> dict[str, Any]:
+def dataset_folder(datasets_dir: Path, dataset: str) -> Path:
+    """The folder of data set OWNER/NAME. Raises InputError for any other name, or a link that leads out."""
+    require_repo_id(dataset)
+    folder = datasets_dir.joinpath(*dataset.split("/"))
+    require_inside(datasets_dir, folder)
+    return folder
+
+
+def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits: Iterable[str]) -> Path:
+    """Download the token files of `splits` that are missing; return the data set's folder.
+
+    All files come from one commit, and an interrupted download resumes where it stopped. Raises InputError,
+    naming the data set, if that fails.
+    """
+    folder = dataset_folder(datasets_dir, dataset)
+    if datasets_dir.is_file():
+        raise InputError(f"{datasets_dir}: is a file; DATASETS_DIR is the folder of the data sets")
+    names = [f"{split}.safetensors" for split in splits]
+    missing = [name for name in names if not (folder / name).exists()]
+    known = _known_fingerprints(folder)
+    commits = [known[name].get("revision") for name in names if name in known and name not in missing]
+    for commit in filter(None, commits):
+        if revision is not None and len(revision) >= 40 and revision != commit:
+            raise InputError(
+                f"{folder}: is at commit {commit}, but dataset_revision asks for {revision}; move it away"
+            )
+    if missing:
+        _download(folder, dataset, revision or next(filter(None, commits), None), missing)
+    return folder
+
+
+def _download(folder: Path, dataset: str, revision: str | None, names: list[str]) -> None:
+    """Download files, and meta.json if there is one, from one commit, which is recorded."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for name in [*names, "meta.json"]:
+        try:
+            url = hub.hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
+            theirs = hub.get_hf_file_metadata(url)
+            revision = theirs.commit_hash or revision
+            url = hub.hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
+            found = download_file(url, folder / name, theirs)
+            known = {**found, "mtime_ns": (folder / name).stat().st_mtime_ns, "revision": revision}
+            _keep_fingerprints(folder, _known_fingerprints(folder) | {name: known})
+        except InputError:
+            raise
+        except Exception as error:  # network, proxy and Hub errors have many types
+            if name == "meta.json" and isinstance(error, EntryNotFoundError):
+                continue  # older data sets have none
+            raise InputError(
+                f"{folder / name} is missing, and the Hub did not provide it ({reason(error)}); check the "
+                f"data set's name '{dataset}' and the network, or prepare it with prepare_datasets.py"
+            ) from None
+
+
+def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The size and SHA-256 of a data set's files, and the commit ("revision") they were downloaded from.
+
+    They are cached in the folder; a file is hashed again only if its size or modification time changed.
+    Raises InputError if a hash differs from the one in the data set's meta.json.
+    """
+    meta = read_json_object(folder / "meta.json") if (folder / "meta.json").exists() else {}
+    promised = meta.get("sha256") if isinstance(meta.get("sha256"), dict) else {}
+    before = _known_fingerprints(folder)
+    known = dict(before)
+    for name in names:
+        path, stat = folder / name, (folder / name).stat()
+        seen = known.get(name, {})
+        if (seen.get("size"), seen.get("mtime_ns")) != (stat.st_size, stat.st_mtime_ns):
+            if stat.st_size > 1 << 30:
+                tqdm.write(f"Checking {path} ({stat.st_size / 1e9:.1f} GB), once")
+            known[name] = {**fingerprint(path), "mtime_ns": stat.st_mtime_ns}
+        if promised.get(name) not in (None, known[name]["sha256"]):
+            raise InputError(f"{path}: damaged (its SHA-256 is not meta.json's); fetch or prepare it again")
+    if known != before:
+        _keep_fingerprints(folder, known)
+    return {name: known[name] for name in names}
+
+
+def same_on_all_nodes(nodes: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The fingerprints of one node if those of all nodes agree. Raises InputError if they differ."""
+    for name in nodes[0]:
+        hashes = {node[name]["sha256"] for node in nodes}
+        if len(hashes) != 1:
+            raise InputError(
+                f"{name} is not the same on all nodes; delete the wrong one to download it again"
+            )
+    return nodes[0]
+
+
+def _keep_fingerprints(folder: Path, known: dict[str, dict[str, Any]]) -> None:
+    # In a read-only folder the next run hashes the files again.
+    with contextlib.suppress(OSError):
+        replace_text(folder / FINGERPRINTS, json.dumps(known, indent=1))
+
+
+def _known_fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return read_json_object(folder / FINGERPRINTS)
+    except InputError:
+        return {}
+
+
+def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Path], str]:
+    """The files of a Hub data set that match a pattern, and the commit they come from.
+
+    They are kept in the Hub's own cache, shared by all processes; when all are there, the Hub is not asked.
+    Raises InputError, naming the data set, on any failure.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import filter_repo_objects
+
+    options = {"repo_type": "dataset", "revision": revision, "allow_patterns": pattern}
+    try:
+        try:
+            folder = Path(hub.snapshot_download(dataset, local_files_only=True, **options))
+        except LocalEntryNotFoundError:
+            commit = hub.HfApi().dataset_info(dataset, revision=revision or "main").sha
+            names = hub.HfApi().list_repo_files(dataset, repo_type="dataset", revision=commit)
+            blobs = Path(HF_HUB_CACHE, repo_folder_name(repo_id=dataset, repo_type="dataset"), "blobs")
+
+            def fetch(name: str) -> None:
+                url = hub.hf_hub_url(dataset, name, repo_type="dataset", revision=commit)
+                announced = hub.get_hf_file_metadata(url)
+                if not (blobs / announced.etag).exists():
+                    download_file(url, blobs / announced.etag, announced)
+
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(fetch, filter_repo_objects(names, allow_patterns=pattern)))
+            # Finds these files in the cache, and links them to their names.
+            folder = Path(hub.snapshot_download(dataset, **options))
+    except Exception as error:  # anything a network, a proxy or the Hub can raise
+        raise InputError(
+            f"{dataset}: could not download '{pattern}' from the Hub ({reason(error)}); check the name, "
+            "--files, --revision and the network, and run the same command again: finished files are kept"
+        ) from None
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return [folder / name for name in sorted(filter_repo_objects(names, allow_patterns=pattern))], folder.name
+
+
+def download_file(url: str, path: Path, metadata: Any) -> dict[str, Any]:
     """Download one file, resuming an earlier attempt; return its size and SHA-256.
 
     An incomplete file has another name beside `path`; of several processes one downloads, the others wait.
-    Raises InputError if the file differs from what was announced (a large file's `etag` is its SHA-256), and
-    whatever the Hub's client raises.
+    Raises InputError if the file differs from what its HfFileMetadata announced (a large file's `etag` is its
+    SHA-256), and whatever the Hub's client raises.
     """
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    etag = etag or ""
+    size, etag = metadata.size, metadata.etag or ""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".incomplete-{path.name}-{etag[:16]}")
     with partial.open("ab") as file:
@@ -46,59 +196,13 @@ def download_file(url: str, path: Path, *, size: int | None, etag: str | None) -
     return found
 
 
-def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Path], str]:
-    """The files of a Hub data set that match a pattern, and the commit they come from.
-
-    They are kept in the Hub's own cache, shared by all processes; when all are there, the Hub is not asked.
-    Raises InputError, naming the data set, on any failure.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.utils import filter_repo_objects
-
-    options = {"repo_type": "dataset", "revision": revision, "allow_patterns": pattern}
-    try:
-        try:
-            folder = Path(snapshot_download(dataset, local_files_only=True, **options))
-        except LocalEntryNotFoundError:
-            commit = HfApi().dataset_info(dataset, revision=revision or "main").sha
-            names = HfApi().list_repo_files(dataset, repo_type="dataset", revision=commit)
-            fetch = functools.partial(_download_to_cache, dataset, commit)
-            with ThreadPoolExecutor(8) as pool:
-                list(pool.map(fetch, filter_repo_objects(names, allow_patterns=pattern)))
-            # Finds these files in the cache, and links them to their names.
-            folder = Path(snapshot_download(dataset, **options))
-    except Exception as error:  # anything a network, a proxy or the Hub can raise
-        raise InputError(
-            f"{dataset}: could not download '{pattern}' from the Hub ({reason(error)}); check the name, "
-            "--files, --revision and the network, and run the same command again: finished files are kept"
-        ) from None
-    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return [folder / name for name in sorted(filter_repo_objects(names, allow_patterns=pattern))], folder.name
-
-
-def _download_to_cache(dataset: str, commit: str, name: str) -> None:
-    """Download a file to where the Hub's client caches its content, blobs/ETAG, unless it is there."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import repo_folder_name
-
-    url = hf_hub_url(dataset, name, repo_type="dataset", revision=commit)
-    metadata = get_hf_file_metadata(url)
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=dataset, repo_type="dataset")
-    blob = folder / "blobs" / metadata.etag
-    if not blob.exists():
-        download_file(url, blob, size=metadata.size, etag=metadata.etag)
-
-
 def check_push(repo_id: str) -> None:
     """Raise InputError unless `repo_id` is OWNER/NAME and the Hub accepts this user's token."""
-    from huggingface_hub import HfApi, get_token
-
     require_repo_id(repo_id, "repository")
-    if get_token() is None:
+    if hub.get_token() is None:
         raise InputError("--push: there is no Hub token; set HF_TOKEN, or run: hf auth login")
     try:
-        HfApi().whoami()
+        hub.HfApi().whoami()
     except Exception as error:  # anything a network, a proxy or the Hub can raise
         raise InputError(
             f"--push {repo_id}: the Hub denies access ({reason(error)}); try `hf auth login`"
@@ -110,9 +214,7 @@ def push(folder: Path, repo_id: str, message: str, **options: Any) -> str:
 
     `options` are HfApi.create_repo's. Raises RunError; the same call then uploads only what is missing.
     """
-    from huggingface_hub import HfApi
-
-    api, kind = HfApi(), options.get("repo_type")
+    api, kind = hub.HfApi(), options.get("repo_type")
     try:
         api.create_repo(repo_id, exist_ok=True, **options)
         done = api.upload_folder(repo_id=repo_id, repo_type=kind, folder_path=folder, commit_message=message)

@@ -140,7 +140,9 @@ class GigatokenEncoder:
         if self._bytes >= self.RENEW_BYTES:
             self._gigatoken = None  # free the old one before the new one is loaded
             self._gigatoken, self._bytes = load_gigatoken(self._ranks), 0
-        if self._may_differ(text):
+        # A fast check for the first bytes of differing characters, then one for the characters themselves.
+        suspicious = not text.isascii() and text.translate(None, delete=self._harmless)
+        if suspicious and not self._differing.isdisjoint(self._suspects.findall(text)):
             return encode(self._tokenizer, text)
         tokens = self._gigatoken.encode(text)
         sampled = self._texts < 16 or self._texts % 512 == 0
@@ -149,12 +151,6 @@ class GigatokenEncoder:
         self._texts += 1
         self._bytes += len(text)
         return tokens
-
-    def _may_differ(self, text: bytes) -> bool:
-        # A fast check for the first bytes of such characters, then one for the characters themselves.
-        if text.isascii() or not text.translate(None, delete=self._harmless):
-            return False
-        return not self._differing.isdisjoint(self._suspects.findall(text))
 
 
 def set_up_engine(engine: str, tokenizer: tiktoken.Encoding, folder: Path) -> GigatokenEncoder | None:

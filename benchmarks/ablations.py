@@ -28,7 +28,7 @@ from basemodel.config import TrainConfig
 from basemodel.data import TokenFile
 from basemodel.distributed import join_world
 from basemodel.errors import RunError, require
-from basemodel.fetching import dataset_folder
+from basemodel.hub import dataset_folder
 from basemodel.json_config import read_config, read_json_object
 from ddp_train import Learner
 from gpt import GPTConfig

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from basemodel.config import TrainConfig
 from basemodel.data import BatchPlan
 from basemodel.errors import InputError
-from basemodel.fetching import same_on_all_nodes
+from basemodel.hub import same_on_all_nodes
 from basemodel.resume import check_resumable
 from basemodel.run import Run
 from gpt import GPTConfig

@@ -13,7 +13,7 @@ from helpers import MODEL, random_tokens, write_dataset
 from basemodel.config import TrainConfig
 from basemodel.data import Sequences, TokenFile, check_tokenizer, check_tokens, open_data, plan_batches
 from basemodel.errors import InputError
-from basemodel.fetching import fingerprint_files
+from basemodel.hub import fingerprint_files
 from basemodel.optimizer import learning_rate_at
 from gpt import GPTConfig
 

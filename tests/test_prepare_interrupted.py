@@ -140,6 +140,18 @@ def test_parts_of_other_input_are_made_again(
     finish(corpus, tmp_path / "out", texts, *options, fraction=fraction)
 
 
+def test_an_empty_output_folder_does_not_end_what_is_finished(
+    corpus: Path, tmp_path: Path, texts: list[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    with interrupted(corpus, tmp_path / "out", 1) as script:
+        script.signal(signal.SIGINT)
+        assert script.wait(60).returncode == 130
+    kept = len(parts(tmp_path / "out"))
+    assert kept > 0
+    assert finish(corpus, tmp_path / "out", texts).stdout.startswith(f"{kept} of ")
+
+
 @forked
 def test_all_is_on_the_disk_before_it_has_its_name(corpus: Path, tmp_path: Path) -> None:
     on_disk, fsync, replace = set(), os.fsync, Path.replace
