@@ -34,14 +34,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpointing
-from basemodel import data, hub, memory, run_folder
+from basemodel import data, hub, memory, microbatch, run_folder
 from basemodel.command_line import run_command
 from basemodel.compilation import compile_if_wanted
 from basemodel.config import TrainConfig
 from basemodel.distributed import StopSignal, World, join_world, lost_processes_explained
 from basemodel.errors import InputError, RunError
 from basemodel.loss import NextTokenLoss
-from basemodel.microbatch import largest_that_fits
 from basemodel.optimizer import allocate_state, learning_rate_at, make_optimizer, set_learning_rate, step_if
 from basemodel.pending import PendingSteps, StepResult
 from basemodel.plan import print_plan
@@ -67,14 +66,19 @@ class Learner:
     Every process starts with the same weights, and with a dropout stream of its own.
     """
 
-    def __init__(self, config: TrainConfig, model_config: GPTConfig, world: World) -> None:
+    def __init__(
+        self, config: TrainConfig, model_config: GPTConfig, world: World, *, any_size: bool = False
+    ) -> None:
+        """`any_size`: compile for any microbatch, not for the config's alone."""
         self.config, self.world = config, world
+        # DDP sends gradients from its buckets, where they stay. One process alone frees them after each step.
+        self.keeps_gradients = world.size > 1
         self.precision = choose_precision(config, world.device)
         torch.set_float32_matmul_precision("highest" if self.precision == "fp32" else "high")
         torch.manual_seed(config.random_seed)
         self.model = GPTModel(model_config).to(world.device)
         self.loss_module = NextTokenLoss(self.model, document_masking=config.document_masking)
-        compile_if_wanted(self.loss_module, config, world, self._warm_up)
+        compile_if_wanted(self.loss_module, config, world, self._warm_up, any_size=any_size)
         self.optimizer = make_optimizer(self.model, config, self.precision, peers=world)
         allocate_state(self.optimizer)
         # With several processes, DDP's wrapper of the loss averages gradients in its backward pass.
@@ -115,8 +119,7 @@ class Learner:
         finite = loss.isfinite() & grad_norm.isfinite()
         set_learning_rate(self.optimizer, learning_rate)
         step_if(finite, self.optimizer, self.scaler)
-        # Zeroed, gradients stay views of DDP's buckets. Without DDP, dropping them saves memory.
-        self.optimizer.zero_grad(set_to_none=self.world.size == 1)
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         return torch.stack([loss, grad_norm, finite.to(loss), stops])
 
     def _accumulate_gradients(self, microbatches: list[Tensor]) -> Tensor:
@@ -146,25 +149,29 @@ class Learner:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clipping_max_norm, grad_norm)
         return grad_norm
 
-    @torch.no_grad()
     def validate(self, sequences: data.Sequences, stop: StopSignal) -> float | None:
         """Mean loss over the first validation_batches microbatches, shared out over the processes.
 
         Returns None if any process is asked to stop before it finishes.
         """
         config, world = self.config, self.world
-        self.loss_module.eval()
         total = torch.zeros((), device=world.device)
-        stopped = False
         for first in range(0, config.validation_batches, world.size):
-            if stopped := world.any(stop):
-                break
+            if world.any(stop):
+                return None
             if (index := first + world.rank) < config.validation_batches:
-                microbatch = sequences.read(index * config.microbatch_size, config.microbatch_size)
-                with autocast(self.precision, world.device):
-                    total += self.loss_module(data.to_device(microbatch, world.device))
+                found = sequences.read(index * config.microbatch_size, config.microbatch_size)
+                total += self.validation_loss(data.to_device(found, world.device))
+        return world.all_reduce(total).item() / config.validation_batches
+
+    @torch.no_grad()
+    def validation_loss(self, sequences: Tensor) -> Tensor:
+        """The mean loss of sequences (B, T + 1), without dropout."""
+        self.loss_module.eval()
+        with autocast(self.precision, self.world.device):
+            loss = self.loss_module(sequences)
         self.loss_module.train()
-        return None if stopped else world.all_reduce(total).item() / config.validation_batches
+        return loss
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -503,51 +510,46 @@ def show_plan(run: Run, datasets_dir: Path, world: World) -> None:
 
 
 def find_max_microbatch(run: Run, world: World, stop: StopSignal) -> int:
-    """The largest microbatch_size whose training step fits into memory on every process.
+    """The largest microbatch_size with which the run fits into memory on every process.
 
-    The steps are real, but on random tokens and without all-reduce. Raises RunError if not even 1 fits, or
-    when asked to stop.
+    Takes real steps on random tokens, but without all-reduce. Raises RunError if not even 1 fits, or when
+    asked to stop.
     """
     # The first collective allocates its buffers before anything is measured.
     world.all_reduce(torch.zeros(1, device=world.device))
     if world.device.type == "cpu":
         memory.limit_host_memory(world.local_size)
-    # Steps do not communicate, so that no process waits for one that ran out of memory.
-    alone = dataclasses.replace(world, rank=0, size=1, control=None)
+    alone, smallest = microbatch.rehearsal_of(world), dataclasses.replace(run.config, microbatch_size=1)
     with memory.memory_errors_explained("the model alone does not fit; use a smaller one or fewer processes"):
-        learner = Learner(dataclasses.replace(run.config, microbatch_size=1), run.model_config, alone)
-    # With DDP or accumulation, gradients exist beside the activations: a second microbatch shows that.
-    config = run.config
+        learner = Learner(smallest, run.model_config, alone, any_size=True)
+    learner.keeps_gradients = world.size > 1
+    try_size = functools.partial(rehearse, learner)
+    size = microbatch.largest_that_fits(try_size, world, stop)
+    if learner.loss_module.is_compiled:  # until now for any size, but a run compiles for its own
+        torch.compiler.reset()
+        learner.loss_module.compile()
+        while size > 1 and not microbatch.fits(try_size, size, world):
+            size -= 1
+    return size
+
+
+def rehearse(learner: Learner, size: int) -> str:
+    """Take two steps with microbatches of `size`, validate one, and describe memory and speed."""
+    config, shape, device = learner.config, learner.model.config, learner.world.device
+    learner.optimizer.zero_grad()  # left by a size that did not fit
+    memory.release_memory(device)
+    tokens = torch.randint(shape.vocab_size, (size, shape.context_length + 1)).to(device)
+    # With accumulation, gradients exist beside the activations of the second microbatch.
     accumulates = config.global_batch_size is not None or config.gradient_accumulation_steps not in (None, 1)
-    microbatches = 2 if world.size > 1 or accumulates else 1
-
-    def try_size(size: int) -> str | None:
-        """Take two steps at a size and describe them; None if they run out of memory."""
-        description = None
-        try:
-            description = take_two_steps(learner, size, microbatches)
-        except Exception as error:
-            if not memory.is_out_of_memory(error):
-                raise
-        # The failed step's memory is only free here, after its exception and traceback are gone.
-        learner.optimizer.zero_grad()
-        memory.release_memory(world.device)
-        return description
-
-    return largest_that_fits(try_size, world, stop)
-
-
-def take_two_steps(learner: Learner, size: int, count: int) -> str:
-    """Take two steps of `count` microbatches of `size` random sequences; describe their memory and speed."""
-    if learner.loss_module.is_compiled:
-        torch.compiler.reset()  # it would stop compiling after a few sizes
-    shape = learner.model.config
-    tokens = torch.randint(shape.vocab_size, (size, shape.context_length + 1)).to(learner.world.device)
+    microbatches = [tokens] * (2 if accumulates else 1)
     for _ in range(2):
         start = time.perf_counter()
-        learner.train_step([tokens] * count, learning_rate=0.0).tolist()  # waits for the device
-    speed = count * size * shape.context_length / (time.perf_counter() - start)
-    return f"{memory.peak_memory(learner.world.device):.2f} GiB, {speed:,.0f} tokens/s per process"
+        learner.train_step(microbatches, learning_rate=0.0).tolist()  # waits for the device
+    speed = len(microbatches) * size * shape.context_length / (time.perf_counter() - start)
+    if config.validation_interval is not None:
+        learner.validation_loss(tokens)
+    peak, free = memory.peak_memory(device), memory.free_memory(device) / 2**30
+    return f"{peak:.2f} GiB, {speed:,.0f} tokens/s per process, {free:.1f} GiB left"
 
 
 def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None) -> Run:

@@ -16,7 +16,12 @@ from basemodel.memory import is_out_of_memory
 
 
 def compile_if_wanted(
-    loss: NextTokenLoss, config: TrainConfig, world: World, try_out: Callable[[nn.Module], None]
+    loss: NextTokenLoss,
+    config: TrainConfig,
+    world: World,
+    try_out: Callable[[nn.Module], None],
+    *,
+    any_size: bool = False,
 ) -> None:
     """Compile the loss if the config says so ("auto": on CUDA) and `try_out`, a pass through it, succeeds.
 
@@ -28,7 +33,7 @@ def compile_if_wanted(
         # Processes that write the same compiled library at the same time corrupt it.
         own = Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{world.local_rank}"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own))
-    loss.compile()
+    loss.compile(any_size=any_size)
     problem = None
     try:
         try_out(loss)

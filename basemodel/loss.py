@@ -45,8 +45,8 @@ class NextTokenLoss(nn.Module):
         self.model, self.document_masking = model, document_masking
         self._chunk: ChunkFunction = chunk_loss_and_gradients
 
-    def compile(self, *, dynamic: bool = False) -> None:
-        """Compile, at their next call, each block and the loss of a chunk; `dynamic`: for any batch size.
+    def compile(self, *, any_size: bool = False) -> None:
+        """Compile, at their next call, each block and the loss of a chunk; `any_size`: for all batch sizes.
 
         One graph of all blocks would hold back every gradient until its backward pass has ended, and DDP
         could not all-reduce those of the last blocks meanwhile. Equal blocks are compiled once.
@@ -54,6 +54,7 @@ class NextTokenLoss(nn.Module):
         if self.model.out_head.weight.device.type == "cpu":
             # Keep 60% of the activations, recompute the cheap ones: as fast on a CPU, in a tenth less memory.
             torch._functorch.config.activation_memory_budget = 0.6
+        dynamic = None if any_size else False  # None: as a second size comes
         torch._dynamo.config.optimize_ddp = False  # it would cut graphs at buckets; blocks are small enough
         for block in self.model.trf_blocks:
             block.compile(dynamic=dynamic)

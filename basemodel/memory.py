@@ -44,27 +44,34 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process could still allocate on the device, or all processes together on the host."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = _kilobytes("/proc/meminfo", "MemAvailable") * 1024
+    group = Path("/sys/fs/cgroup")  # a container's own limit
+    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()).isdigit():
+        free = min(free, int(most) - int((group / "memory.current").read_text()))
+    return free or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def limit_host_memory(processes: int) -> None:
     """Limit this process to its share of the memory that is free now.
 
     Without a limit Linux does not refuse an allocation, it kills the process that made it.
     """
-
-    def kilobytes(path: str, key: str) -> int | None:
-        lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-        return next((int(line.split()[1]) for line in lines if line.startswith(key + ":")), None)
-
-    free = kilobytes("/proc/meminfo", "MemAvailable")
-    if free is None:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 1024
-    group = Path("/sys/fs/cgroup")  # a container's own limit
-    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()).isdigit():
-        free = min(free, (int(most) - int((group / "memory.current").read_text())) // 1024)
-    held = kilobytes("/proc/self/status", "VmData") or 0
-    limit = (held + int(0.95 * free / processes)) * 1024
+    held = _kilobytes("/proc/self/status", "VmData") * 1024
+    limit = held + int(0.95 * free_memory(torch.device("cpu")) / processes)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if soft == resource.RLIM_INFINITY or limit < soft:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _kilobytes(path: str, key: str) -> int:
+    """A figure of one of Linux's files, 0 where there is none."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith(key + ":")), 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,30 +2,58 @@
 
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from basemodel.distributed import StopSignal, World
 from basemodel.errors import RunError
+from basemodel.memory import is_out_of_memory
 
 
-def largest_that_fits(try_size: Callable[[int], str | None], world: World, stop: StopSignal) -> int:
+class Rehearsal(World):
+    """One process with the buffers of several, which never waits for one that ran out of memory."""
+
+    def broadcast_shards(self, shares: list[list[Tensor]]) -> None:
+        """Allocate what sharing out the updates of `shares` takes."""
+        _ = [torch.cat([tensor.flatten() for tensor in share]) for share in shares]
+
+
+def rehearsal_of(world: World) -> World:
+    """The world in which to try sizes: without communication, but with its buffers."""
+    if world.size == 1:
+        return world
+    return Rehearsal(0, world.local_rank, 1, world.local_size, world.device, control=None)
+
+
+def largest_that_fits(try_size: Callable[[int], str], world: World, stop: StopSignal) -> int:
     """The largest microbatch size that fits on every process, found by doubling, then bisecting.
 
-    `try_size` takes real steps at a size and describes them, or returns None where memory ran out. Raises
-    RunError if not even 1 fits, or when asked to stop.
+    `try_size` takes real steps at a size and describes them. Raises RunError if not even 1 fits, or when
+    asked to stop.
     """
     fitting, too_large = 0, None
     while too_large is None or too_large - fitting > 1:
         size = (fitting + too_large) // 2 if too_large else max(1, 2 * fitting)
-        description = try_size(size)
-        fits = all(each is not None for each in world.all_gather(description))
-        fitting, too_large = (size, too_large) if fits else (fitting, size)
-        if world.is_first:
-            tqdm.write(f"microbatch {size}: " + (f"fits, {description}" if fits else "too large"))
+        fitting, too_large = (size, too_large) if fits(try_size, size, world) else (fitting, size)
         if world.any(stop):
             raise RunError(f"stopped by a signal; the largest microbatch that fit so far is {fitting}")
     if fitting == 0:
         raise RunError(
             "not even a microbatch of 1 fits; a smaller model, context_length or number of processes would"
         )
+    return fitting
+
+
+def fits(try_size: Callable[[int], str], size: int, world: World) -> bool:
+    """Whether a microbatch of `size` fits on every process; the first one prints the answer."""
+    description = None
+    try:
+        description = try_size(size)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    fitting = all(each is not None for each in world.all_gather(description))
+    if world.is_first:
+        tqdm.write(f"microbatch {size}: " + (f"fits, {description}" if fitting else "too large"))
     return fitting
