@@ -44,7 +44,7 @@ from basemodel.loss import NextTokenLoss
 from basemodel.optimizer import allocate_state, learning_rate_at, make_optimizer, set_learning_rate, step_if
 from basemodel.pending import PendingSteps, StepResult
 from basemodel.plan import print_plan
-from basemodel.precision import autocast, choose_precision
+from basemodel.precision import autocast, choose_precision, set_up_arithmetic
 from basemodel.reporting import Reporter
 from basemodel.resume import check_resumable, provenance, rng_state, set_rng_state
 from basemodel.run import Run
@@ -74,7 +74,7 @@ class Learner:
         # DDP sends gradients from its buckets, where they stay. One process alone frees them after each step.
         self.keeps_gradients = world.size > 1
         self.precision = choose_precision(config, world.device)
-        torch.set_float32_matmul_precision("highest" if self.precision == "fp32" else "high")
+        set_up_arithmetic(self.precision, deterministic=config.deterministic)
         torch.manual_seed(config.random_seed)
         self.model = GPTModel(model_config).to(world.device)
         self.loss_module = NextTokenLoss(self.model, document_masking=config.document_masking)

@@ -39,6 +39,7 @@ class TrainConfig:
     # Precision and speed
     precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = "auto"  # the best the machine has
     compile: bool | Literal["auto"] = "auto"  # on CUDA
+    deterministic: bool = False  # the same bits on every run on CUDA too, slower
     # Validation, checkpoints and the rest
     validation_interval: int | None = None  # null: no validation
     validation_batches: int = 0  # microbatches per validation, over all processes

@@ -1,9 +1,11 @@
-"""The precision of matrix products: which one a run trains in, and the context that switches it on."""
+"""The precision of matrix products, and whether a run has the same bits each time."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.utils.deterministic
 
 from basemodel.config import TrainConfig
 
@@ -17,6 +19,21 @@ def choose_precision(config: TrainConfig, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
+
+
+def set_up_arithmetic(precision: str, *, deterministic: bool) -> None:
+    """Set how PyTorch multiplies float32 matrices, and whether it avoids kernels that add in varying order.
+
+    Call it before the first matrix product, because cuBLAS reads its setting then. An operation without a
+    deterministic kernel raises RuntimeError.
+    """
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # would only help to find bugs, and takes time
+    )
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 
 def _cpu_multiplies_bf16() -> bool:

@@ -352,3 +352,27 @@ def test_long_runs_are_drawn_as_means_in_a_band_of_extremes(
     assert y == pytest.approx([part.mean() for part in bins])
     assert low == [part.min() for part in bins] and high == [part.max() for part in bins]
     assert all(one < other for one, other in pairwise(x)) and len(x) == 200
+
+
+WATCH_DETERMINISM = f"""{NO_CHART}
+import os, torch
+step = torch.optim.AdamW.step
+def watch(self, *arguments, **options):
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    print("stepped", json.dumps([torch.are_deterministic_algorithms_enabled(), workspace]), flush=True)
+    return step(self, *arguments, **options)
+import json
+torch.optim.AdamW.step = watch
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_deterministic_run_allows_no_other_kernels(sandbox: Sandbox, optimizer: str) -> None:
+    """All that a step, masked documents included, and a validation need has a deterministic kernel here."""
+    train = {**VALIDATE, "optimizer": optimizer, "document_masking": True}
+    model = {"vocab_size": 257, "tokenizer": "bytes", "drop_rate": 0.1}
+    for run, deterministic, expected in (("free", False, [False, None]), ("fixed", True, [True, ":4096:8"])):
+        sandbox.write_run(run, model, {**train, "deterministic": deterministic})
+        steps = watched(sandbox.train(run, before=WATCH_DETERMINISM), "stepped")
+        assert all(step == expected for step in steps)
+    assert_same_tensors(sandbox.final_tensors("free"), sandbox.final_tensors("fixed"))
