@@ -1,6 +1,6 @@
-"""When DDP's all-reduces start, as a share of the backward pass: the earlier, the more of them hides behind it.
+"""When DDP's all-reduces start, as a share of the backward pass: the earlier, the more of them it hides.
 
-    torchrun --nproc_per_node=2 benchmarks/overlap.py                  12 layers of 512, as deep as GPT-2 small
+    torchrun --nproc_per_node=2 benchmarks/overlap.py                  12 layers of 512 on two CPU cores
     torchrun --nproc_per_node=8 benchmarks/overlap.py --width 768 --heads 12 --context 1024 --vocab 50257
 
 Each side is the run's own training step, eager and compiled; medians over the rounds. The gradients of a

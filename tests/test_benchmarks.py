@@ -7,7 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import BYTES, ROOT, Sandbox, Script, needs_gpt2, random_tokens, write_dataset
+from helpers import (
+    BYTES,
+    ROOT,
+    Sandbox,
+    Script,
+    needs_gpt2,
+    random_tokens,
+    rank_environment,
+    reserve_port,
+    write_dataset,
+)
 
 from basemodel.errors import RunError
 
@@ -55,7 +65,9 @@ def assert_lines(said: str, *patterns: str) -> None:
 
 def test_every_benchmark_is_run_here() -> None:
     scripts = {path.stem for path in ROOT.glob("benchmarks/*.py")} - {"common", "reference"}
-    assert scripts == set(re.findall(r'(?:measured|Script)\([^"]*"(\w+)"', Path(__file__).read_text()))
+    assert scripts == set(
+        re.findall(r'(?:measured|Script)\([^"]*"(?:benchmarks/)?(\w+)(?:\.py)?"', Path(__file__).read_text())
+    )
 
 
 def test_ablations(sandbox: Sandbox) -> None:
@@ -86,6 +98,20 @@ def test_optimizers(sandbox: Sandbox) -> None:
     said = measured(sandbox, "optimizers", "demo", "--rounds", 2)
     for side in ("AdamW", "torch's Muon", "Muon"):
         assert_lines(said, rf"\| {side} \| {SPREAD} \| {FIGURE}% \|")
+
+
+def test_overlap(sandbox: Sandbox) -> None:
+    """With a compiler that takes graphs as they are."""
+    eager = "import functools, torch; torch.compile = functools.partial(torch.compile, backend='eager')"
+    words = ["--layers", "2", "--width", "32", "--heads", "2", "--context", "16", "--rounds", "1"]
+    with reserve_port() as holder:
+        envs = [sandbox.env | rank_environment(rank, 2, holder) for rank in range(2)]
+        scripts = [Script(["benchmarks/overlap.py", *words], env, f"{BESIDE}\n{eager}") for env in envs]
+        done = [script.wait() for script in scripts]
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr
+    sides = (rf"\| {side} \| \d+(, \d+)* \| {SPREAD} \|" for side in ("eager", "compiled"))
+    assert_lines(done[0].stdout, *sides)
+    assert not done[1].stdout
 
 
 def test_overhead(sandbox: Sandbox) -> None:
