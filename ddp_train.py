@@ -48,7 +48,7 @@ from basemodel.plan import print_plan
 from basemodel.precision import autocast, choose_precision
 from basemodel.provenance import provenance
 from basemodel.reporting import Reporter
-from basemodel.resume import check_resumable
+from basemodel.resume import check_resumable, was_started_before
 from basemodel.rng import rng_state, set_rng_state
 from basemodel.run import Run
 from basemodel.weights import load_tensors
@@ -466,8 +466,6 @@ def main(
         raise InputError("give either a checkpoint's name or --resume, which finds the newest")
     if not datasets_dir and not find_max_microbatch_size:
         raise InputError("DATASETS_DIR is missing: the folder of the data sets")
-    # A process restarted by torchrun resumes, even without --resume.
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     status = 0
     with lost_processes_explained():
         world = join_world(timedelta(seconds=collective_timeout))
@@ -479,7 +477,9 @@ def main(
         elif only_plan:
             plan_only(run, datasets_dir, world)
         else:
-            run = prepare(run, datasets_dir, world, checkpoint)
+            run = dataclasses.replace(run, launchers=world.launchers())
+            resume = world.any(resume or was_started_before(run))
+            run = prepare(run, datasets_dir, world, checkpoint, resume)
             hint = f"microbatch_size is {run.config.microbatch_size}; -f finds the largest that fits"
             with memory.memory_errors_explained(hint):
                 trainer = make_trainer(run, world, "newest" if resume else checkpoint, allow_config_change)
@@ -549,16 +549,17 @@ def take_two_steps(learner: Learner, size: int, count: int) -> str:
     return f"{memory.peak_memory(learner.world.device):.2f} GiB, {speed:,.0f} tokens/s per process"
 
 
-def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None) -> Run:
+def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, resume: bool) -> Run:
     """Lock the run's folder, download missing data, once per node, and check every token the run will use.
 
     Raises InputError at once if `checkpoint` does not exist.
     """
     config, model_config = run.config, run.model_config
     config.accumulation_for(world.size)  # before anything slow
-    if checkpoint is not None:
+    if checkpoint is not None and not resume:
         world.agree(lambda: checkpointing.require_named(run.checkpoints, checkpoint), on=world.is_first)
-    locked = world.agree(lambda: run_folder.lock_run(run.directory), on=world.is_first)
+    say = tqdm.write if resume else None
+    locked = world.agree(lambda: run_folder.lock_run(run.directory, say), on=world.is_first)
     if locked:
         checkpointing.remove_leftovers(run.checkpoints)
     elif world.is_first:

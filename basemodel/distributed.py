@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
@@ -62,6 +63,14 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.patient if patiently else self.control)
         return values
+
+    def launchers(self) -> tuple[str, ...]:
+        """A name of each torchrun launcher that started processes, one per node, unique to the launch."""
+        # torchrun has none, and the run id is often "none". But each launcher makes a folder of its own,
+        # under a random name, where its processes report errors: FOLDER/attempt_0/0/error.json
+        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        names = {"/".join(Path(each).parts[-5:-3]) for each in self.all_gather(file) if each}
+        return tuple(sorted(names))
 
     def agree(self, task: Callable[[], Result], *, on: bool = True) -> Result | None:
         """Run `task` on the processes where `on` is true while the others wait; return its result there.

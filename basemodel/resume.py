@@ -1,12 +1,14 @@
-"""Whether a run may go on from a checkpoint."""
+"""Whether a run is to go on, and whether it may from a given checkpoint."""
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
 from basemodel.errors import InputError
 from basemodel.run import Run
+from basemodel.run_folder import read_status
 
 # Keys of train.json that may change when a run goes on: they say how the same work is split, kept, checked or
 # shown.
@@ -22,6 +24,17 @@ FREE_ON_RESUME = {
     "validation_batches",
     "start_val_token",
 }
+
+
+def was_started_before(run: Run) -> bool:
+    """Whether torchrun starts the run's processes again: after a failure, or because a node joined or left.
+
+    TORCHELASTIC_RESTART_COUNT counts the failures that this node's launcher has seen, and nothing else. But
+    at least one launcher stays whenever processes are started again, and status.json names the last ones.
+    """
+    known = read_status(run.directory).get("launchers") or []
+    failed_before = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return failed_before or any(launcher in known for launcher in run.launchers)
 
 
 def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[str], None] | None) -> None:

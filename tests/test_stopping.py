@@ -6,6 +6,7 @@ torchrun, where its own part is under test.
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -253,7 +254,7 @@ def torchrun() -> Iterator[Callable[..., Script]]:
     agents: list[Script] = []
 
     def start(sandbox: Sandbox, run: str, *launch: str, options: tuple[str, ...] = ()) -> Script:
-        processes = 1 if "--nnodes=2" in launch else 2
+        processes = 1 if "--nnodes" in launch[0] else 2
         command = sandbox.command(run, *options, processes=processes, torchrun=launch)
         # The second: else torchrun (2.13) tells a node that joins later nothing of the store it has kept.
         env = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -312,6 +313,63 @@ def test_a_node_that_was_killed_and_started_again_is_taken_back(
             done = node.wait(120)
             assert done.returncode == 0, done.stderr
     assert_same_end(sandbox, "killed", "whole")
+
+
+def test_a_node_that_joins_later_restarts_the_run_where_it_was(tmp_path: Path, whole: Path, torchrun) -> None:
+    """Without --resume, and although no launcher counts that as a restart; a new launch does start afresh."""
+    sandbox = make_sandbox(tmp_path, "joined")
+    sandbox.run_dir("whole").symlink_to(whole)
+    with reserve_port() as holder:
+        launch = (
+            *("--nnodes=1:2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{holder.getsockname()[1]}"),
+            *("--rdzv_id=same", "--rdzv_conf=last_call_timeout=1"),
+        )
+        nodes = [torchrun(sandbox, "joined", *launch)]
+        wait_for(step_reached(sandbox, "joined", 7), "the seventh step")
+        (worker,) = children_of(nodes[0].pid)
+        os.kill(worker, signal.SIGSTOP)  # else the run could be over before the other node is there
+        nodes.append(torchrun(sandbox, "joined", *launch))
+        wait_for(lambda: is_asked_to_stop(worker), "the first launcher to notice the second")
+        os.kill(worker, signal.SIGCONT)
+        for node in nodes:
+            done = node.wait(120)
+            assert done.returncode == 0, done.stderr
+        assert any("Resuming after step" in node.stdout for node in nodes)
+        assert sandbox.metrics("joined", "step") == sandbox.metrics("whole", "step")
+        assert sandbox.metrics("joined") == pytest.approx(sandbox.metrics("whole"), rel=0.05)
+        assert not list(sandbox.run_dir("joined").glob("earlier-*"))
+        afresh = torchrun(sandbox, "joined", *launch)
+        assert afresh.wait(120).returncode == 0
+        assert "Starting from scratch; earlier results are now in" in afresh.stdout
+
+
+def is_asked_to_stop(process: int) -> bool:
+    """Whether a stopped process has a SIGTERM to look at once it goes on."""
+    pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)[1]
+    return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_restart_waits_for_what_a_killed_launcher_has_left(tmp_path: Path, whole: Path, torchrun) -> None:
+    sandbox = make_sandbox(tmp_path, "orphaned")
+    sandbox.run_dir("whole").symlink_to(whole)
+    launcher = torchrun(sandbox, "orphaned", "--standalone")
+    wait_for(step_reached(sandbox, "orphaned", 7), "the seventh step")
+    orphans = children_of(launcher.pid)
+    for orphan in orphans:
+        os.kill(orphan, signal.SIGSTOP)
+    launcher.signal(signal.SIGKILL)
+    restarted = torchrun(sandbox, "orphaned", "--standalone", options=("--resume",))
+    try:
+        waiting = f"Waiting up to 600 s for another process of this run (pid {orphans[0]}) to end"
+        wait_for(lambda: waiting in restarted.stdout or restarted.has_ended, "the one that waits")
+        assert not restarted.has_ended, restarted.stderr
+    finally:
+        for orphan in orphans:
+            os.kill(orphan, signal.SIGCONT)
+    done = restarted.wait(120)
+    assert done.returncode == 0, done.stderr
+    assert "Resuming after step" in done.stdout and not any(map(is_alive, orphans))
+    assert_same_end(sandbox, "orphaned", "whole")
 
 
 def listens(process: int, port: int) -> bool:
