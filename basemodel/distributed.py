@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 
 START_SECONDS = 600.0  # how long processes wait for one another to start
 REPEAT_SECONDS = 3.0  # how long a second signal counts as torchrun's copy of the first
+LAUNCH_ADVICE = "launch with torchrun, or `unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE` for one process"
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,9 @@ class World:
 def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     """Choose this process's device and join the process group; collectives time out after `timeout`.
 
-    Raises InputError if the node has fewer devices than processes.
+    Raises InputError if the node has fewer devices than processes, or for wrong environment variables.
     """
-    rank, local_rank, size, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
-    )
+    rank, local_rank, size, local_size = place_in_the_world()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         device = torch.device("cpu")
@@ -158,6 +156,8 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
             raise InputError(
                 f"{local_size} processes on a node with {count} devices; --nproc_per_node={count}"
             )
+        if local_rank >= count:
+            raise InputError(f"LOCAL_RANK is {local_rank} on a node with {count} devices; {LAUNCH_ADVICE}")
         device = torch.device(accelerator.type, local_rank)
         torch.accelerator.set_device_index(local_rank)
     if size == 1:
@@ -173,6 +173,25 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     control = dist.new_group(backend="gloo", timeout=timeout)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
     return World(rank, local_rank, size, local_size, device, control, patient)
+
+
+def place_in_the_world() -> tuple[int, int, int, int]:
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; by default those of a process alone.
+
+    Raises InputError if the variables are not those that a launcher would set.
+    """
+    numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    numbers = {name: os.environ.get(name, default) for name, default in numbers.items()}
+    for name, value in numbers.items():
+        if not value.isdecimal():
+            raise InputError(f"{name} is '{value}', not a whole number; {LAUNCH_ADVICE}")
+    rank, local_rank, size, local_size, _ = map(int, numbers.values())
+    if rank >= size:
+        raise InputError(f"RANK is {rank}, too large for a WORLD_SIZE of {size}; {LAUNCH_ADVICE}")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ():
+        if not os.environ.get(name):
+            raise InputError(f"WORLD_SIZE is {size}, but {name} is not set; {LAUNCH_ADVICE}")
+    return rank, local_rank, size, local_size
 
 
 def store_of_these_processes(rank: int, size: int) -> dist.Store:

@@ -254,6 +254,10 @@ def test_a_process_takes_the_device_that_torch_finds(
             join_world()
         return
     world = join_world()
+    with monkeypatch.context() as left_over:
+        left_over.setenv("LOCAL_RANK", str(devices))
+        with pytest.raises(InputError, match=f"LOCAL_RANK is {devices} on a node with {devices} devices; "):
+            join_world()
     assert (world.size, world.control) == (1, None)
     assert world.device == torch.device("cuda:7" if devices == 8 else "mps:0")
     assert chosen == [world.device.index]
