@@ -31,6 +31,7 @@ from basemodel.command_line import require_plain_name
 from basemodel.errors import InputError, RunError
 from basemodel.files import fingerprint, sync
 from basemodel.json_config import read_json_object
+from basemodel.weights import save_tensors
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
 REQUIRED_META = {
@@ -135,7 +136,7 @@ def save_checkpoint(
             sync(folder.parent)
         temporary.mkdir()
         for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
-            safetensors.torch.save_file(tensors, temporary / name, metadata={"format": "pt"})
+            save_tensors(tensors, temporary / name)
             sync(temporary / name)
         meta = meta | {
             "files": {name: fingerprint(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}

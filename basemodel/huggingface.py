@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import tiktoken
 import torch
 
 from basemodel.errors import RunError
-from basemodel.weights import to_huggingface
+from basemodel.weights import save_tensors, to_huggingface
 from gpt import GPTConfig, GPTModel
 
 # What the tokenizers must agree on: words, spaces, digits, contractions, scripts, an emoji of four parts.
@@ -25,7 +24,7 @@ def write_model(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> 
     for name, values in (("config", config), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in to_huggingface(model.tensors()).items()}
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "model.safetensors")
     write_tokenizer(folder, tokenizer, model.config.context_length)
 
 

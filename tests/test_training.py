@@ -11,6 +11,7 @@ from helpers import (
     NO_CHART,
     Sandbox,
     Script,
+    assert_modes_are_the_umasks,
     rank_environment,
     refused,
     reserve_port,
@@ -44,6 +45,7 @@ def test_a_run_writes_what_the_contract_says(sandbox: Sandbox) -> None:
     best = sandbox.checkpoints()[losses[1:].index(min(losses[1:]))]
     assert (folder / "checkpoints/best").readlink().name == best.name
     assert (folder / "training-run-chart.png").read_bytes().startswith(b"\x89PNG")
+    assert_modes_are_the_umasks(folder)
 
     assert sandbox.metrics(key="step") == list(range(9)), "one line per step"
     assert sandbox.metrics(key="learning_rate") == [0.01] * 8
