@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,6 +85,12 @@ class Saver:
     def write(self, meta: dict[str, Any]) -> None:
         """Start writing what was copied, then updating the links (`best` if `meta` says so), then pruning."""
         self._job = self._thread.submit(self._write, *self._copied, meta)
+
+    def busy(self, seconds: float | None = None) -> bool:
+        """Whether a save is still in progress after waiting for it, up to `seconds` if given."""
+        if self._job is not None:
+            wait([self._job], seconds)
+        return self._job is not None and not self._job.done()
 
     def check(self) -> None:
         """Raise the error of the last save, if it has finished with one."""

@@ -48,9 +48,10 @@ from basemodel.plan import print_plan
 from basemodel.precision import autocast, choose_precision
 from basemodel.provenance import provenance
 from basemodel.reporting import Reporter
-from basemodel.resume import check_resumable, was_started_before
+from basemodel.resume import find_checkpoint, was_started_before
 from basemodel.rng import rng_state, set_rng_state
 from basemodel.run import Run
+from basemodel.watchdog import hung_steps_ended
 from basemodel.weights import load_tensors
 from gpt import GPTConfig, GPTModel
 
@@ -163,7 +164,8 @@ class Learner:
                 with autocast(self.precision, world.device):
                     total += self.loss_module(to_device(microbatch, world.device))
         self.loss_module.train()
-        return None if stopped else world.all_reduce(total).item() / config.validation_batches
+        # Not all_reduce: on a GPU it would wait without end for a process that has died or hangs.
+        return None if stopped else sum(world.all_gather(total.item())) / config.validation_batches
 
 
 def to_device(sequences: Tensor, device: torch.device) -> Tensor:
@@ -210,16 +212,18 @@ class Trainer:
         Returns the exit status: 0, or 128 + the signal. Raises RunError when the run diverges or a checkpoint
         cannot be saved.
         """
-        run, progress = self.run, self.progress
+        run, progress, pending = self.run, self.progress, PendingSteps(self.world.device)
         self.reporter = Reporter(run, progress.step, progress.seconds, enabled=self.world.is_first)
         self.saver = checkpointing.Saver(run.checkpoints, run.config.keep_checkpoints, run.metrics)
         self.reporter.status("running", progress.step)
         with StopSignal() as stop:
             try:
                 with self.saver:
-                    finished = self._loop(stop)
+                    with hung_steps_ended(self.world, stop, pending.overdue, self._give_up):
+                        finished = self._loop(stop, pending)
                     if not finished:
                         self._save(scheduled=False)
+                    self._await_save()
                     self.saver.finish()
             except Exception as error:
                 if isinstance(error, Diverged):  # the last save has finished, so the advice can name it
@@ -237,9 +241,9 @@ class Trainer:
         self.reporter.finish(progress.step, progress.train_loss, progress.val_loss)
         return 0
 
-    def _loop(self, stop: StopSignal) -> bool:
+    def _loop(self, stop: StopSignal, pending: PendingSteps) -> bool:
         """The training loop. Returns False if a signal arrived before all work was done."""
-        plan, progress, pending = self.run.plan, self.progress, PendingSteps(self.world.device)
+        plan, progress = self.run.plan, self.progress
         while True:
             if progress.work_due:  # also before the first step
                 self._log(pending.read_all())
@@ -331,6 +335,7 @@ class Trainer:
         is_best = scheduled and self._close_interval()
         if not nn.utils.get_total_norm(learner.model.tensors().values(), math.inf).isfinite():
             raise Diverged(f"the weights are NaN or infinite after step {self.progress.step}")
+        self._await_save()
         rng = self.world.all_gather(rng_state(self.world.device))
         if not self.world.is_first:
             return
@@ -339,6 +344,17 @@ class Trainer:
         self.reporter.log(self.progress.step, {"checkpoint_seconds": round(time.monotonic() - start, 3)})
         self.reporter.flush()
         self.saver.write(self._meta() | {"is_best": is_best, "rng": rng})
+
+    def _await_save(self) -> None:
+        """Wait on all processes for the save in progress, however long it takes, so that none of them times
+        out waiting for the first; a process that dies or hangs meanwhile is noticed."""
+        while self.world.any(self.saver.busy(0.3)):
+            pass
+
+    def _give_up(self, reason: str) -> None:
+        """Report that the main thread hangs, from another one. What is being saved is saved first."""
+        self.saver.busy()
+        self.reporter.close("failed", self.progress.step, error=reason)
 
     def _close_interval(self) -> bool:
         """Take the mean loss since the last checkpoint; return whether this checkpoint is the best so far."""
@@ -615,25 +631,6 @@ def complete_status(run: Run, last: checkpointing.Checkpoint) -> None:
         reporter.loss, reporter.checkpoint = last.meta["train_loss"], last.path.name
         reporter.chart(final=True)
         reporter.close("finished", step)
-
-
-def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpointing.Checkpoint | None:
-    """The checkpoint to continue from, checked to be this run's; None if there is none."""
-    if name is None:
-        return None
-    if name == "newest":
-        checkpoint = checkpointing.newest_checkpoint(run.checkpoints, tqdm.write)
-    else:
-        checkpoint = checkpointing.named_checkpoint(run.checkpoints, name, tqdm.write)
-    if checkpoint is None:
-        return None
-    check_resumable(checkpoint.path.name, checkpoint.meta, run, tqdm.write if allow_change else None)
-    if checkpoint.meta["global_step"] > run.plan.steps:
-        raise InputError(
-            f"{checkpoint.path.name} is beyond the run's end, {run.plan.steps:,} steps; raise "
-            "min_train_tokens, or name an earlier checkpoint"
-        )
-    return checkpoint
 
 
 def check_space(run: Run, step: int) -> None:

@@ -24,6 +24,10 @@ Result = TypeVar("Result")
 
 START_SECONDS = 600.0  # how long processes wait for one another to start
 REPEAT_SECONDS = 3.0  # how long a second signal counts as torchrun's copy of the first
+DIED_OR_HUNG = (
+    "another training process died or hung; start again with --resume, or have torchrun do so with "
+    "--max-restarts=3"
+)
 LAUNCH_ADVICE = "launch with torchrun, or `unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE` for one process"
 
 
@@ -43,6 +47,7 @@ class World:
     # Two CPU groups for Python objects: one with the step timeout, one for slow tasks such as downloads.
     control: dist.ProcessGroup | None
     patient: dist.ProcessGroup | None = None
+    timeout: float = 600.0  # seconds that processes wait for one another in a step
 
     @property
     def is_first(self) -> bool:
@@ -162,17 +167,18 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
         torch.accelerator.set_device_index(local_rank)
     if size == 1:
         return World(rank, local_rank, size, local_size, device, control=None)
+    # NCCL's own timeout aborts the process without a word, so the watchdog of a step comes first.
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
         store=store_of_these_processes(rank, size),
         rank=rank,
         world_size=size,
-        timeout=timeout,
+        timeout=timeout if device.type == "cpu" else timeout + timedelta(seconds=START_SECONDS),
         device_id=None if device.type == "cpu" else device,
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
-    return World(rank, local_rank, size, local_size, device, control, patient)
+    return World(rank, local_rank, size, local_size, device, control, patient, timeout.total_seconds())
 
 
 def place_in_the_world() -> tuple[int, int, int, int]:
@@ -207,8 +213,10 @@ def store_of_these_processes(rank: int, size: int) -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
         store.set(f"member/{rank}", mine)
-        while time.monotonic() < deadline:
+        while (left := deadline - time.monotonic()) > 0.01:
+            store.set_timeout(timedelta(seconds=left))
             if rank == 0:
+                store.wait([f"member/{each}" for each in range(size)])  # for all at once, not for each
                 store.set("members", " ".join(store.get(f"member/{each}").decode() for each in range(size)))
             members = store.get("members").decode()
             if mine in members.split():
@@ -229,10 +237,7 @@ def lost_processes_explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise RunError(
-                "another training process died or hung; start again with "
-                "--resume, or have torchrun do so with --max-restarts=3"
-            ) from error
+            raise RunError(DIED_OR_HUNG) from error
         raise
 
 

@@ -6,6 +6,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from tqdm import tqdm
+
+import checkpointing
 from basemodel.errors import InputError
 from basemodel.run import Run
 from basemodel.run_folder import read_status
@@ -35,6 +38,25 @@ def was_started_before(run: Run) -> bool:
     known = read_status(run.directory).get("launchers") or []
     failed_before = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     return failed_before or any(launcher in known for launcher in run.launchers)
+
+
+def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpointing.Checkpoint | None:
+    """The checkpoint to continue from, checked to be this run's; None if there is none."""
+    if name is None:
+        return None
+    if name == "newest":
+        checkpoint = checkpointing.newest_checkpoint(run.checkpoints, tqdm.write)
+    else:
+        checkpoint = checkpointing.named_checkpoint(run.checkpoints, name, tqdm.write)
+    if checkpoint is None:
+        return None
+    check_resumable(checkpoint.path.name, checkpoint.meta, run, tqdm.write if allow_change else None)
+    if checkpoint.meta["global_step"] > run.plan.steps:
+        raise InputError(
+            f"{checkpoint.path.name} is beyond the run's end, {run.plan.steps:,} steps; raise "
+            "min_train_tokens, or name an earlier checkpoint"
+        )
+    return checkpoint
 
 
 def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[str], None] | None) -> None:

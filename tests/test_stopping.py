@@ -8,12 +8,15 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
+import torch.distributed as dist
 import torch.distributed.run
 from forked import forked
 from helpers import (
@@ -31,9 +34,10 @@ from helpers import (
 from torture import Training, assert_same_end, train
 
 import checkpointing
-from basemodel import command_line, distributed
+from basemodel import command_line, distributed, watchdog
 from basemodel.command_line import run_command
 from basemodel.errors import InputError, RunError
+from basemodel.pending import PendingSteps
 
 # ------------------------------------------------------------------------------------------------------------
 # Signals
@@ -230,6 +234,73 @@ def test_when_a_process_hangs_the_others_end_at_the_timeout(tmp_path: Path) -> N
     training.signal(signal.SIGKILL, rank=1)
     assert (left, training.wait(rank=1)) == ([1], [-signal.SIGKILL])
     assert "died or hung" in training.log.read_text()
+
+
+def hung_device(rank: int) -> None:
+    """The eighth step's result never arrives, and nothing raises an error, as on a GPU when NCCL hangs."""
+    real = PendingSteps.add
+
+    def add(self: PendingSteps, step: int, result: torch.Tensor) -> None:
+        real(self, step, result)
+        if step == 8:
+            self._queue[-1] = (*self._queue[-1][:2], SimpleNamespace(synchronize=threading.Event().wait))
+
+    PendingSteps.add = add
+
+
+@forked
+def test_when_a_gpu_hangs_all_end_at_the_timeout(tmp_path: Path, whole: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "run")
+    sandbox.run_dir("whole").symlink_to(whole)
+    training = Training(sandbox, "run", "--collective-timeout", "2", patch=hung_device)
+    assert training.wait(30) == [1, 1]
+    line = "Error: another training process died or hung; start again with --resume, or"
+    assert training.log.read_text().count(line) == 2
+    assert sandbox.status("run")["status"] == "failed" and "died or hung" in sandbox.status("run")["error"]
+    assert "Resuming after step 5" in train(sandbox, "run", "--resume")
+    assert_same_end(sandbox, "run", "whole")
+
+
+@forked
+def test_a_signal_ends_a_process_that_hangs(tmp_path: Path) -> None:
+    def impatient(rank: int) -> None:
+        watchdog.GRACE_SECONDS = 1.0
+
+    sandbox = make_sandbox(tmp_path, "run")
+    training = Training(sandbox, "run", patch=impatient)
+    training.wait_until(step_reached(sandbox, "run", 7))
+    training.signal(signal.SIGSTOP, rank=1)
+    time.sleep(0.5)  # till the first waits for it
+    training.signal(signal.SIGTERM, rank=0)
+    left = training.wait(30, rank=0)
+    training.signal(signal.SIGKILL, rank=1)
+    assert (left, training.wait(rank=1)) == ([1], [-signal.SIGKILL])
+    assert sandbox.status("run")["status"] == "failed" and "died or hung" in training.log.read_text()
+
+
+@forked
+def test_a_save_may_take_longer_than_the_timeout(tmp_path: Path, whole: Path) -> None:
+    """The processes wait for it before the next one, and at the end."""
+
+    def very_slow_save(rank: int) -> None:
+        real = checkpointing.save_checkpoint
+        checkpointing.save_checkpoint = lambda *arguments: time.sleep(5) or real(*arguments)
+
+    sandbox = make_sandbox(tmp_path, "run", checkpoint_interval=15)
+    train(sandbox, "run", "--collective-timeout", "2", patch=very_slow_save)
+    assert [path.name.rpartition("-")[2] for path in sandbox.checkpoints("run")] == ["15", "30"]
+
+
+def test_processes_wait_ten_minutes_in_all_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each of them: here the second comes in time, and the third too late."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 3)]))
+    monkeypatch.setattr(distributed, "START_SECONDS", 2.0)
+    for rank, seconds in ((1, 1.0), (2, 2.7)):
+        threading.Timer(seconds, store.set, (f"member/{rank}", "here")).start()
+    with pytest.raises(RunError, match="process 0 of 3 waited 2 s for the others to start"):
+        distributed.store_of_these_processes(0, 3)
+    assert not store.check(["members"])
 
 
 def test_a_process_whose_others_do_not_start_ends_too(sandbox: Sandbox) -> None:
