@@ -191,7 +191,9 @@ def place_in_the_world() -> tuple[int, int, int, int]:
     for name, value in numbers.items():
         if not value.isdecimal():
             raise InputError(f"{name} is '{value}', not a whole number; {LAUNCH_ADVICE}")
-    rank, local_rank, size, local_size, _ = map(int, numbers.values())
+    rank, local_rank, size, local_size, port = map(int, numbers.values())
+    if port > 65535:
+        raise InputError(f"MASTER_PORT is {port}, more than 65535; {LAUNCH_ADVICE}")
     if rank >= size:
         raise InputError(f"RANK is {rank}, too large for a WORLD_SIZE of {size}; {LAUNCH_ADVICE}")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ():

@@ -11,7 +11,7 @@ from typing import Any
 
 from basemodel.errors import InputError
 
-LOCK_SECONDS = 600.0  # how long a resumed run waits for its last process to end
+LOCK_SECONDS = 900.0  # how long a resumed run waits for its last processes: they may hang, and time out
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

@@ -175,6 +175,7 @@ LAUNCHES = {
     "a negative size": ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1', not a whole number"),
     "a rank alone": ({"RANK": "1"}, "RANK is 1, too large for a WORLD_SIZE of 1"),
     "nobody": ({"WORLD_SIZE": "0"}, "RANK is 0, too large for a WORLD_SIZE of 0"),
+    "no such port": ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536, more than 65535"),
     "no rank": ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
     "no address": ({"RANK": "1", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
     "no port": (
