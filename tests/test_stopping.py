@@ -373,7 +373,7 @@ def test_a_node_that_was_killed_and_started_again_is_taken_back(
         port = holder.getsockname()[1]
         launch = (
             *("--nnodes=2", "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"),
-            "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=2",
+            "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=5",
         )
         nodes = [torchrun(sandbox, "killed", *launch) for _ in range(2)]
         wait_for(step_reached(sandbox, "killed", 7), "the seventh step")
