@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,6 +31,7 @@ from basemodel.command_line import require_plain_name
 from basemodel.errors import InputError, RunError
 from basemodel.files import fingerprint, sync
 from basemodel.json_config import read_json_object
+from basemodel.weights import save_tensors
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
 REQUIRED_META = {
@@ -85,6 +86,12 @@ class Saver:
         """Start writing what was copied, then updating the links (`best` if `meta` says so), then pruning."""
         self._job = self._thread.submit(self._write, *self._copied, meta)
 
+    def busy(self, seconds: float | None = None) -> bool:
+        """Whether a save is still in progress after waiting for it, up to `seconds` if given."""
+        if self._job is not None:
+            wait([self._job], seconds)
+        return self._job is not None and not self._job.done()
+
     def check(self) -> None:
         """Raise the error of the last save, if it has finished with one."""
         if self._job.done():
@@ -134,7 +141,7 @@ def save_checkpoint(
             sync(folder.parent)
         temporary.mkdir()
         for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
-            safetensors.torch.save_file(tensors, temporary / name, metadata={"format": "pt"})
+            save_tensors(tensors, temporary / name)
             sync(temporary / name)
         files = {name: fingerprint(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
         meta = meta | {"files": files}

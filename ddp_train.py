@@ -46,8 +46,9 @@ from basemodel.pending import PendingSteps, StepResult
 from basemodel.plan import print_plan
 from basemodel.precision import autocast, choose_precision, set_up_arithmetic
 from basemodel.reporting import Reporter
-from basemodel.resume import check_resumable, provenance, rng_state, set_rng_state
+from basemodel.resume import find_checkpoint, provenance, rng_state, set_rng_state, was_started_before
 from basemodel.run import Run
+from basemodel.watchdog import hung_steps_ended
 from basemodel.weights import load_tensors
 from gpt import GPTConfig, GPTModel
 
@@ -162,7 +163,8 @@ class Learner:
             if (index := first + world.rank) < config.validation_batches:
                 found = sequences.read(index * config.microbatch_size, config.microbatch_size)
                 total += self.validation_loss(data.to_device(found, world.device))
-        return world.all_reduce(total).item() / config.validation_batches
+        # Not all_reduce: on a GPU it would wait without end for a process that has died or hangs.
+        return sum(world.all_gather(total.item())) / config.validation_batches
 
     @torch.no_grad()
     def validation_loss(self, sequences: Tensor) -> Tensor:
@@ -211,16 +213,18 @@ class Trainer:
         Returns the exit status: 0, or 128 + the signal. Raises RunError when the run diverges or a checkpoint
         cannot be saved.
         """
-        run, progress = self.run, self.progress
+        run, progress, pending = self.run, self.progress, PendingSteps(self.world.device)
         self.reporter = Reporter(run, progress.step, progress.seconds, enabled=self.world.is_first)
         self.saver = checkpointing.Saver(run.checkpoints, run.config.keep_checkpoints, run.metrics)
         self.reporter.status("running", progress.step)
         with StopSignal() as stop:
             try:
                 with self.saver:
-                    finished = self._loop(stop)
+                    with hung_steps_ended(self.world, stop, pending.overdue, self._give_up):
+                        finished = self._loop(stop, pending)
                     if not finished:
                         self._save(scheduled=False)
+                    self._await_save()
                     self.saver.finish()
             except Exception as error:
                 if isinstance(error, Diverged):  # the last save has finished, so the advice can name it
@@ -238,12 +242,12 @@ class Trainer:
         self.reporter.finish(progress.step, progress.train_loss, progress.val_loss)
         return 0
 
-    def _loop(self, stop: StopSignal) -> bool:
+    def _loop(self, stop: StopSignal, pending: PendingSteps) -> bool:
         """The training loop: read, step, log, stop if asked to, validate and save where due.
 
         Returns False if a signal arrived before all work was done.
         """
-        run, plan, progress, pending = self.run, self.run.plan, self.progress, PendingSteps(self.world.device)
+        run, plan, progress = self.run, self.run.plan, self.progress
         # Before the first step, and where a stop left it undone.
         if progress.work_due and not self._validate_and_save(stop):
             return False
@@ -339,6 +343,7 @@ class Trainer:
         is_best = scheduled and self._close_interval()
         if not nn.utils.get_total_norm(learner.model.tensors().values(), math.inf).isfinite():
             raise Diverged(f"the weights are NaN or infinite after step {self.progress.step}")
+        self._await_save()
         rng = self.world.all_gather(rng_state(self.world.device))
         if not self.world.is_first:
             return
@@ -347,6 +352,17 @@ class Trainer:
         self.reporter.log(self.progress.step, {"checkpoint_seconds": round(time.monotonic() - start, 3)})
         self.reporter.flush()
         self.saver.write(self._meta() | {"is_best": is_best, "rng": rng})
+
+    def _await_save(self) -> None:
+        """Wait on all processes for the save in progress, however long it takes, so that none of them times
+        out waiting for the first; a process that dies or hangs meanwhile is noticed."""
+        while self.world.any(self.saver.busy(0.3)):
+            pass
+
+    def _give_up(self, reason: str) -> None:
+        """Report that the main thread hangs, from another one. What is being saved is saved first."""
+        self.saver.busy()
+        self.reporter.close("failed", self.progress.step, error=reason)
 
     def _close_interval(self) -> bool:
         """Take the mean loss since the last checkpoint; return whether this checkpoint is the best so far."""
@@ -474,8 +490,6 @@ def main(
         raise InputError("give either a checkpoint's name or --resume, which finds the newest")
     if not datasets_dir and not find_max_microbatch_size:
         raise InputError("DATASETS_DIR is missing: the folder of the data sets")
-    # A process restarted by torchrun resumes, even without --resume.
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     status = 0
     with lost_processes_explained():
         world = join_world(timedelta(seconds=collective_timeout))
@@ -487,7 +501,9 @@ def main(
         elif only_plan:
             show_plan(run, datasets_dir, world)
         else:
-            run = prepare(run, datasets_dir, world, checkpoint)
+            run = dataclasses.replace(run, launchers=world.launchers())
+            resume = world.any(resume or was_started_before(run))
+            run = prepare(run, datasets_dir, world, checkpoint, resume)
             hint = f"microbatch_size is {run.config.microbatch_size}; -f finds the largest that fits"
             with memory.memory_errors_explained(hint):
                 trainer = make_trainer(run, world, "newest" if resume else checkpoint, allow_config_change)
@@ -548,20 +564,21 @@ def rehearse(learner: Learner, size: int) -> str:
     speed = len(microbatches) * size * shape.context_length / (time.perf_counter() - start)
     if config.validation_interval is not None:
         learner.validation_loss(tokens)
-    peak, free = memory.peak_memory(device), memory.free_memory(device) / 2**30
-    return f"{peak:.2f} GiB, {speed:,.0f} tokens/s per process, {free:.1f} GiB left"
+    peak, left = memory.peak_memory(device), memory.headroom(device)
+    return f"{peak:.2f} GiB, {speed:,.0f} tokens/s per process, {left:.1f} GiB left"
 
 
-def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None) -> Run:
+def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, resume: bool) -> Run:
     """Lock the run's folder, download missing data, once per node, and check every token the run will use.
 
     Raises InputError at once if `checkpoint` does not exist.
     """
     config, model_config = run.config, run.model_config
     config.accumulation_for(world.size)  # raises an error here, not after a download
-    if checkpoint is not None:
+    if checkpoint is not None and not resume:
         world.agree(lambda: checkpointing.require_named(run.checkpoints, checkpoint), on=world.is_first)
-    locked = world.agree(lambda: run_folder.lock_run(run.directory), on=world.is_first)
+    say = tqdm.write if resume else None
+    locked = world.agree(lambda: run_folder.lock_run(run.directory, say), on=world.is_first)
     if locked:
         checkpointing.remove_leftovers(run.checkpoints)
     elif world.is_first:
@@ -617,25 +634,6 @@ def complete_status(run: Run, last: checkpointing.Checkpoint) -> None:
         reporter.loss, reporter.checkpoint = last.meta["train_loss"], last.path.name
         reporter.chart(final=True)
         reporter.close("finished", step)
-
-
-def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpointing.Checkpoint | None:
-    """The checkpoint to continue from, checked to be this run's; None if there is none."""
-    if name is None:
-        return None
-    if name == "newest":
-        checkpoint = checkpointing.newest_checkpoint(run.checkpoints, tqdm.write)
-    else:
-        checkpoint = checkpointing.named_checkpoint(run.checkpoints, name, tqdm.write)
-    if checkpoint is None:
-        return None
-    check_resumable(checkpoint.path.name, checkpoint.meta, run, tqdm.write if allow_change else None)
-    if checkpoint.meta["global_step"] > run.plan.steps:
-        raise InputError(
-            f"{checkpoint.path.name} is beyond the run's end, {run.plan.steps:,} steps; raise "
-            "min_train_tokens, or name an earlier checkpoint"
-        )
-    return checkpoint
 
 
 def check_space(run: Run, step: int) -> None:

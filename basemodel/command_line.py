@@ -28,18 +28,19 @@ def run_command(command: click.Command, leave: Callable[[int], NoReturn] = sys.e
     try:
         status = command.main(standalone_mode=False) or 0
     except click.exceptions.Abort:
-        status = _say_error("interrupted", 130)
+        status = say_error("interrupted", 130)
     except (InputError, click.ClickException) as error:
-        status = _say_error(
+        status = say_error(
             error.format_message() if isinstance(error, click.ClickException) else str(error), 2
         )
     except (RunError, OSError) as error:
-        status = _say_error(str(error), 1)
+        status = say_error(str(error), 1)
     sys.stdout.flush()
     leave(status)
 
 
-def _say_error(message: str, status: int) -> int:
+def say_error(message: str, status: int) -> int:
+    """Print an error's line, late where the node's first process may print the same; return `status`."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SILENCE_SECONDS)
     print("Error: " + " ".join(message.split()), file=sys.stderr, flush=True)

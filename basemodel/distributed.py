@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
@@ -23,6 +24,11 @@ Result = TypeVar("Result")
 
 START_SECONDS = 600.0  # how long processes wait for one another to start
 REPEAT_SECONDS = 3.0  # how long a second signal counts as torchrun's copy of the first
+DIED_OR_HUNG = (
+    "another training process died or hung; start again with --resume, or have torchrun do so with "
+    "--max-restarts=3"
+)
+LAUNCH_ADVICE = "launch with torchrun, or `unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE` for one process"
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class World:
     # Two CPU groups for Python objects: one with the step timeout, one for slow tasks such as downloads.
     control: dist.ProcessGroup | None
     patient: dist.ProcessGroup | None = None
+    timeout: float = 600.0  # seconds that processes wait for one another in a step
 
     @property
     def is_first(self) -> bool:
@@ -62,6 +69,14 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.patient if patiently else self.control)
         return values
+
+    def launchers(self) -> tuple[str, ...]:
+        """A name of each torchrun launcher that started processes, one per node, unique to the launch."""
+        # torchrun has none, and the run id is often "none". But each launcher makes a folder of its own,
+        # under a random name, where its processes report errors: FOLDER/attempt_0/0/error.json
+        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        names = {"/".join(Path(each).parts[-5:-3]) for each in self.all_gather(file) if each}
+        return tuple(sorted(names))
 
     def agree(self, task: Callable[[], Result], *, on: bool = True) -> Result | None:
         """Run `task` on the processes where `on` is true while the others wait; return its result there.
@@ -132,12 +147,9 @@ class World:
 def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     """Choose this process's device and join the process group; collectives time out after `timeout`.
 
-    Raises InputError if the node has fewer devices than processes.
+    Raises InputError if the node has fewer devices than processes, or for wrong environment variables.
     """
-    rank, local_rank, size, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1))
-    )
+    rank, local_rank, size, local_size = place_in_the_world()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
         device = torch.device("cpu")
@@ -149,21 +161,45 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
             raise InputError(
                 f"{local_size} processes on a node with {count} devices; --nproc_per_node={count}"
             )
+        if local_rank >= count:
+            raise InputError(f"LOCAL_RANK is {local_rank} on a node with {count} devices; {LAUNCH_ADVICE}")
         device = torch.device(accelerator.type, local_rank)
         torch.accelerator.set_device_index(local_rank)
     if size == 1:
         return World(rank, local_rank, size, local_size, device, control=None)
+    # NCCL's own timeout aborts the process without a word, so the watchdog of a step comes first.
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
         store=store_of_these_processes(rank, size),
         rank=rank,
         world_size=size,
-        timeout=timeout,
+        timeout=timeout if device.type == "cpu" else timeout + timedelta(seconds=START_SECONDS),
         device_id=None if device.type == "cpu" else device,
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
-    return World(rank, local_rank, size, local_size, device, control, patient)
+    return World(rank, local_rank, size, local_size, device, control, patient, timeout.total_seconds())
+
+
+def place_in_the_world() -> tuple[int, int, int, int]:
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; by default those of a process alone.
+
+    Raises InputError if the variables are not those that a launcher would set.
+    """
+    numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    numbers = {name: os.environ.get(name, default) for name, default in numbers.items()}
+    for name, value in numbers.items():
+        if not value.isdecimal():
+            raise InputError(f"{name} is '{value}', not a whole number; {LAUNCH_ADVICE}")
+    rank, local_rank, size, local_size, port = map(int, numbers.values())
+    if port > 65535:
+        raise InputError(f"MASTER_PORT is {port}, more than 65535; {LAUNCH_ADVICE}")
+    if rank >= size:
+        raise InputError(f"RANK is {rank}, too large for a WORLD_SIZE of {size}; {LAUNCH_ADVICE}")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ():
+        if not os.environ.get(name):
+            raise InputError(f"WORLD_SIZE is {size}, but {name} is not set; {LAUNCH_ADVICE}")
+    return rank, local_rank, size, local_size
 
 
 def store_of_these_processes(rank: int, size: int) -> dist.Store:
@@ -179,8 +215,10 @@ def store_of_these_processes(rank: int, size: int) -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
         store.set(f"member/{rank}", mine)
-        while time.monotonic() < deadline:
+        while (left := deadline - time.monotonic()) > 0.01:
+            store.set_timeout(timedelta(seconds=left))
             if rank == 0:
+                store.wait([f"member/{each}" for each in range(size)])  # for all at once, not for each
                 store.set("members", " ".join(store.get(f"member/{each}").decode() for each in range(size)))
             members = store.get("members").decode()
             if mine in members.split():
@@ -201,17 +239,15 @@ def lost_processes_explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise RunError(
-                "another training process died or hung; start again with "
-                "--resume, or have torchrun do so with --max-restarts=3"
-            ) from error
+            raise RunError(DIED_OR_HUNG) from error
         raise
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGINT asked this process to stop; a second one exits at once.
+    """Remembers that SIGTERM or SIGINT asked this process to stop.
 
-    A second one within REPEAT_SECONDS is ignored: torchrun forwards what the terminal has already sent. A
+    A second one exits at once, without saving, unless it comes within REPEAT_SECONDS: then it is ignored,
+    because torchrun forwards what the terminal has already sent. A
     separate thread receives the signals: Python's own handlers run in the main thread, which may be blocked
     in a collective with a process that is gone.
     """
@@ -244,10 +280,10 @@ class StopSignal:
         return self.received is not None
 
     def _watch(self, reader: int) -> None:
-        since = 0.0
+        first = None
         while number := os.read(reader, 1):
-            if self.received is None:
-                self.received, since = number[0], time.monotonic()
-            elif time.monotonic() - since > REPEAT_SECONDS:
+            if first is None:
+                first, self.received = time.monotonic(), self.received or number[0]
+            elif time.monotonic() - first > REPEAT_SECONDS:
                 os._exit(128 + number[0])
         os.close(reader)

@@ -8,7 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import tiktoken
 import torch
 
@@ -16,7 +15,7 @@ from basemodel.config import optimizer_in_words
 from basemodel.errors import InputError, RunError
 from basemodel.json_config import read_json_object
 from basemodel.measured_loss import read_test_loss
-from basemodel.weights import to_huggingface
+from basemodel.weights import save_tensors, to_huggingface
 from checkpointing import META_FILE
 from gpt import GPTConfig, GPTModel
 
@@ -53,7 +52,7 @@ def write_model(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> 
     for name, values in (("config", config), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in to_huggingface(model.tensors()).items()}
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "model.safetensors")
     write_tokenizer(folder, tokenizer, model.config.context_length)
 
 

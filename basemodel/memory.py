@@ -44,13 +44,18 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process could still allocate on the device, or all processes together on the host."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    free = _kilobytes("/proc/meminfo", "MemAvailable") * 1024
-    group = Path("/sys/fs/cgroup")  # a container's own limit
+def headroom(device: torch.device) -> float:
+    """GiB that were left at the peak on CUDA; on a CPU what is left now, for all processes together."""
+    if device.type != "cuda":
+        return _free_host_memory() / 2**30
+    free, _ = torch.cuda.mem_get_info(device)
+    return (free + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()) / 2**30
+
+
+def _free_host_memory() -> int:
+    """Bytes, by what Linux says and a container's own limit; without them all the memory there is."""
+    free = 1024 * _kilobytes("/proc/meminfo", "MemAvailable")
+    group = Path("/sys/fs/cgroup")
     if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()).isdigit():
         free = min(free, int(most) - int((group / "memory.current").read_text()))
     return free or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -61,8 +66,8 @@ def limit_host_memory(processes: int) -> None:
 
     Without a limit Linux does not refuse an allocation, it kills the process that made it.
     """
-    held = _kilobytes("/proc/self/status", "VmData") * 1024
-    limit = held + int(0.95 * free_memory(torch.device("cpu")) / processes)
+    held = 1024 * _kilobytes("/proc/self/status", "VmData")
+    limit = held + int(0.95 * _free_host_memory() / processes)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if soft == resource.RLIM_INFINITY or limit < soft:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

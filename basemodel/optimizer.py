@@ -28,6 +28,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest.
 
+    Another optimizer goes here, and into TrainConfig.optimizer. Its groups need an `lr_scale`, and its step
+    must change nothing on the device where `found_inf` is 1 (see Muon), because the host never waits for it.
     Weight decay applies to everything, or only to matrices that are not embeddings.
     """
     hidden = [p for p in model.trf_blocks.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
@@ -201,7 +203,10 @@ def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def step_if(finite: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Step the optimizer, or skip the step if the gradients are not finite. The device decides."""
+    """Step the optimizer, or skip the step if it is not `finite`. The device decides.
+
+    In fp16 the scaler skips the step if the gradients, which every process has alike, are not finite.
+    """
     if scaler.is_enabled():  # it has checked the gradients itself, and lowers its scale
         scaler.step(optimizer)
         scaler.update()

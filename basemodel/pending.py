@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+STEPS_BEHIND = {"cpu": 0}  # by how many steps results are read late; on other devices 1
+FIRST_STEP_SECONDS = 600.0  # how long a first step may take; it may have to compile something
+
 
 class StepResult(NamedTuple):
     """What a training step yields, the same on all processes."""
@@ -24,13 +27,21 @@ class PendingSteps:
     """A queue of launched steps: number, result on its way to the host, event that says when it is there."""
 
     def __init__(self, device: torch.device) -> None:
-        self._behind = 0 if device.type == "cpu" else 1
+        self._behind = STEPS_BEHIND.get(device.type, 1)
         self._queue: list[tuple[int, Tensor, torch.Event | None]] = []
-        self.restart_clock()
+        self._slowest: float | None = None
+        self._clock, self._in_a_step = time.monotonic(), False
 
     def restart_clock(self) -> None:
         """Time the next step from now on, without validation and checkpoints."""
-        self._clock = time.monotonic()
+        self._clock, self._in_a_step = time.monotonic(), True
+
+    def overdue(self) -> float:
+        """By how many seconds the step in progress takes longer than the slowest so far; may be negative."""
+        if not self._in_a_step:
+            return 0.0
+        usual = FIRST_STEP_SECONDS if self._slowest is None else self._slowest
+        return time.monotonic() - self._clock - usual
 
     def add(self, step: int, result: Tensor) -> None:
         """Start to copy a result, the fields of StepResult as a tensor of shape (4,), to the host."""
@@ -46,8 +57,11 @@ class PendingSteps:
         return self._read(keep=self._behind)
 
     def read_all(self) -> list[tuple[int, StepResult, float]]:
-        """Wait for all results; return each with its step and the step's seconds."""
-        return self._read(keep=0)
+        """Wait for all results; return each with its step and the step's seconds. Then no step is in progress
+        until `restart_clock`."""
+        results = self._read(keep=0)
+        self._in_a_step = False
+        return results
 
     def _read(self, keep: int) -> list[tuple[int, StepResult, float]]:
         results = []
@@ -56,5 +70,7 @@ class PendingSteps:
             if event is not None:
                 event.synchronize()
             before, self._clock = self._clock, time.monotonic()
-            results.append((step, StepResult(*on_host.tolist()), self._clock - before))
+            seconds = self._clock - before
+            self._slowest = max(self._slowest or 0.0, seconds)
+            results.append((step, StepResult(*on_host.tolist()), seconds))
         return results

@@ -125,6 +125,7 @@ class Reporter:
             "cost_usd": self.cost(),
             "checkpoint": self.checkpoint,
             "pid": os.getpid(),
+            "launchers": self.run.launchers,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
         }

@@ -1,9 +1,10 @@
-"""Resuming: what makes a continued run the same run, and whether it may continue from a checkpoint."""
+"""Resuming: whether a run is to continue, whether it may, and what makes it the same run."""
 
 import base64
 import dataclasses
 import functools
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -12,9 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+import checkpointing
 from basemodel.errors import InputError
 from basemodel.run import Run
+from basemodel.run_folder import read_status
 
 # Keys of train.json that may change when a run goes on: they say how the same work is split, kept, checked or
 # shown.
@@ -30,6 +34,36 @@ FREE_ON_RESUME = {
     "validation_batches",
     "start_val_token",
 }
+
+
+def was_started_before(run: Run) -> bool:
+    """Whether torchrun starts the run's processes again: after a failure, or because a node joined or left.
+
+    TORCHELASTIC_RESTART_COUNT counts the failures that this node's launcher has seen, and nothing else. But
+    at least one launcher stays whenever processes are started again, and status.json names the last ones.
+    """
+    known = read_status(run.directory).get("launchers") or []
+    failed_before = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return failed_before or any(launcher in known for launcher in run.launchers)
+
+
+def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpointing.Checkpoint | None:
+    """The checkpoint to continue from, checked to be this run's; None if there is none."""
+    if name is None:
+        return None
+    if name == "newest":
+        checkpoint = checkpointing.newest_checkpoint(run.checkpoints, tqdm.write)
+    else:
+        checkpoint = checkpointing.named_checkpoint(run.checkpoints, name, tqdm.write)
+    if checkpoint is None:
+        return None
+    check_resumable(checkpoint.path.name, checkpoint.meta, run, tqdm.write if allow_change else None)
+    if checkpoint.meta["global_step"] > run.plan.steps:
+        raise InputError(
+            f"{checkpoint.path.name} is beyond the run's end, {run.plan.steps:,} steps; raise "
+            "min_train_tokens, or name an earlier checkpoint"
+        )
+    return checkpoint
 
 
 def rng_state(device: torch.device) -> dict[str, str]:

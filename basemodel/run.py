@@ -23,6 +23,7 @@ class Run:
     plan: BatchPlan | None = None  # None until the number of processes and the data are known
     data: RunData | None = None  # None until the data are here
     files: dict[str, dict[str, Any]] | None = None  # the data's files: size, SHA-256, revision
+    launchers: tuple[str, ...] = ()  # of its processes: one per node under torchrun
 
     @classmethod
     def read(cls, runs_dir: Path, name: str) -> Self:

@@ -3,12 +3,16 @@
 import fcntl
 import json
 import os
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from basemodel.command_line import require_plain_name
 from basemodel.errors import InputError
+
+LOCK_SECONDS = 900.0  # how long a resumed run waits for its last processes: they may hang, and time out
 
 
 def find_run(runs_dir: Path, name: str) -> Path:
@@ -41,23 +45,33 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
-def lock_run(run_dir: Path) -> bool:
+def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
     """Lock a run's folder for the life of this process; False if the file system has no locks.
 
-    Raises InputError if the folder is locked or cannot be written to.
+    With `say`, which is told about it, wait up to LOCK_SECONDS for the process that holds the lock: it may be
+    what is left of a dead launch, saving a last time. Raises InputError if the folder stays locked or cannot
+    be written to.
     """
     holder = read_status(run_dir).get("pid")  # most likely
     if not os.access(run_dir, os.W_OK):
         raise InputError(f"{run_dir}: cannot be written to; training writes its results there")
-    try:
-        fcntl.flock(os.open(run_dir, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"{run_dir}: is being trained by another process (pid {holder}); wait for it or stop it"
-        ) from None
-    except OSError:
-        return False
-    return True
+    handle = os.open(run_dir, os.O_RDONLY)
+    deadline = None
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if say is None or (deadline is not None and time.monotonic() > deadline):
+                raise InputError(
+                    f"{run_dir}: is being trained by another process (pid {holder}); wait for it or stop it"
+                ) from None
+        except OSError:
+            return False
+        if deadline is None:
+            deadline = time.monotonic() + LOCK_SECONDS
+            say(f"Waiting up to {LOCK_SECONDS:.0f} s for another process of this run (pid {holder}) to end")
+        time.sleep(0.2)
 
 
 def set_earlier_results_aside(directory: Path) -> Path | None:

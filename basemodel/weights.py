@@ -1,4 +1,4 @@
-"""Loading weights, ours and Hugging Face's, and converting between the two naming schemes."""
+"""Loading and saving weights, ours and Hugging Face's, and converting between the two naming schemes."""
 
 import re
 from pathlib import Path
@@ -53,6 +53,14 @@ def load_weights(model: GPTModel, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: damaged or not a safetensors file: {error}") from None
     load_tensors(model, tensors, str(path))
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a new safetensors file of CPU tensors. Raises OSError or SafetensorError."""
+    path.touch()
+    mode = path.stat().st_mode  # what the umask leaves; safetensors gives its files 0600
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def load_tensors(model: GPTModel, tensors: dict[str, Tensor], source: str) -> None:

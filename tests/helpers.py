@@ -14,6 +14,7 @@ import re
 import runpy
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -383,6 +384,15 @@ def step_reached(sandbox: Sandbox, run: str, step: int) -> Callable[[], bool]:
         return path.exists() and path.read_text().count("train_loss") >= step
 
     return reached
+
+
+def assert_modes_are_the_umasks(folder: Path) -> None:
+    """Everything in a folder may be read by those whom the umask lets read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        usual = 0o777 if path.is_dir() else 0o666
+        assert path.is_symlink() or stat.S_IMODE(path.stat().st_mode) == usual & ~umask, path
 
 
 def assert_same_tensors(one: dict[str, Any], other: dict[str, Any]) -> None:

@@ -169,6 +169,33 @@ def test_usage(sandbox: Sandbox) -> None:
     assert "either a checkpoint's name or --resume" in refused_run(sandbox, "latest", "--resume")
 
 
+LAUNCHES = {
+    "rank is no number": ({"RANK": "one"}, "RANK is 'one', not a whole number"),
+    "no local rank": ({"LOCAL_RANK": ""}, "LOCAL_RANK is '', not a whole number"),
+    "a negative size": ({"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1', not a whole number"),
+    "a rank alone": ({"RANK": "1"}, "RANK is 1, too large for a WORLD_SIZE of 1"),
+    "nobody": ({"WORLD_SIZE": "0"}, "RANK is 0, too large for a WORLD_SIZE of 0"),
+    "no such port": ({"MASTER_PORT": "65536"}, "MASTER_PORT is 65536, more than 65535"),
+    "no rank": ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+    "no address": ({"RANK": "1", "WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+    "no port": (
+        {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+        "WORLD_SIZE is 2, but MASTER_PORT is not set",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_launch(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Variables that a shell, or a cluster's scheduler, has left."""
+    env, message = LAUNCHES[case]
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    sandbox.write_run()
+    fix = "; launch with torchrun, or `unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE` for one process"
+    assert refused_run(sandbox) == message + fix
+
+
 TOKENS = random_tokens(4000)
 WRONG_TOKEN = TOKENS.copy()
 WRONG_TOKEN[700] = 64

@@ -20,7 +20,7 @@ from helpers import (
 from torture import Training, assert_same_end, train
 
 import checkpointing
-from basemodel import charts, loss
+from basemodel import charts, loss, run_folder
 from basemodel.errors import InputError
 from basemodel.run_folder import lock_run
 
@@ -124,11 +124,16 @@ def test_neither_the_best_nor_the_newest_is_pruned(tmp_path: Path) -> None:
     assert checkpointing.list_checkpoints(tmp_path) == [paths[1], paths[4]]
 
 
-def test_a_run_is_locked_for_one_process(tmp_path: Path) -> None:
+def test_a_run_is_locked_for_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "status.json").write_text('{"pid": 42}')
     assert lock_run(tmp_path)
     with pytest.raises(InputError, match=r"is being trained by another process \(pid 42\)"):
         lock_run(tmp_path)
+    said = []
+    monkeypatch.setattr(run_folder, "LOCK_SECONDS", 0.5)
+    with pytest.raises(InputError, match=r"is being trained by another process \(pid 42\)"):
+        lock_run(tmp_path, said.append)
+    assert said == ["Waiting up to 0 s for another process of this run (pid 42) to end"]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers import Sandbox, refused
+from helpers import Sandbox, assert_modes_are_the_umasks, refused
 from huggingface_hub import DatasetCard
 from safetensors.numpy import load_file
 from texts import (
@@ -121,6 +121,7 @@ def test_meta_card_and_stats(tmp_path: Path) -> None:
     assert meta["splits"]["validation"]["documents"] > 1
     assert meta["validation_fraction"] == 0.01
     assert (meta["source"], meta["revision"], meta["replaced"]) == (str(source), None, 0)
+    assert_modes_are_the_umasks(output)
     card = DatasetCard.load(output / "README.md")
     assert card.data.pretty_name == "my-texts" and "text-generation" in card.data.task_categories
     assert meta["sha256"]["train.safetensors"] in card.text

@@ -6,13 +6,17 @@ torchrun, where its own part is under test.
 
 import json
 import os
+import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
+import torch.distributed as dist
 import torch.distributed.run
 from forked import forked
 from helpers import (
@@ -30,9 +34,10 @@ from helpers import (
 from torture import Training, assert_same_end, train
 
 import checkpointing
-from basemodel import command_line, distributed
+from basemodel import command_line, distributed, watchdog
 from basemodel.command_line import run_command
 from basemodel.errors import InputError, RunError
+from basemodel.pending import PendingSteps
 
 # ------------------------------------------------------------------------------------------------------------
 # Signals
@@ -47,10 +52,11 @@ def slow_save(rank: int) -> None:
 def slow_validation(rank: int) -> None:
     real = distributed.World.any
 
-    def slow(*arguments: object) -> bool:
-        print("validating")
-        time.sleep(0.3)
-        return real(*arguments)
+    def slow(world: distributed.World, flag: object) -> bool:
+        if isinstance(flag, distributed.StopSignal):  # validation asks for it before each microbatch
+            print("validating")
+            time.sleep(0.3)
+        return real(world, flag)
 
     distributed.World.any = slow
 
@@ -231,6 +237,73 @@ def test_when_a_process_hangs_the_others_end_at_the_timeout(tmp_path: Path) -> N
     assert "died or hung" in training.log.read_text()
 
 
+def hung_device(rank: int) -> None:
+    """The eighth step's result never arrives, and nothing raises an error, as on a GPU when NCCL hangs."""
+    real = PendingSteps.add
+
+    def add(self: PendingSteps, step: int, result: torch.Tensor) -> None:
+        real(self, step, result)
+        if step == 8:
+            self._queue[-1] = (*self._queue[-1][:2], SimpleNamespace(synchronize=threading.Event().wait))
+
+    PendingSteps.add = add
+
+
+@forked
+def test_when_a_gpu_hangs_all_end_at_the_timeout(tmp_path: Path, whole: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "run")
+    sandbox.run_dir("whole").symlink_to(whole)
+    training = Training(sandbox, "run", "--collective-timeout", "2", patch=hung_device)
+    assert training.wait(30) == [1, 1]
+    line = "Error: another training process died or hung; start again with --resume, or"
+    assert training.log.read_text().count(line) == 2
+    assert sandbox.status("run")["status"] == "failed" and "died or hung" in sandbox.status("run")["error"]
+    assert "Resuming after step 5" in train(sandbox, "run", "--resume")
+    assert_same_end(sandbox, "run", "whole")
+
+
+@forked
+def test_a_signal_ends_a_process_that_hangs(tmp_path: Path) -> None:
+    def impatient(rank: int) -> None:
+        watchdog.GRACE_SECONDS = 1.0
+
+    sandbox = make_sandbox(tmp_path, "run")
+    training = Training(sandbox, "run", patch=impatient)
+    training.wait_until(step_reached(sandbox, "run", 7))
+    training.signal(signal.SIGSTOP, rank=1)
+    time.sleep(0.5)  # till the first waits for it
+    training.signal(signal.SIGTERM, rank=0)
+    left = training.wait(30, rank=0)
+    training.signal(signal.SIGKILL, rank=1)
+    assert (left, training.wait(rank=1)) == ([1], [-signal.SIGKILL])
+    assert sandbox.status("run")["status"] == "failed" and "died or hung" in training.log.read_text()
+
+
+@forked
+def test_a_save_may_take_longer_than_the_timeout(tmp_path: Path, whole: Path) -> None:
+    """The processes wait for it before the next one, and at the end."""
+
+    def very_slow_save(rank: int) -> None:
+        real = checkpointing.save_checkpoint
+        checkpointing.save_checkpoint = lambda *arguments: time.sleep(5) or real(*arguments)
+
+    sandbox = make_sandbox(tmp_path, "run", checkpoint_interval=15)
+    train(sandbox, "run", "--collective-timeout", "2", patch=very_slow_save)
+    assert [path.name.rpartition("-")[2] for path in sandbox.checkpoints("run")] == ["15", "30"]
+
+
+def test_processes_wait_ten_minutes_in_all_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each of them: here the second comes in time, and the third too late."""
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 3)]))
+    monkeypatch.setattr(distributed, "START_SECONDS", 2.0)
+    for rank, seconds in ((1, 1.0), (2, 2.7)):
+        threading.Timer(seconds, store.set, (f"member/{rank}", "here")).start()
+    with pytest.raises(RunError, match="process 0 of 3 waited 2 s for the others to start"):
+        distributed.store_of_these_processes(0, 3)
+    assert not store.check(["members"])
+
+
 def test_a_process_whose_others_do_not_start_ends_too(sandbox: Sandbox) -> None:
     sandbox.write_run()
     with reserve_port() as holder:
@@ -253,7 +326,7 @@ def torchrun() -> Iterator[Callable[..., Script]]:
     agents: list[Script] = []
 
     def start(sandbox: Sandbox, run: str, *launch: str, options: tuple[str, ...] = ()) -> Script:
-        processes = 1 if "--nnodes=2" in launch else 2
+        processes = 1 if "--nnodes" in launch[0] else 2
         command = sandbox.command(run, *options, processes=processes, torchrun=launch)
         # The second: else torchrun (2.13) tells a node that joins later nothing of the store it has kept.
         env = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -300,18 +373,75 @@ def test_a_node_that_was_killed_and_started_again_is_taken_back(
         port = holder.getsockname()[1]
         launch = (
             *("--nnodes=2", "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"),
-            "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=2",
+            "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=5",
         )
-        nodes = [torchrun(sandbox, "killed", *launch, options=("--resume",)) for _ in range(2)]
+        nodes = [torchrun(sandbox, "killed", *launch) for _ in range(2)]
         wait_for(step_reached(sandbox, "killed", 7), "the seventh step")
         # The one that holds the rendezvous stays.
         other = next(node for node in nodes if not listens(node.pid, port))
         kill_node(other)
-        nodes[nodes.index(other)] = torchrun(sandbox, "killed", *launch, options=("--resume",))
+        nodes[nodes.index(other)] = torchrun(sandbox, "killed", *launch)
         for node in nodes:
             done = node.wait(120)
             assert done.returncode == 0, done.stderr
     assert_same_end(sandbox, "killed", "whole")
+
+
+def test_a_node_that_joins_later_restarts_the_run_where_it_was(tmp_path: Path, whole: Path, torchrun) -> None:
+    """Without --resume, and although no launcher counts that as a restart; a new launch does start afresh."""
+    sandbox = make_sandbox(tmp_path, "joined")
+    sandbox.run_dir("whole").symlink_to(whole)
+    with reserve_port() as holder:
+        launch = (
+            *("--nnodes=1:2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{holder.getsockname()[1]}"),
+            *("--rdzv_id=same", "--rdzv_conf=last_call_timeout=1"),
+        )
+        nodes = [torchrun(sandbox, "joined", *launch)]
+        wait_for(step_reached(sandbox, "joined", 7), "the seventh step")
+        (worker,) = children_of(nodes[0].pid)
+        os.kill(worker, signal.SIGSTOP)  # else the run could be over before the other node is there
+        nodes.append(torchrun(sandbox, "joined", *launch))
+        wait_for(lambda: is_asked_to_stop(worker), "the first launcher to notice the second")
+        os.kill(worker, signal.SIGCONT)
+        for node in nodes:
+            done = node.wait(120)
+            assert done.returncode == 0, done.stderr
+        assert any("Resuming after step" in node.stdout for node in nodes)
+        assert sandbox.metrics("joined", "step") == sandbox.metrics("whole", "step")
+        assert sandbox.metrics("joined") == pytest.approx(sandbox.metrics("whole"), rel=0.05)
+        assert not list(sandbox.run_dir("joined").glob("earlier-*"))
+        afresh = torchrun(sandbox, "joined", *launch)
+        assert afresh.wait(120).returncode == 0
+        assert "Starting from scratch; earlier results are now in" in afresh.stdout
+
+
+def is_asked_to_stop(process: int) -> bool:
+    """Whether a stopped process has a SIGTERM to look at once it goes on."""
+    pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)[1]
+    return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_restart_waits_for_what_a_killed_launcher_has_left(tmp_path: Path, whole: Path, torchrun) -> None:
+    sandbox = make_sandbox(tmp_path, "orphaned")
+    sandbox.run_dir("whole").symlink_to(whole)
+    launcher = torchrun(sandbox, "orphaned", "--standalone")
+    wait_for(step_reached(sandbox, "orphaned", 7), "the seventh step")
+    orphans = children_of(launcher.pid)
+    for orphan in orphans:
+        os.kill(orphan, signal.SIGSTOP)
+    launcher.signal(signal.SIGKILL)
+    restarted = torchrun(sandbox, "orphaned", "--standalone", options=("--resume",))
+    try:
+        waiting = f"Waiting up to 900 s for another process of this run (pid {orphans[0]}) to end"
+        wait_for(lambda: waiting in restarted.stdout or restarted.has_ended, "the one that waits")
+        assert not restarted.has_ended, restarted.stderr
+    finally:
+        for orphan in orphans:
+            os.kill(orphan, signal.SIGCONT)
+    done = restarted.wait(120)
+    assert done.returncode == 0, done.stderr
+    assert "Resuming after step" in done.stdout and not any(map(is_alive, orphans))
+    assert_same_end(sandbox, "orphaned", "whole")
 
 
 def listens(process: int, port: int) -> bool:

@@ -11,6 +11,7 @@ from helpers import (
     NO_CHART,
     Sandbox,
     Script,
+    assert_modes_are_the_umasks,
     rank_environment,
     refused,
     reserve_port,
@@ -44,6 +45,7 @@ def test_a_run_writes_what_the_contract_says(sandbox: Sandbox) -> None:
     best = sandbox.checkpoints()[losses[1:].index(min(losses[1:]))]
     assert (folder / "checkpoints/best").readlink().name == best.name
     assert (folder / "training-run-chart.png").read_bytes().startswith(b"\x89PNG")
+    assert_modes_are_the_umasks(folder)
 
     assert sandbox.metrics(key="step") == list(range(9)), "one line per step"
     assert sandbox.metrics(key="learning_rate") == [0.01] * 8
@@ -254,6 +256,10 @@ def test_a_process_takes_the_device_that_torch_finds(
             join_world()
         return
     world = join_world()
+    with monkeypatch.context() as left_over:
+        left_over.setenv("LOCAL_RANK", str(devices))
+        with pytest.raises(InputError, match=f"LOCAL_RANK is {devices} on a node with {devices} devices; "):
+            join_world()
     assert (world.size, world.control) == (1, None)
     assert world.device == torch.device("cuda:7" if devices == 8 else "mps:0")
     assert chosen == [world.device.index]

@@ -16,7 +16,17 @@ import pytest
 import tiktoken
 import torch
 import transformers
-from helpers import BYTES, ROOT, Sandbox, needs_gpt2, random_tokens, run_script, write_dataset, write_model
+from helpers import (
+    BYTES,
+    ROOT,
+    Sandbox,
+    assert_modes_are_the_umasks,
+    needs_gpt2,
+    random_tokens,
+    run_script,
+    write_dataset,
+    write_model,
+)
 from safetensors.torch import load_file
 
 import upload_model
@@ -144,6 +154,7 @@ def test_the_folder_holds_what_is_known_of_the_run(trained: tuple[Sandbox, Path]
     written = {path.name for path in output.iterdir()}
     assert written >= {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"}
     assert written >= {"vocab.json", "merges.txt", "tokenizer_config.json", "README.md"}
+    assert_modes_are_the_umasks(output)
     card = ModelCard.load(output / "README.md")
     assert (card.data.library_name, card.data.license) == ("transformers", "mit")
     assert card.data.datasets == ["test/tokens"]
