@@ -89,8 +89,9 @@ class Learner:
             self.ddp_module = DistributedDataParallel(
                 self.loss_module, device_ids=device_ids, gradient_as_bucket_view=True
             )
-            # DDP rebuilds its buckets after the first backward pass. With three or more processes the buckets
-            # decide the order of summation, so a resumed run must rebuild them before its first step too.
+            # The first pass lets DDP rebuild its buckets, the second moves gradients there. Both change how
+            # sums of three or more processes round, so a resumed run must do it before its first step too.
+            self._warm_up(self.ddp_module)
             self._warm_up(self.ddp_module)
         torch.manual_seed(config.random_seed + 1 + world.rank)
         if world.device.type == "cpu":
@@ -98,13 +99,13 @@ class Learner:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
 
     def _warm_up(self, module: nn.Module) -> None:
-        """One pass that keeps no gradients, to trigger compilation and the rebuild of DDP's buckets."""
+        """One pass without an update, to trigger compilation and what DDP does in its first passes."""
         size = self.config.microbatch_size, self.model.config.context_length + 1
         try:
             with autocast(self.precision, self.world.device):
                 module(torch.zeros(size, dtype=torch.int64, device=self.world.device)).backward()
         finally:
-            self.model.zero_grad()
+            self.model.zero_grad(set_to_none=not self.keeps_gradients)
 
     def train_step(self, microbatches: list[Tensor], learning_rate: float, *, stop: bool = False) -> Tensor:
         """One optimizer step over this process's share of the global batch, sequences of (B, T + 1) each.

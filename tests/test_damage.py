@@ -269,9 +269,9 @@ def poison(ranks: tuple[int, ...], when: Callable[[int], bool]) -> Callable[[int
     def patch(rank: int) -> None:
         real, passes = loss.NextTokenLoss.forward, 0
 
-        def forward(self: loss.NextTokenLoss, sequences: torch.Tensor) -> torch.Tensor:
+        def forward(self: loss.NextTokenLoss, *inputs: torch.Tensor) -> torch.Tensor:
             nonlocal passes
-            result = real(self, sequences)
+            result = real(self, *inputs)
             if self.training:
                 passes += 1
                 if rank in ranks and when(passes):
@@ -286,9 +286,9 @@ def poison(ranks: tuple[int, ...], when: Callable[[int], bool]) -> Callable[[int
 @forked
 def test_a_non_finite_loss_on_one_process_skips_the_step_on_all(tmp_path: Path) -> None:
     sandbox = make_sandbox(tmp_path, "one", "all")
-    # The first pass is the one that sorts buckets; each step is two.
+    # The first two passes let DDP build its buckets; each step is two.
     for run, ranks in (("one", (1,)), ("all", (0, 1))):
-        said = train(sandbox, run, patch=poison(ranks, lambda number: number == 1 + 2 * 6 + 1))
+        said = train(sandbox, run, patch=poison(ranks, lambda number: number == 2 + 2 * 6 + 1))
         assert said.count("Skipped: the training loss is nan, the gradient norm nan at step 7;") == 1
     assert_same_end(sandbox, "one", "all")
     assert sandbox.metrics("one", "train_loss")[6] is None
@@ -297,11 +297,11 @@ def test_a_non_finite_loss_on_one_process_skips_the_step_on_all(tmp_path: Path) 
 @forked
 def test_too_many_skipped_steps_end_the_run_and_are_counted_over_a_resume(tmp_path: Path) -> None:
     sandbox = make_sandbox(tmp_path, "run")
-    training = Training(sandbox, "run", patch=poison((1,), lambda number: number > 1 + 2 * 6))
+    training = Training(sandbox, "run", patch=poison((1,), lambda number: number > 2 + 2 * 6))
     training.wait_until(step_reached(sandbox, "run", 11))
     training.signal(signal.SIGTERM)
     assert training.wait() == [143, 143]
-    training = Training(sandbox, "run", "--resume", patch=poison((1,), lambda number: number > 1))
+    training = Training(sandbox, "run", "--resume", patch=poison((1,), lambda number: number > 2))
     assert training.wait() == [1, 1]
     said = training.log.read_text()
     assert "at step 22, and 16 steps in a row were skipped" in said
