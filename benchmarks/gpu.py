@@ -71,12 +71,15 @@ def run_all(out: Path, arguments: list[str]) -> int:
     """Run each part in a process of its own; return 1 if one failed or took too long, else 0."""
     results: dict[str, str] = {}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without what is below `finally`
-    with tempfile.TemporaryDirectory() as folder:  # also for what a part that is killed leaves behind
+    with tempfile.TemporaryDirectory(
+        ignore_cleanup_errors=True
+    ) as folder:  # also for what a part that is killed leaves behind
         for part in PARTS:
             print(f"\n# {part}\n", flush=True)
             start = time.monotonic()
             command = [sys.executable, __file__, part, *arguments]
-            process = subprocess.Popen(command, env={**os.environ, "TMPDIR": folder}, start_new_session=True)
+            env = {**os.environ, "TMPDIR": folder, "TIKTOKEN_CACHE_DIR": str(VOCABULARY_CACHE)}
+            process = subprocess.Popen(command, env=env, start_new_session=True)
             try:
                 status = process.wait(LIMIT)
                 result = "passed" if status == 0 else f"FAILED with status {status}"
@@ -136,7 +139,7 @@ def main(part: str, datasets_dir: Path | None, out: Path, *, tiny: bool, setting
     )
     session = Session(datasets_dir, tiny, facts["name"], facts["memory"])
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, contextlib.closing(session):
             session.folder = Path(folder)
             PARTS[part](session, report)
     except Exception as error:

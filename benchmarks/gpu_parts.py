@@ -76,6 +76,7 @@ class Session:
     device_name: str
     device_gib: float
     folder: Path = field(default_factory=Path)  # for runs and whatever else need not be kept
+    processes: list[subprocess.Popen] = field(default_factory=list)  # trainings
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -89,7 +90,13 @@ class Session:
 
     def left(self) -> float:
         """Seconds that the part has left, less a reserve for its end."""
-        return LIMIT - 20 - self.seconds()
+        return LIMIT - 30 - self.seconds()
+
+    def close(self) -> None:
+        """Kill the trainings that a failed part leaves running."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
 
 
 def read_run(name: str, *, tiny: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -192,7 +199,8 @@ def speed(session: Session, report: Report) -> None:
             found = measure_apart(session, side, model, values)
         except RunError as error:
             problems += 1
-            found = {"problem": str(error).rpartition("ended with ")[2].replace("|", "\\|")[:200]}
+            # The command itself, which comes first, is long.
+            found = {"problem": str(error).rpartition("ended with ")[2].replace("|", "\\|")[-200:]}
         if "problem" in found:
             report.row(*cells, found["problem"], *[""] * 4)
             continue
@@ -284,6 +292,7 @@ class Training:
             where = {"cwd": ROOT, "stdout": log, "stderr": log}
             env = {**os.environ, "PYTHONUNBUFFERED": "1"}  # -f is read as it goes on
             self.process = subprocess.Popen([sys.executable, *map(str, command)], env=env, **where)
+            self.session.processes.append(self.process)
 
     def wait_for_step(self, step: int) -> None:
         """Wait until a step is logged. Raises RunError if the training ends before."""
@@ -301,8 +310,7 @@ class Training:
 
     def watch(self) -> None:
         """Look at the GPU's memory, and pause. Raises RunError when the part's time is up."""
-        if self.session.left() < -10:
-            self.process.kill()
+        if self.session.left() < 0:
             raise RunError(f"out of time after step {self.last_step()}")
         self.used_gib = max(self.used_gib, used_gib())
         time.sleep(0.05 if self.session.tiny else 0.5)
@@ -435,7 +443,9 @@ def show_training(
         raise RunError("the killed training did not go on from a checkpoint to its end")
     if losses[-1]["val_loss"] >= losses[0]["val_loss"]:
         raise RunError("the validation loss did not fall")
-    shutil.copy(training.directory / "training-run-chart.png", report.path.with_suffix(".png"))
+    chart = training.directory / "training-run-chart.png"
+    if chart.exists():  # one that could not be drawn is no reason to fail
+        shutil.copy(chart, report.path.with_suffix(".png"))
 
 
 # ------------------------------------------------------------------------------------------------------------
