@@ -57,7 +57,7 @@ def correct(session: Session, report: Report) -> None:
     table.silent = True  # while pytest prints
     status = pytest.main([*options, str(ROOT / "tests/test_gpu.py")], plugins=[Tabulator()])
     table.silent = False
-    print("\n" + table.path.read_text(encoding="utf-8"))
+    print("\n" + table.path.read_text(encoding="utf-8"), end="", flush=True)
     if status:
         raise RunError(f"{outcomes.count('failed')} of {len(outcomes)} tests failed (pytest {int(status)})")
     if set(outcomes) == {"skipped"} and not session.tiny:
