@@ -91,7 +91,7 @@ def test_generation(sandbox: Sandbox) -> None:
     assert_lines(said, rf"ratio {SPREAD}")
 
 
-ABSENT = ("datasets", "pyarrow", "tiktoken", "huggingface_hub")
+ABSENT = ("datasets", "pyarrow", "tiktoken")
 
 
 def test_gpu(sandbox: Sandbox) -> None:
