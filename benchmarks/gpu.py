@@ -23,13 +23,13 @@ from pathlib import Path
 
 import click
 from common import ROOT, measured_code, run_python
-from gpu_parts import LIMIT, VOCABULARY_CACHE, Report, Session, measure, recipe, run, speed
+from gpu_parts import LIMIT, VOCABULARY_CACHE, Report, Setup, measure, recipe, run, speed
 
 from basemodel.command_line import run_command
 from basemodel.errors import RunError, require
 
 
-def correct(session: Session, report: Report) -> None:
+def correct(setup: Setup, report: Report) -> None:
     """Run the tests that are marked gpu. Raises RunError if one fails, or if all are skipped."""
     try:
         import pytest
@@ -60,7 +60,7 @@ def correct(session: Session, report: Report) -> None:
     print("\n" + table.path.read_text(encoding="utf-8"), end="", flush=True)
     if status:
         raise RunError(f"{outcomes.count('failed')} of {len(outcomes)} tests failed (pytest {int(status)})")
-    if set(outcomes) == {"skipped"} and not session.tiny:
+    if set(outcomes) == {"skipped"} and not setup.tiny:
         raise RunError("all tests were skipped")
 
 
@@ -137,15 +137,15 @@ def main(part: str, datasets_dir: Path | None, out: Path, *, tiny: bool, setting
     report.say(
         f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, commit {code['commit']}{', tiny' * tiny}"
     )
-    session = Session(datasets_dir, tiny, facts["name"], facts["memory"])
+    setup = Setup(datasets_dir, tiny, facts["name"], facts["memory"])
     try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.closing(session):
-            session.folder = Path(folder)
-            PARTS[part](session, report)
+        with tempfile.TemporaryDirectory() as folder, contextlib.closing(setup):
+            setup.folder = Path(folder)
+            PARTS[part](setup, report)
     except Exception as error:
-        report.say(f"\nFAILED after {session.seconds():.0f} s: {' '.join(str(error).split())}")
+        report.say(f"\nFAILED after {setup.seconds():.0f} s: {' '.join(str(error).split())}")
         raise
-    report.say(f"\nPassed in {session.seconds():.0f} s")
+    report.say(f"\nPassed in {setup.seconds():.0f} s")
     return 0
 
 

@@ -68,7 +68,7 @@ class Report:
 
 
 @dataclass
-class Session:
+class Setup:
     """What a part works with."""
 
     datasets_dir: Path | None
@@ -171,32 +171,30 @@ def measure(setting: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def measure_apart(
-    session: Session, side: str, model: dict[str, Any], train: dict[str, Any]
-) -> dict[str, Any]:
+def measure_apart(setup: Setup, side: str, model: dict[str, Any], train: dict[str, Any]) -> dict[str, Any]:
     """`measure` in a process of its own."""
-    setting = {"side": side, "model": model, "train": train, "steps": 1 if session.tiny else 5}
+    setting = {"side": side, "model": model, "train": train, "steps": 1 if setup.tiny else 5}
     worker = [str(ROOT / "benchmarks/gpu.py"), "speed", "--measure", json.dumps(setting)]
-    return json.loads(run_python(*worker, timeout=max(1.0, session.left())).splitlines()[-1])
+    return json.loads(run_python(*worker, timeout=max(1.0, setup.left())).splitlines()[-1])
 
 
-def speed(session: Session, report: Report) -> None:
+def speed(setup: Setup, report: Report) -> None:
     """Measure each of STEPS. Raises RunError at the end if one failed, other than for lack of memory."""
-    model, train = read_run("original", tiny=session.tiny)
+    model, train = read_run("original", tiny=setup.tiny)
     model["drop_rate"] = 0.0
     train |= {"microbatch_size": 16, "precision": "auto"}
     flops, problems, base = flops_per_token(model), 0, None
     columns = "tokens/s (min to max)", "MFU", "peak GiB", "first step, s", "x plain"
     report.table("step", "optimizer", "precision", "microbatch", *columns)
-    for side, changes in TINY_STEPS if session.tiny else STEPS:
+    for side, changes in TINY_STEPS if setup.tiny else STEPS:
         values = train | changes
         what = f"{side}, document masks" if "document_masking" in changes else side
         cells = [what, values.get("optimizer", "adamw"), values["precision"], values["microbatch_size"]]
-        if session.left() < 30:
+        if setup.left() < 30:
             report.row(*cells, "not measured: out of time", *[""] * 4)
             continue
         try:
-            found = measure_apart(session, side, model, values)
+            found = measure_apart(setup, side, model, values)
         except RunError as error:
             problems += 1
             # The command itself, which comes first, is long.
@@ -209,7 +207,7 @@ def speed(session: Session, report: Report) -> None:
         middle = statistics.median(speeds)
         base = middle if side == "plain" else base
         ratio = f"{middle / base:.2f}" if base else ""
-        share = mfu(middle, flops, session.device_name)
+        share = mfu(middle, flops, setup.device_name)
         first = f"{found['first_step_seconds']:.1f}"
         report.row(*cells, spread(speeds, ",.0f"), share, f"{found['peak_gib']:.2f}", first, ratio)
     if problems:
@@ -231,10 +229,10 @@ class Tokens:
     train: int  # tokens
     validation: int
 
-    def settings(self, session: Session, steps: int, batch: int, microbatch: int) -> dict[str, Any]:
+    def settings(self, setup: Setup, steps: int, batch: int, microbatch: int) -> dict[str, Any]:
         """The keys of train.json that train for so many steps on these tokens, and validate about 8 times."""
-        length = session.length
-        most = min(8 if session.tiny else 96, (self.validation - 1) // length) // microbatch
+        length = setup.length
+        most = min(8 if setup.tiny else 96, (self.validation - 1) // length) // microbatch
         require(most > 0, f"{self.name}: {self.validation:,} tokens for validation are too few")
         return {
             "dataset": self.name,
@@ -248,12 +246,12 @@ class Tokens:
         }
 
 
-def find_tokens(session: Session) -> Tokens:
+def find_tokens(setup: Setup) -> Tokens:
     """The first data set of the given folder, or the documentation that comes with Python, prepared now."""
-    folder = session.datasets_dir
+    folder = setup.datasets_dir
     if folder is None:
-        folder = session.folder / "datasets"
-        tokenizer = "gpt2" if VOCABULARY.exists() and not session.tiny else "bytes"
+        folder = setup.folder / "datasets"
+        tokenizer = "gpt2" if VOCABULARY.exists() and not setup.tiny else "bytes"
         options = "--tokenizer", tokenizer, "--validation-fraction", "0.1"
         run_python("prepare_datasets.py", "python-docs", str(folder / "local/python-docs"), *options)
     found = sorted(folder.glob("*/*/train.safetensors"))
@@ -269,12 +267,12 @@ def find_tokens(session: Session) -> Tokens:
 
 
 class Training:
-    """A run of ddp_train.py under the session's folder, in a process of its own."""
+    """A run of ddp_train.py under the setup's folder, in a process of its own."""
 
-    def __init__(self, session: Session, tokens: Tokens, name: str) -> None:
-        self.session, self.tokens, self.name = session, tokens, name
-        self.directory = session.folder / "runs" / name
-        self.log = session.folder / f"{name}.log"
+    def __init__(self, setup: Setup, tokens: Tokens, name: str) -> None:
+        self.setup, self.tokens, self.name = setup, tokens, name
+        self.directory = setup.folder / "runs" / name
+        self.log = setup.folder / f"{name}.log"
         self.used_gib = 0.0  # the most that nvidia-smi has shown
 
     def write(self, model: dict[str, Any], train: dict[str, Any]) -> None:
@@ -292,7 +290,7 @@ class Training:
             where = {"cwd": ROOT, "stdout": log, "stderr": log}
             env = {**os.environ, "PYTHONUNBUFFERED": "1"}  # -f is read as it goes on
             self.process = subprocess.Popen([sys.executable, *map(str, command)], env=env, **where)
-            self.session.processes.append(self.process)
+            self.setup.processes.append(self.process)
 
     def wait_for_step(self, step: int) -> None:
         """Wait until a step is logged. Raises RunError if the training ends before."""
@@ -310,10 +308,10 @@ class Training:
 
     def watch(self) -> None:
         """Look at the GPU's memory, and pause. Raises RunError when the part's time is up."""
-        if self.session.left() < 0:
+        if self.setup.left() < 0:
             raise RunError(f"out of time after step {self.last_step()}")
         self.used_gib = max(self.used_gib, used_gib())
-        time.sleep(0.05 if self.session.tiny else 0.5)
+        time.sleep(0.05 if self.setup.tiny else 0.5)
 
     def failure(self) -> RunError:
         """What the training said at last."""
@@ -379,7 +377,7 @@ def train_with_a_kill(training: Training, train: dict[str, Any], steps: int) -> 
 
     Returns the step after which it was killed, and the seconds from its second start to the next step.
     """
-    training.write(read_run("original", tiny=training.session.tiny)[0], train)
+    training.write(read_run("original", tiny=training.setup.tiny)[0], train)
     training.start()
     training.wait_for_step(steps // 2 + steps // 16)  # between two checkpoints
     training.process.kill()
@@ -393,30 +391,30 @@ def train_with_a_kill(training: Training, train: dict[str, Any], steps: int) -> 
     return killed, seconds
 
 
-def run(session: Session, report: Report) -> None:
+def run(setup: Setup, report: Report) -> None:
     """Find the largest microbatch, train with it, kill the training half-way and resume it."""
-    tokens = find_tokens(session)
-    training = Training(session, tokens, "gpt2-small")
-    model, train = read_run("original", tiny=session.tiny)
+    tokens = find_tokens(setup)
+    training = Training(setup, tokens, "gpt2-small")
+    model, train = read_run("original", tiny=setup.tiny)
     training.write(model, train)
     report.table("what", "result")
     report.row("tokens", f"{tokens.name}: {tokens.train:,} and {tokens.validation:,} for validation")
-    largest, gib, speed, ended = find_microbatch(training, 3 if session.tiny else 170)
+    largest, gib, speed, ended = find_microbatch(training, 3 if setup.tiny else 170)
     report.row("largest microbatch", f"{largest}, {gib:.2f} GiB, {speed:,.0f} tokens/s; -f {ended}")
-    size = min(largest, 2 if session.tiny else (tokens.validation - 1) // session.length)
-    seconds = max(20.0, min(120.0, session.left() - 150))
-    steps = 160 if session.tiny else max(16, int(seconds * speed / (size * session.length)))
+    size = min(largest, 2 if setup.tiny else (tokens.validation - 1) // setup.length)
+    seconds = max(20.0, min(120.0, setup.left() - 150))
+    steps = 160 if setup.tiny else max(16, int(seconds * speed / (size * setup.length)))
     fits = True
     try:
-        killed = train_with_a_kill(training, train | tokens.settings(session, steps, size, size), steps)
+        killed = train_with_a_kill(training, train | tokens.settings(setup, steps, size, size), steps)
     except RunError as error:
         if "memory ran out" not in str(error):
             raise
         fits, smaller = False, max(1, size * 7 // 8)
         report.row(f"training with microbatch {size}", "memory ran out")
         size = smaller
-        killed = train_with_a_kill(training, train | tokens.settings(session, steps, size, size), steps)
-    report.row("training", f"{steps} steps of microbatch {size} x {session.length} tokens")
+        killed = train_with_a_kill(training, train | tokens.settings(setup, steps, size, size), steps)
+    report.row("training", f"{steps} steps of microbatch {size} x {setup.length} tokens")
     show_training(training, model | tokens.shape, killed, report)
     if not fits:
         raise RunError("memory ran out with the microbatch that -f had found")
@@ -429,7 +427,7 @@ def show_training(
     resumed = re.findall(r"Resuming after step ([\d,]*\d)", training.said())
     speed, (step, seconds) = training.speed(), killed
     report.row("tokens/s", f"{speed:,.0f}")
-    report.row("MFU", mfu(speed, flops_per_token(model), training.session.device_name))
+    report.row("MFU", mfu(speed, flops_per_token(model), training.setup.device_name))
     used = f"{training.used_gib:.1f} GiB" if training.used_gib else "not measured"
     report.row("most memory in use, by nvidia-smi", used)
     report.row("killed", f"by SIGKILL after step {step}")
@@ -455,16 +453,16 @@ def show_training(
 RECIPES = {"AdamW, as published": "original", "Muon, as recommended": "1xrtx3090-best"}
 
 
-def try_microbatch(session: Session, tokens: Tokens, batch: int) -> tuple[int, list[float]]:
+def try_microbatch(setup: Setup, tokens: Tokens, batch: int) -> tuple[int, list[float]]:
     """A microbatch that fits both recipes, and the tokens/s of each with it."""
-    room = 2 if session.tiny else max(1, int((session.device_gib - 4) / 0.5))
+    room = 2 if setup.tiny else max(1, int((setup.device_gib - 4) / 0.5))
     for microbatch in [each for each in range(min(room, 48), 0, -1) if batch % each == 0]:
         speeds = []
         for source in RECIPES.values():
-            model, train = read_run(source, tiny=session.tiny)
+            model, train = read_run(source, tiny=setup.tiny)
             values = train | {"microbatch_size": microbatch, "global_batch_size": microbatch}
-            side = "eager" if session.tiny else "compiled"
-            found = measure_apart(session, side, model | tokens.shape, values)
+            side = "eager" if setup.tiny else "compiled"
+            found = measure_apart(setup, side, model | tokens.shape, values)
             if "problem" in found:
                 break
             speeds.append(statistics.median(found["tokens_per_second"]))
@@ -473,28 +471,28 @@ def try_microbatch(session: Session, tokens: Tokens, batch: int) -> tuple[int, l
     raise RunError("not even a microbatch of 1 fits")
 
 
-def recipe(session: Session, report: Report) -> None:
+def recipe(setup: Setup, report: Report) -> None:
     """Train both recipes on the same tokens in the same number of steps, as many as there is time for."""
-    tokens, batch = find_tokens(session), 4 if session.tiny else 96
-    microbatch, speeds = try_microbatch(session, tokens, batch)
-    length = session.length
-    seconds = max(20.0, session.left() - 120)  # less what two starts and all validations take
+    tokens, batch = find_tokens(setup), 4 if setup.tiny else 96
+    microbatch, speeds = try_microbatch(setup, tokens, batch)
+    length = setup.length
+    seconds = max(20.0, setup.left() - 120)  # less what two starts and all validations take
     per_step = batch * length * sum(1 / speed for speed in speeds)
-    steps = 8 if session.tiny else max(8, int(seconds / per_step))
+    steps = 8 if setup.tiny else max(8, int(seconds / per_step))
     report.say(f"{steps} steps of {batch} x {length} tokens of {tokens.name}, microbatch {microbatch}")
     marks = sorted({round(steps * part / 4) for part in range(5)})
     columns = [f"validation loss after {mark}" for mark in marks]
     report.table("recipe", *columns, "seconds", "tokens/s", "MFU")
     for name, source in RECIPES.items():
-        model, train = read_run(source, tiny=session.tiny)
-        training = Training(session, tokens, source)
-        changes = tokens.settings(session, steps, batch, microbatch) | {"checkpoint_interval": steps}
+        model, train = read_run(source, tiny=setup.tiny)
+        training = Training(setup, tokens, source)
+        changes = tokens.settings(setup, steps, batch, microbatch) | {"checkpoint_interval": steps}
         training.write(model, train | changes | {"validation_interval": max(1, steps // 4)})
         training.start()
         training.finish()
         losses = {line["step"]: line["val_loss"] for line in training.lines("val_loss")}
         cells = [f"{losses[min(losses, key=lambda step: abs(step - mark))]:.4f}" for mark in marks]
-        share = mfu(training.speed(), flops_per_token(model | tokens.shape), session.device_name)
+        share = mfu(training.speed(), flops_per_token(model | tokens.shape), setup.device_name)
         seconds = read_status(training.directory)["seconds"]
         report.row(name, *cells, f"{seconds:.0f}", f"{training.speed():,.0f}", share)
         shutil.rmtree(training.directory / "checkpoints")

@@ -159,7 +159,7 @@ def test_gpu_goes_on_after_a_part_that_fails_or_hangs(
 def test_gpu_says_which_steps_fail_and_measures_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(_session: object, side: str, _model: object, train: dict) -> dict:
+    def measure(_setup: object, side: str, _model: object, train: dict) -> dict:
         if train["microbatch_size"] > 32:
             return {"problem": "out of memory"}
         if train.get("precision") == "tf32":
@@ -168,9 +168,9 @@ def test_gpu_says_which_steps_fail_and_measures_the_others(
         return {"precision": "bf16", "tokens_per_second": speeds, "peak_gib": 1.5, "first_step_seconds": 9.0}
 
     monkeypatch.setattr(gpu_parts, "measure_apart", measure)
-    session = gpu_parts.Session(None, tiny=False, device_name="NVIDIA A100-SXM4-40GB", device_gib=40)
+    setup = gpu_parts.Setup(None, tiny=False, device_name="NVIDIA A100-SXM4-40GB", device_gib=40)
     with pytest.raises(RunError, match="1 kinds of steps failed"):
-        gpu_parts.speed(session, gpu_parts.Report(tmp_path / "speed.md"))
+        gpu_parts.speed(setup, gpu_parts.Report(tmp_path / "speed.md"))
     rows = (tmp_path / "speed.md").read_text()
     share = 1e6 * 854_433_792 / 312e12
     assert_lines(
@@ -179,6 +179,29 @@ def test_gpu_says_which_steps_fail_and_measures_the_others(
         r"\| compiled \| adamw \| tf32 \| 16 \| status 1: Error: torch.compile failed \(a \\\| b\)( \|){5}",
         r"\| compiled \| adamw \| auto \| 64 \| out of memory( \|){5}",
     )
+
+
+def test_gpu_trains_with_less_where_the_largest_microbatch_is_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def train(_training: object, train: dict, _steps: int) -> tuple[int, float]:
+        tried.append(train["microbatch_size"])
+        if len(tried) == 1:
+            raise RunError("training gpt2-small ended with status 1: Error: memory ran out; -f finds")
+        return 100, 9.0
+
+    tokens = gpu_parts.Tokens(tmp_path, "a/b", {}, train=10**7, validation=10**5)
+    monkeypatch.setattr(gpu_parts, "find_tokens", lambda _: tokens)
+    monkeypatch.setattr(gpu_parts, "find_microbatch", lambda *_: (40, 20.0, 1e5, "came to its end"))
+    monkeypatch.setattr(gpu_parts, "train_with_a_kill", train)
+    monkeypatch.setattr(gpu_parts, "show_training", lambda *_: None)
+    setup = gpu_parts.Setup(None, tiny=False, device_name="", device_gib=24, folder=tmp_path)
+    with pytest.raises(RunError, match="memory ran out with the microbatch that -f had found"):
+        gpu_parts.run(setup, gpu_parts.Report(tmp_path / "run.md"))
+    assert tried == [40, 35]
+    assert "| training with microbatch 40 | memory ran out |" in (tmp_path / "run.md").read_text()
 
 
 def test_gpu_needs_a_gpu_but_for_a_rehearsal(sandbox: Sandbox) -> None:
