@@ -3,15 +3,16 @@
 # make mutants break the code in known ways, one by one, and see a test fail for each: 10 minutes on 2 cores
 # make torture kill a training 200 times, half of them inside a save, and compare its end: 5 minutes on 2 cores
 # make bench   measure the training step of the demo and of GPT-2 small beside a plain one: 10 minutes on 2 cores
+# make gpu     the acceptance run on a CUDA GPU, offline, into gpu-results/: at most 8 minutes for each of 4 parts
 # make lint    check style
-# Each makes .venv first, if need be; PYTHON=python3.12 chooses the Python for it (3.11 or later).
+# Each but gpu makes .venv first, if need be; PYTHON=python3.12 chooses the Python for it (3.11 or later).
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 DEMO_DATA := datasets/local/python-docs
 
-.PHONY: demo test mutants torture bench lint
+.PHONY: demo test mutants torture bench gpu lint
 .DELETE_ON_ERROR:
 
 demo: .venv/ready $(DEMO_DATA)/meta.json
@@ -36,6 +37,10 @@ torture: .venv/ready-test
 bench: .venv/ready
 	$(BIN)/python benchmarks/throughput.py demo
 	$(BIN)/python benchmarks/throughput.py original --microbatch 2 --dropout 0
+
+# Without a network nothing can be installed, so where there is no .venv the Python at hand must do.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py all
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .

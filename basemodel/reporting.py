@@ -9,13 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from tqdm import tqdm
 
-from basemodel import charts
+from basemodel import charts, machines
 from basemodel.errors import RunError
 from basemodel.files import replace_text
 from basemodel.run import Run
 from basemodel.run_folder import read_metrics
+from gpt import GPTModel
 
 
 class Reporter:
@@ -33,6 +35,9 @@ class Reporter:
         self._last_status = self._last_line = self._last_chart = self._chart_seconds = 0.0
         self._line: dict[str, float] = {}  # the pending line of metrics.jsonl
         if enabled:
+            with torch.device("meta"):
+                self._flops_per_token = GPTModel(run.model_config).flops_per_token()
+            self._peak = machines.peak_flops(machines.current_device_name())
             self._metrics = _cut_back_metrics(run.metrics, step)
             options = {"unit": "step", "disable": None, "dynamic_ncols": True}  # None: unless on a terminal
             self._bar = tqdm(total=self.plan.steps, initial=step, **options)
@@ -85,10 +90,11 @@ class Reporter:
         speed = self.plan.tokens_per_step / max(step_seconds, 1e-9)
         loss = values["train_loss"]
         self.loss = loss if math.isfinite(loss) else None
-        self.log(step, {**values, "tokens_per_second": round(speed, 1)})
+        self.log(step, {**values, "tokens_per_second": round(speed, 1), **self._mfu(speed)})
         self._bar.update(step - self._bar.n)
         cost = "" if self.cost() is None else f", ${self.cost():.2f}"
-        text = f"loss {loss:.3f}, {self.tokens_per_second:,.0f} tokens/s{cost}"
+        mfu = "".join(f", {share:.0%} MFU" for share in self._mfu(self.tokens_per_second).values())
+        text = f"loss {loss:.3f}, {self.tokens_per_second:,.0f} tokens/s{mfu}{cost}"
         now = time.monotonic()
         if not self._bar.disable:
             self._bar.set_postfix_str(text, refresh=False)
@@ -105,6 +111,13 @@ class Reporter:
         """Average over the last steps, without validation and checkpoints."""
         return self.plan.tokens_per_step / self.step_seconds if self.step_seconds else None
 
+    def _mfu(self, tokens_per_second: float | None) -> dict[str, float]:
+        """Model FLOPs utilization, a share of the devices' peak rate, as `mfu`; empty if that is unknown."""
+        if self._peak is None or tokens_per_second is None:
+            return {}
+        flops = tokens_per_second * self._flops_per_token
+        return {"mfu": round(flops / (self._peak * self.plan.processes), 4)}
+
     def _eta(self, step: int) -> float:
         """Seconds until the last step, from the average so far."""
         return (self.plan.steps - step) * (self.step_seconds or 0.0)
@@ -120,6 +133,7 @@ class Reporter:
             "tokens": step * self.plan.tokens_per_step,
             "loss": self.loss,
             "tokens_per_second": self.tokens_per_second,
+            **self._mfu(self.tokens_per_second),
             "eta_seconds": 0.0 if status == "finished" else self._eta(step),
             "seconds": self.seconds(),
             "cost_usd": self.cost(),

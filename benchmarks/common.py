@@ -32,12 +32,16 @@ def measured_code() -> dict[str, str]:
     return {"commit": commit or "unknown", "torch": torch.__version__}
 
 
-def run_python(*command: str | Path, env: dict[str, str] | None = None) -> str:
+def run_python(*command: str | Path, env: dict[str, str] | None = None, timeout: float | None = None) -> str:
     """Run a command line behind `python` in the project's folder and return its output.
 
-    Raises RunError, with its last words, if it ends badly.
+    Raises RunError, with its last words, if it ends badly or takes more than `timeout` seconds.
     """
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    options = {"cwd": ROOT, "env": env, "timeout": timeout, "capture_output": True, "text": True}
+    try:
+        done = subprocess.run([sys.executable, *command], **options)
+    except subprocess.TimeoutExpired:
+        raise RunError(f"{' '.join(map(str, command))} took more than {timeout:.0f} s") from None
     if done.returncode:
         last = (done.stderr.strip() or "no word").splitlines()[-1]
         raise RunError(f"{' '.join(map(str, command))} ended with status {done.returncode}: {last}")

@@ -12,6 +12,7 @@ from helpers import (
     ROOT,
     Sandbox,
     Script,
+    is_alive,
     needs_gpt2,
     random_tokens,
     rank_environment,
@@ -23,6 +24,8 @@ from basemodel.errors import RunError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
+import gpu
+import gpu_parts
 
 FIGURE = r"-?[\d,]*\.?\d+"
 SPREAD = rf"{FIGURE} \({FIGURE} to {FIGURE}\)"
@@ -47,12 +50,19 @@ def sandbox(tmp_path: Path) -> Sandbox:
     return sandbox
 
 
-def measured(sandbox: Sandbox, name: str, *options: object, runs: bool = True, before: str = BESIDE) -> str:
+def measured(
+    sandbox: Sandbox,
+    name: str,
+    *options: object,
+    runs: bool = True,
+    before: str = BESIDE,
+    seconds: float = 120,
+) -> str:
     """What a benchmark prints."""
     words = [f"benchmarks/{name}.py", *map(str, options)]
     words += ["--runs-dir", str(sandbox.path / "runs")] if runs else []
-    done = Script(words, sandbox.env, before).wait()
-    assert done.returncode == 0, done.stderr
+    done = Script(words, sandbox.env, before).wait(seconds)
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
@@ -64,7 +74,7 @@ def assert_lines(said: str, *patterns: str) -> None:
 
 
 def test_every_benchmark_is_run_here() -> None:
-    scripts = {path.stem for path in ROOT.glob("benchmarks/*.py")} - {"common", "reference"}
+    scripts = {path.stem for path in ROOT.glob("benchmarks/*.py")} - {"common", "reference", "gpu_parts"}
     assert scripts == set(
         re.findall(r'(?:measured|Script)\([^"]*"(?:benchmarks/)?(\w+)(?:\.py)?"', Path(__file__).read_text())
     )
@@ -92,6 +102,129 @@ def test_generation(sandbox: Sandbox) -> None:
         said, rf"with cache {SPREAD} s, {FIGURE} tokens/s", rf"without {SPREAD} s, {FIGURE} tokens/s"
     )
     assert_lines(said, rf"ratio {SPREAD}")
+
+
+ABSENT = ("datasets", "pyarrow", "tiktoken")
+
+
+def test_gpu(sandbox: Sandbox) -> None:
+    """All its parts, in a rehearsal, without the packages that the rented machine may lack."""
+    for name in ABSENT:
+        (sandbox.path / f"absent/{name}.py").parent.mkdir(exist_ok=True)
+        (sandbox.path / f"absent/{name}.py").write_text(
+            f"raise ModuleNotFoundError('no {name}', name='{name}')"
+        )
+    (sandbox.datasets / "test/tokens/meta.json").write_text('{"tokenizer": "bytes", "vocab_size": 257}')
+    sandbox.env |= {"PYTHONPATH": str(sandbox.path / "absent"), "CUDA_VISIBLE_DEVICES": ""}
+    options = "all", "--tiny", "--datasets-dir", sandbox.datasets, "--out", sandbox.path / "out"
+    said = measured(sandbox, "gpu", *options, runs=False, seconds=500)
+    figure = rf"\| {FIGURE} \|"
+    for part in ("correct", "speed", "run", "recipe"):
+        assert_lines(said, rf"\| {part} \| passed {figure}")
+        kept = (sandbox.path / f"out/{part}.md").read_text()
+        assert "\n| --- |" in kept and kept in said
+    skipped = len(
+        re.findall(r"^\| `test_\w+\[cuda.*` \| skipped \| .* torch.cuda is not available", said, re.M)
+    )
+    assert skipped > 20
+    speed = rf"\| {SPREAD} \| unknown \| {FIGURE} \| {FIGURE} \|"
+    assert_lines(said, rf"\| plain \| adamw \| plain \| 2 {speed} 1.00 \|")
+    assert_lines(said, rf"\| eager, document masks \| muon \| bf16 \| 16 {speed} {FIGURE} \|")
+    killed = int(re.search(r"\| killed \| by SIGKILL after step (\d+) \|", said)[1])
+    resumed = int(
+        re.search(rf"\| resumed \| after step (\d+); {FIGURE} s from .* to step {killed + 1} \|", said)[1]
+    )
+    assert 80 <= resumed <= killed < 160
+    assert_lines(said, rf"\| 160 \| 10,240 {figure}")
+    for recipe in ("AdamW, as published", "Muon, as recommended"):
+        assert_lines(said, rf"\| {recipe} \|( {FIGURE} \|){{7}} unknown \|")
+
+
+PART = """
+import subprocess, sys, time
+part = sys.argv[1]
+if part == "run":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    open(sys.argv[2], "w").write(str(child.pid))
+    time.sleep(60)
+sys.exit(part == "speed")
+"""
+
+
+def test_gpu_goes_on_after_a_part_that_fails_or_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "part.py").write_text(PART)
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "part.py"))
+    monkeypatch.setattr(gpu, "LIMIT", 5.0)
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    assert gpu.run_all(tmp_path, [str(tmp_path / "child")]) == 1
+    results = [line.split(" | ")[:2] for line in (tmp_path / "all.md").read_text().splitlines()[3:]]
+    assert results == [
+        ["| correct", "passed"],
+        ["| speed", "FAILED with status 1"],
+        ["| run", "FAILED: not finished after 5 s"],
+        ["| recipe", "passed"],
+    ]
+    assert not is_alive(int((tmp_path / "child").read_text())), "what the part had started"
+
+
+def test_gpu_says_which_steps_fail_and_measures_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(_setup: object, side: str, _model: object, train: dict) -> dict:
+        if train["microbatch_size"] > 32:
+            return {"problem": "out of memory"}
+        if train.get("precision") == "tf32":
+            raise RunError("gpu.py speed ended with status 1: Error: torch.compile failed (a | b)")
+        speeds = [9e5, 1e6, 1.1e6] if side == "compiled" else [1e5, 1e5, 1e5]
+        return {"precision": "bf16", "tokens_per_second": speeds, "peak_gib": 1.5, "first_step_seconds": 9.0}
+
+    monkeypatch.setattr(gpu_parts, "measure_apart", measure)
+    setup = gpu_parts.Setup(None, tiny=False, device_name="NVIDIA A100-SXM4-40GB", device_gib=40)
+    with pytest.raises(RunError, match="1 kinds of steps failed"):
+        gpu_parts.speed(setup, gpu_parts.Report(tmp_path / "speed.md"))
+    rows = (tmp_path / "speed.md").read_text()
+    share = 1e6 * 854_433_792 / 312e12
+    assert_lines(
+        rows,
+        rf"\| compiled \| muon \| bf16 \| 16 \| 1,000,000 .* \| {share:.1%} \| 1.50 \| 9.0 \| 10.00 \|",
+        r"\| compiled \| adamw \| tf32 \| 16 \| status 1: Error: torch.compile failed \(a \\\| b\)( \|){5}",
+        r"\| compiled \| adamw \| auto \| 64 \| out of memory( \|){5}",
+    )
+
+
+def test_gpu_trains_with_less_where_the_largest_microbatch_is_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def train(_training: object, train: dict, _steps: int) -> tuple[int, float]:
+        tried.append(train["microbatch_size"])
+        if len(tried) == 1:
+            raise RunError("training gpt2-small ended with status 1: Error: memory ran out; -f finds")
+        return 100, 9.0
+
+    tokens = gpu_parts.Tokens(tmp_path, "a/b", {}, train=10**7, validation=10**5)
+    monkeypatch.setattr(gpu_parts, "find_tokens", lambda _: tokens)
+    monkeypatch.setattr(gpu_parts, "find_microbatch", lambda *_: (40, 20.0, 1e5, "came to its end"))
+    monkeypatch.setattr(gpu_parts, "train_with_a_kill", train)
+    monkeypatch.setattr(gpu_parts, "show_training", lambda *_: None)
+    setup = gpu_parts.Setup(None, tiny=False, device_name="", device_gib=24, folder=tmp_path)
+    with pytest.raises(RunError, match="memory ran out with the microbatch that -f had found"):
+        gpu_parts.run(setup, gpu_parts.Report(tmp_path / "run.md"))
+    assert tried == [40, 35]
+    assert "| training with microbatch 40 | memory ran out |" in (tmp_path / "run.md").read_text()
+
+
+def test_gpu_needs_a_gpu_but_for_a_rehearsal(sandbox: Sandbox) -> None:
+    words, env = (
+        ["benchmarks/gpu.py", "speed", "--out", str(sandbox.path / "out")],
+        {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    done = Script(words, env, BESIDE).wait()
+    assert done.returncode == 2 and done.stderr.startswith("Error: torch.cuda is not available; --tiny")
+    assert not (sandbox.path / "out").exists()
 
 
 def test_optimizers(sandbox: Sandbox) -> None:

@@ -17,6 +17,7 @@ from helpers import MODEL, NO_CHART, Sandbox, assert_same_tensors, write_dataset
 from reference import PlainGPT
 from safetensors.torch import load_file
 
+from basemodel.machines import peak_flops
 from gpt import GPTConfig
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
@@ -274,6 +275,37 @@ def test_speed_time_and_cost_are_those_of_the_clock(sandbox: Sandbox) -> None:
     plan = sandbox.train("tiny", "--plan")
     assert re.search(r"ETA: +0:02:08 at 8 tokens/s", plan), "1,024 tokens"
     assert re.search(r"Cost: +\$8\.00 at \$225\.00 an hour", plan)
+
+
+GPU = """
+from basemodel import machines
+machines.current_device_name = lambda: "NVIDIA A100-SXM4-40GB"
+machines.PEAK_TFLOPS.update({"A10": 2e-6, "A100": 1e-6})
+"""
+
+
+def test_mfu_is_a_share_of_the_peak_of_all_devices(sandbox: Sandbox) -> None:
+    """8 tokens/s of 172,032 FLOPs each, on two devices of 1,000,000 FLOP/s."""
+    sandbox.write_run()
+    out, _ = sandbox.launch("tiny", processes=2, before=CLOCK + GPU)
+    assert out.returncode == 0, out.stderr
+    share = 8 * (6 * 26_624 + 12 * 2 * 32 * 16) / 2e6
+    assert sandbox.metrics(key="mfu") == [pytest.approx(share, abs=1e-4)] * 8
+    assert sandbox.status()["mfu"] == pytest.approx(share, abs=1e-4)
+    assert f" 8 tokens/s, {share:.0%} MFU, ETA" in out.stderr
+
+
+def test_mfu_is_left_out_where_the_peak_is_unknown(sandbox: Sandbox) -> None:
+    sandbox.write_run()
+    out, _ = sandbox.launch("tiny", processes=2, before=CLOCK + GPU.replace("A100-SXM4-40GB", "T1000"))
+    assert (out.returncode, sandbox.metrics(key="mfu")) == (0, [])
+    assert "mfu" not in sandbox.status() and "MFU" not in out.stderr
+
+
+def test_peaks_go_by_whole_words_of_the_name() -> None:
+    names = {"NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A10": 125e12, "Tesla T4": 65e12}
+    names |= {"NVIDIA A10G": None, "NVIDIA RTX A1000": None, "NVIDIA GeForce RTX 4090 Laptop GPU": None}
+    assert {name: peak_flops(name) for name in names} == names
 
 
 def test_the_plan_counts_floating_point_operations(sandbox: Sandbox) -> None:
