@@ -7,9 +7,3 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run failed while it was running, for a reason that one line can say."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise InputError(message) unless `condition` holds."""
-    if not condition:
-        raise InputError(message)

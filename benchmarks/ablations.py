@@ -21,13 +21,13 @@ from typing import Any
 
 import click
 import torch
-from common import ROOT, measured_code, runs_dir_option, spread
+from common import ROOT, measured_code, require, runs_dir_option, spread
 
 from basemodel.command_line import run_command
 from basemodel.config import TrainConfig
 from basemodel.data import TokenFile
 from basemodel.distributed import join_world
-from basemodel.errors import RunError, require
+from basemodel.errors import RunError
 from basemodel.hub import dataset_folder
 from basemodel.json_config import read_config, read_json_object
 from ddp_train import Learner

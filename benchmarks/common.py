@@ -10,7 +10,7 @@ import click
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for those that import this module first
-from basemodel.errors import RunError
+from basemodel.errors import InputError, RunError
 
 runs_dir_option = click.option(
     "--runs-dir",
@@ -18,6 +18,12 @@ runs_dir_option = click.option(
     default=ROOT / "runs",
     help="The folder of the runs. Default: runs/ of the project.",
 )
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise InputError(message) unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
 
 
 def measured_code() -> dict[str, str]:

@@ -22,11 +22,11 @@ import time
 from pathlib import Path
 
 import click
-from common import ROOT, measured_code, run_python
+from common import ROOT, measured_code, require, run_python
 from gpu_parts import LIMIT, VOCABULARY_CACHE, Report, Setup, measure, recipe, run, speed
 
 from basemodel.command_line import run_command
-from basemodel.errors import RunError, require
+from basemodel.errors import RunError
 
 
 def correct(setup: Setup, report: Report) -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, run_python, spread
+from common import ROOT, require, run_python, spread
 from throughput import in_turns, make_side, synchronize
 
 from basemodel.config import TrainConfig
 from basemodel.data import TokenFile
 from basemodel.distributed import join_world
-from basemodel.errors import RunError, require
+from basemodel.errors import RunError
 from basemodel.json_config import read_json_object
 from basemodel.machines import peak_flops
 from basemodel.memory import is_out_of_memory, peak_memory

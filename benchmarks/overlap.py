@@ -14,6 +14,7 @@ import click
 import torch
 import torch.distributed as dist
 from common import spread
+from throughput import synchronize
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -22,12 +23,6 @@ from basemodel.config import TrainConfig
 from basemodel.distributed import join_world
 from ddp_train import Learner
 from gpt import GPTConfig
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done all that was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def measure(learner: Learner, tokens: Tensor, rounds: int) -> tuple[list[float], list[float]]:

@@ -22,13 +22,12 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import run_python, runs_dir_option
+from common import require, run_python, runs_dir_option
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from basemodel.command_line import run_command
 from basemodel.data import TokenFile
-from basemodel.errors import require
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH, STEPS = 4, 128, 4, 64, 12, 2000
 PEAK, LEAST, WARMUP = 1e-3, 1e-4, 100
