@@ -224,7 +224,7 @@ def test_gradients_are_exchanged_once_per_step_whatever_the_accumulation(
     for done in sandbox.launch("tiny", processes=2, before=WATCH_EXCHANGES):
         assert done.returncode == 0, done.stderr
         exchanged = watched(done.stdout, "exchanged")
-        assert sum(exchanged) == (1 + 8) * 29_888, "all gradients, when tried out and in each of 8 steps"
+        assert sum(exchanged) == (2 + 8) * 29_888, "all gradients, when tried out and in each of 8 steps"
 
 
 # ------------------------------------------------------------------------------------------------------------
