@@ -16,6 +16,15 @@ import prepare_datasets
 from basemodel.tokenizer import get_tokenizer
 
 SMALL_SHARDS = "from basemodel import documents; documents.SHARD_BYTES = 20_000"
+SLOW_SHARDS = """
+import time
+from basemodel import encoding
+encode = encoding.encode_documents
+def slow(*arguments):
+    time.sleep(0.1)
+    return encode(*arguments)
+encoding.encode_documents = slow
+"""
 
 
 @pytest.fixture
@@ -63,8 +72,8 @@ def wait_for_parts(script: Script, output: Path, count: int) -> None:
 
 @contextlib.contextmanager
 def interrupted(corpus: Path, output: Path, count: int) -> Iterator[Script]:
-    """A preparation that has finished some shards; killed afterwards."""
-    script = start(corpus, output, "--workers", "1")
+    """A preparation that has finished some shards, and is slow enough not to end; killed afterwards."""
+    script = start(corpus, output, "--workers", "1", before=SLOW_SHARDS)
     try:
         wait_for_parts(script, output, count)
         yield script
