@@ -149,6 +149,7 @@ class Finished:
 
 def _be_script(command: list[str], env: dict[str, str], files: tuple[str, str], before: str) -> None:
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
     for number, name in enumerate(files, start=1):
         handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(handle, number)
