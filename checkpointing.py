@@ -88,9 +88,7 @@ class Saver:
 
     def busy(self, seconds: float | None = None) -> bool:
         """Whether a save is still in progress after waiting for it, up to `seconds` if given."""
-        if self._job is not None:
-            wait([self._job], seconds)
-        return self._job is not None and not self._job.done()
+        return bool(wait([self._job], seconds).not_done)
 
     def check(self) -> None:
         """Raise the error of the last save, if it has finished with one."""

@@ -23,7 +23,6 @@ from urllib.parse import quote
 
 import click
 import numpy as np
-import torch
 
 from basemodel.charts import xkcd_chart
 from basemodel.command_line import run_command
@@ -98,8 +97,6 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     folder = find_run(runs_dir, name)
     model_config = read_config(GPTConfig, folder / "model.json")
     config = read_config(TrainConfig, folder / "train.json")
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in GPTModel(model_config).parameters())
     tests = (read_test_loss(folder / "checkpoints" / link) for link in ("best", "latest"))
     metrics = [
         line for line in read_metrics(folder / "metrics.jsonl") if {"tokens", "seconds"} <= line.keys()
@@ -112,7 +109,7 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     return RunSummary(
         folder=folder,
         config=dataclasses.asdict(model_config) | dataclasses.asdict(config),
-        parameters=parameters,
+        parameters=GPTModel.outline(model_config).parameter_count(),
         status=read_status(folder),
         train=binned(curve(metrics, "train_loss")),
         validation=validation,

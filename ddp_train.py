@@ -639,8 +639,7 @@ def complete_status(run: Run, last: checkpointing.Checkpoint) -> None:
 
 def check_space(run: Run, step: int) -> None:
     """Raise InputError if the disk has no room for the checkpoints still to be written after step `step`."""
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in GPTModel(run.model_config).parameters())
+    parameters = GPTModel.outline(run.model_config).parameter_count()
     to_come, keep = run.saves_from(step), run.config.keep_checkpoints
     checkpointing.require_space(run.checkpoints, to_come, keep, parameters)
 

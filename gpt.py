@@ -6,7 +6,7 @@ names are those of the published models, so that their files load (weights.py).
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +170,16 @@ class GPTModel(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """The parameters by name, each once: of two tied tensors the embedding."""
         return {name: p.detach() for name, p in self.named_parameters()}
+
+    @classmethod
+    def outline(cls, config: GPTConfig) -> Self:
+        """A model whose tensors take no memory, for counting its parameters and FLOPs."""
+        with torch.device("meta"):
+            return cls(config)
+
+    def parameter_count(self) -> int:
+        """The number of parameters; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> int:
         """Training FLOPs per token, forward and backward: 6 per parameter of a matrix product, plus

@@ -124,7 +124,7 @@ def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, li
 
     config, dataset = model.config, "local/"
     facts = {
-        "Parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "Parameters": f"{model.parameter_count():,}",
         "Shape": f"{config.n_layers} layers of {config.emb_dim}, {config.n_heads} heads, context "
         f"{config.context_length:,}, vocabulary {config.vocab_size:,} ({config.tokenizer}), "
         f"{'tied' if config.tie_weights else 'untied'}, QKV bias {'on' if config.qkv_bias else 'off'}, "

@@ -4,8 +4,6 @@ import dataclasses
 import shutil
 from datetime import timedelta
 
-import torch
-
 from basemodel.config import optimizer_in_words
 from basemodel.distributed import World
 from basemodel.precision import choose_precision
@@ -17,9 +15,8 @@ from gpt import GPTModel
 def print_plan(run: Run, world: World) -> None:
     """Print what a run does on these processes; `run.data` None: not downloaded yet."""
     config, plan, data = run.config, run.plan, run.data
-    with torch.device("meta"):
-        model = GPTModel(run.model_config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    model = GPTModel.outline(run.model_config)
+    parameters = model.parameter_count()
     tokens, size = plan.steps * plan.tokens_per_step, 12 * parameters  # weights and two moments in float32
     checkpoints = run.saves_from(0)
     kept = checkpoints if config.keep_checkpoints is None else min(checkpoints, config.keep_checkpoints + 1)

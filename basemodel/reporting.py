@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from tqdm import tqdm
 
 from basemodel import charts, machines
@@ -35,8 +34,7 @@ class Reporter:
         self._last_status = self._last_line = self._last_chart = self._chart_seconds = 0.0
         self._line: dict[str, float] = {}  # the pending line of metrics.jsonl
         if enabled:
-            with torch.device("meta"):
-                self._flops_per_token = GPTModel(run.model_config).flops_per_token()
+            self._flops_per_token = GPTModel.outline(run.model_config).flops_per_token()
             self._peak = machines.peak_flops(machines.current_device_name())
             self._metrics = _cut_back_metrics(run.metrics, step)
             options = {"unit": "step", "disable": None, "dynamic_ncols": True}  # None: unless on a terminal

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import ROOT, require, run_python, spread
 from throughput import in_turns, make_side, synchronize
 
@@ -113,8 +112,7 @@ def mfu(speed: float, flops_per_token: int, device_name: str) -> str:
 
 def flops_per_token(model: dict[str, Any]) -> int:
     """Training FLOPs per token of a model.json."""
-    with torch.device("meta"):
-        return GPTModel(GPTConfig(**model)).flops_per_token()
+    return GPTModel.outline(GPTConfig(**model)).flops_per_token()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -300,7 +298,7 @@ class Training:
             self.watch()
 
     def finish(self) -> None:
-        """Wait for its end. Raises RunError if it is a bad one."""
+        """Wait until it ends. Raises RunError if it fails."""
         while self.process.poll() is None:
             self.watch()
         if self.process.returncode:
@@ -314,12 +312,12 @@ class Training:
         time.sleep(0.05 if self.setup.tiny else 0.5)
 
     def failure(self) -> RunError:
-        """What the training said at last."""
-        last = (self.said().strip() or "no word").splitlines()[-1]
+        """An error with the last line of the training's log."""
+        last = (self.said().strip() or "no output").splitlines()[-1]
         return RunError(f"training {self.name} ended with status {self.process.returncode}: {last}")
 
     def said(self) -> str:
-        """All that it has said so far."""
+        """Its log so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def sizes(self) -> list[tuple[int, float, float]]:
@@ -423,7 +421,7 @@ def run(setup: Setup, report: Report) -> None:
 def show_training(
     training: Training, model: dict[str, Any], killed: tuple[int, float], report: Report
 ) -> None:
-    """The rest of the table of `run`. Raises RunError if the run was not resumed, or learnt nothing."""
+    """The rest of the table of `run`. Raises RunError if it was not resumed, or its loss did not fall."""
     resumed = re.findall(r"Resuming after step ([\d,]*\d)", training.said())
     speed, (step, seconds) = training.speed(), killed
     report.row("tokens/s", f"{speed:,.0f}")

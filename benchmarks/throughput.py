@@ -230,8 +230,7 @@ def summarise(
     world: World,
 ) -> dict[str, Any]:
     """All numbers of one measurement, by side."""
-    with torch.device("meta"):
-        flops = GPTModel(model_config).flops_per_token()
+    flops = GPTModel.outline(model_config).flops_per_token()
     results: dict[str, Any] = {
         "device": world.device_name,
         "processes": world.size,
