@@ -5,6 +5,7 @@ keys are those of GPTConfig (gpt.py) and TrainConfig (basemodel/config.py). Data
     python ddp_train.py demo datasets                 one process, on the GPU if there is one, else on the CPU
     python ddp_train.py demo datasets --resume        continue from the newest valid checkpoint
     python ddp_train.py demo datasets --plan          say what the run would do, and what it would cost
+    python ddp_train.py original --plan --on all      which machine to rent: what each would take and cost
     python ddp_train.py original -f                   find the largest microbatch that fits
     torchrun --nproc_per_node=8 ddp_train.py 8xh100m80 datasets       the eight GPUs of one machine
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 ddp_train.py ...
@@ -43,10 +44,17 @@ from basemodel.errors import InputError, RunError
 from basemodel.loss import NextTokenLoss
 from basemodel.optimizer import allocate_state, learning_rate_at, make_optimizer, set_learning_rate, step_if
 from basemodel.pending import PendingSteps, StepResult
-from basemodel.plan import print_plan
+from basemodel.plan import is_for_machines, open_if_here, plan_on_machines, plan_options, print_plan
 from basemodel.precision import autocast, choose_precision, set_up_arithmetic
-from basemodel.reporting import Reporter
-from basemodel.resume import find_checkpoint, provenance, rng_state, set_rng_state, was_started_before
+from basemodel.reporting import Reporter, complete_status
+from basemodel.resume import (
+    check_space,
+    find_checkpoint,
+    provenance,
+    rng_state,
+    set_rng_state,
+    was_started_before,
+)
 from basemodel.run import Run
 from basemodel.watchdog import hung_steps_ended
 from basemodel.weights import load_tensors
@@ -77,7 +85,9 @@ class Learner:
         self.precision = choose_precision(config, world.device)
         set_up_arithmetic(self.precision, deterministic=config.deterministic)
         torch.manual_seed(config.random_seed)
-        self.model = GPTModel(model_config).to(world.device)
+        self.model = GPTModel(model_config)
+        if world.device.type != "cpu":
+            self.model.to(world.device)
         self.loss_module = NextTokenLoss(self.model, document_masking=config.document_masking)
         compile_if_wanted(self.loss_module, config, world, self._warm_up, any_size=any_size)
         self.optimizer = make_optimizer(self.model, config, self.precision, peers=world)
@@ -456,6 +466,7 @@ def advice_after_divergence(run: Run) -> str:
 @click.option("--resume", is_flag=True, help="Continue from the newest valid checkpoint, if there is one.")
 @click.option("-f", "--find-max-microbatch-size", is_flag=True, help="Find the largest microbatch that fits.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print what the run would do, and exit.")
+@plan_options
 @click.option("--runs-dir", type=click.Path(path_type=Path), default=Path(__file__).parent / "runs")
 @click.option(
     "--allow-config-change", is_flag=True, help="Continue although the configs or the data set have changed."
@@ -478,6 +489,7 @@ def main(
     runs_dir: Path,
     allow_config_change: bool,
     collective_timeout: float,
+    **planning: Any,
 ) -> int:
     """Train the run RUN, a folder of runs/ with model.json and train.json, on a data set kept in
     DATASETS_DIR.
@@ -489,7 +501,8 @@ def main(
         raise InputError("give either -f or --plan")
     if checkpoint and resume:
         raise InputError("give either a checkpoint's name or --resume, which finds the newest")
-    if not datasets_dir and not find_max_microbatch_size:
+    elsewhere = is_for_machines(only_plan, planning)
+    if not datasets_dir and not find_max_microbatch_size and not elsewhere:
         raise InputError("DATASETS_DIR is missing: the folder of the data sets")
     status = 0
     with lost_processes_explained():
@@ -499,6 +512,9 @@ def main(
                 size = find_max_microbatch(run, world, stop)
             if world.is_first:
                 print(f"Max microbatch size was {size}")
+        elif elsewhere:
+            if world.is_first:
+                plan_on_machines(run, datasets_dir, Learner, planning)
         elif only_plan:
             show_plan(run, datasets_dir, world)
         else:
@@ -516,9 +532,7 @@ def main(
 
 def show_plan(run: Run, datasets_dir: Path, world: World) -> None:
     """Print what the run would do, using the data if they are already downloaded."""
-    folder = hub.dataset_folder(datasets_dir, run.config.dataset)
-    here = all((folder / f"{split}.safetensors").exists() for split in run.config.splits)
-    run_data = data.open_data(run.config, run.model_config, datasets_dir) if here else None
+    run_data = open_if_here(run, datasets_dir)
     plan = data.plan_batches(
         run.config, run.model_config.context_length, world.size, run_data and run_data.train.count
     )
@@ -612,7 +626,7 @@ def make_trainer(run: Run, world: World, name: str | None, allow_change: bool) -
             print(
                 f"{run.name} is finished: {checkpoint.path.name} is from the last of {run.plan.steps:,} steps"
             )
-            complete_status(run, checkpoint)
+            complete_status(run, checkpoint.meta, checkpoint.path.name)
         return None
     if world.is_first:
         print_plan(run, world)
@@ -625,23 +639,6 @@ def make_trainer(run: Run, world: World, name: str | None, allow_change: bool) -
     if step is not None:
         trainer.restore(checkpoint)
     return trainer
-
-
-def complete_status(run: Run, last: checkpointing.Checkpoint) -> None:
-    """Draw the chart and write the status of a run that was killed just before this."""
-    if run_folder.read_status(run.directory).get("status") != "finished":
-        step = last.meta["global_step"]
-        reporter = Reporter(run, step, last.meta["seconds"], enabled=True)
-        reporter.loss, reporter.checkpoint = last.meta["train_loss"], last.path.name
-        reporter.chart(final=True)
-        reporter.close("finished", step)
-
-
-def check_space(run: Run, step: int) -> None:
-    """Raise InputError if the disk has no room for the checkpoints still to be written after step `step`."""
-    parameters = GPTModel.outline(run.model_config).parameter_count()
-    to_come, keep = run.saves_from(step), run.config.keep_checkpoints
-    checkpointing.require_space(run.checkpoints, to_come, keep, parameters)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from basemodel import charts, machines
 from basemodel.errors import RunError
 from basemodel.files import replace_text
 from basemodel.run import Run
-from basemodel.run_folder import read_metrics
+from basemodel.run_folder import read_metrics, read_status
 from gpt import GPTModel
 
 
@@ -183,6 +183,17 @@ class Reporter:
         if self.enabled:
             self._bar.close()
             self._metrics.close()
+
+
+def complete_status(run: Run, last: dict[str, Any], checkpoint: str) -> None:
+    """Draw the chart and write the status of a run that was killed just before this; `last` is the meta.json
+    of its last checkpoint."""
+    if read_status(run.directory).get("status") != "finished":
+        step = last["global_step"]
+        reporter = Reporter(run, step, last["seconds"], enabled=True)
+        reporter.loss, reporter.checkpoint = last["train_loss"], checkpoint
+        reporter.chart(final=True)
+        reporter.close("finished", step)
 
 
 def _cut_back_metrics(path: Path, step: int) -> BinaryIO:
