@@ -36,13 +36,14 @@ from tqdm import tqdm
 
 import checkpointing
 from basemodel import data, hub, memory, microbatch, run_folder
+from basemodel.budget import Budget, has_ended
 from basemodel.command_line import run_command
 from basemodel.compilation import compile_if_wanted
 from basemodel.config import TrainConfig
 from basemodel.distributed import StopSignal, World, join_world, lost_processes_explained
 from basemodel.errors import InputError, RunError
 from basemodel.loss import NextTokenLoss
-from basemodel.optimizer import allocate_state, learning_rate_at, make_optimizer, set_learning_rate, step_if
+from basemodel.optimizer import allocate_state, make_optimizer, set_learning_rate, step_if
 from basemodel.pending import PendingSteps, StepResult
 from basemodel.plan import is_for_machines, open_if_here, plan_on_machines, plan_options, print_plan
 from basemodel.precision import autocast, choose_precision, set_up_arithmetic
@@ -216,7 +217,7 @@ class Trainer:
     def __init__(self, run: Run, world: World) -> None:
         self.run, self.world = run, world
         self.learner = Learner(run.config, run.model_config, world)
-        self.progress = Progress()
+        self.progress, self.budget = Progress(), Budget(run, world)
 
     def train(self) -> int:
         """Train to the last step, or until a signal arrives: then all processes stop after the same step.
@@ -258,18 +259,19 @@ class Trainer:
 
         Returns False if a signal arrived before all work was done.
         """
-        run, plan, progress = self.run, self.run.plan, self.progress
+        progress = self.progress
         # Before the first step, and where a stop left it undone.
         if progress.work_due and not self._validate_and_save(stop):
             return False
         pending.restart_clock()
-        while progress.step < plan.steps:
-            starts = plan.microbatch_starts(progress.step, self.world.rank)
+        while progress.step < self.run.plan.steps:
+            starts = self.run.plan.microbatch_starts(progress.step, self.world.rank)
             microbatches = [self._read(first) for first in starts]
-            learning_rate = learning_rate_at(progress.step, plan.steps, run.config)
+            learning_rate = self.run.learning_rate_at(progress.step)
             result = self.learner.train_step(microbatches, learning_rate, stop=bool(stop))
             progress.step += 1
-            progress.work_due = run.has_work_after(progress.step)
+            self.run = self.budget.kept(self.run, progress.step, self.reporter)
+            progress.work_due = self.run.has_work_after(progress.step)
 
             # A GPU's results are read one step late, so that it never waits for Python.
             pending.add(progress.step, result)
@@ -300,7 +302,7 @@ class Trainer:
         Raises Diverged after too many steps in a row whose loss or gradient is not finite.
         """
         for step, result, seconds in results:
-            rate = learning_rate_at(step - 1, self.run.plan.steps, self.run.config)
+            rate = self.run.learning_rate_at(step - 1)
             values = {"train_loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": rate}
             self.reporter.step(step, values, step_seconds=seconds)
             if math.isfinite(result.loss):
@@ -402,7 +404,8 @@ class Trainer:
             "val_loss": progress.val_loss,
             "best_loss": progress.best_loss if math.isfinite(progress.best_loss) else None,
             "recent_losses": list(progress.recent_losses),
-            "learning_rate": learning_rate_at(progress.step - 1, run.plan.steps, run.config),
+            "pace": run.pace and dataclasses.astuple(run.pace),
+            "learning_rate": run.learning_rate_at(progress.step - 1),
             "seconds": self.reporter.seconds(),
             "scaler": self.learner.scaler.state_dict(),
             "global_batch": run.plan.global_batch,
@@ -431,6 +434,7 @@ class Trainer:
             best_loss=math.inf if meta["best_loss"] is None else meta["best_loss"],
             **{key: meta[key] for key in ("skipped", "seconds", "train_loss", "val_loss", "recent_losses")},
         )
+        self.run = self.budget.resumed(self.run, meta)
         lines = [f"Resuming after step {self.progress.step:,}, from {Path(source).name}"]
         if len(meta["rng"]) == world.size:
             set_rng_state(meta["rng"][world.rank], world.device)
@@ -619,13 +623,11 @@ def make_trainer(run: Run, world: World, name: str | None, allow_change: bool) -
     None if the checkpoint is from the last step: nothing is left to do.
     """
     checkpoint = world.agree(lambda: find_checkpoint(run, name, allow_change), on=world.is_first)
-    meta = checkpoint.meta if checkpoint else {"global_step": None, "settled": False}
-    step, settled = world.broadcast((meta["global_step"], meta["settled"]))
-    if settled and step >= run.plan.steps:
+    found = (checkpoint.meta["global_step"], has_ended(run, checkpoint.meta)) if checkpoint else (None, False)
+    step, ended = world.broadcast(found)
+    if ended:
         if world.is_first:
-            print(
-                f"{run.name} is finished: {checkpoint.path.name} is from the last of {run.plan.steps:,} steps"
-            )
+            print(f"{run.name} is finished: {checkpoint.path.name} is from the last of {step:,} steps")
             complete_status(run, checkpoint.meta, checkpoint.path.name)
         return None
     if world.is_first:

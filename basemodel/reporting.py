@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from basemodel import charts, machines
+from basemodel.data import BatchPlan
 from basemodel.errors import RunError
 from basemodel.files import replace_text
 from basemodel.run import Run
@@ -24,11 +25,14 @@ class Reporter:
 
     def __init__(self, run: Run, step: int, seconds: float, *, enabled: bool) -> None:
         """`run` goes on after `step` steps and `seconds` of training; only an `enabled` process reports."""
-        self.run, self.plan, self.enabled = run, run.plan, enabled
+        self.run, self.enabled = run, enabled
         self.step_seconds: float | None = None  # moving average over `_timed` steps
         self._timed = 0
         self.loss: float | None = None
         self.started = time.monotonic() - seconds
+        known = read_status(run.directory).get("paid_seconds") if step else None
+        self._lost = max(0.0, known - seconds) if isinstance(known, float) else 0.0
+        self._pauses: dict[str, float] = {}  # how long the last ones took
         self.checkpoint: str | None = None  # the last one on disk
         self._begun_at = step
         self._last_status = self._last_line = self._last_chart = self._chart_seconds = 0.0
@@ -40,14 +44,33 @@ class Reporter:
             options = {"unit": "step", "disable": None, "dynamic_ncols": True}  # None: unless on a terminal
             self._bar = tqdm(total=self.plan.steps, initial=step, **options)
 
+    @property
+    def plan(self) -> BatchPlan:
+        """The run's batches and steps."""
+        return self.run.plan
+
+    def follow(self, run: Run) -> None:
+        """Report on the same run with another end."""
+        self.run = run
+        if self.enabled:
+            self._bar.total = run.plan.steps
+
     def seconds(self) -> float:
         """Seconds of training so far, including those before the run was resumed."""
         return time.monotonic() - self.started
 
-    def cost(self) -> float | None:
-        """US dollars so far, if the config has a price."""
+    def paid_seconds(self) -> float:
+        """Seconds of training so far, with those of steps that were lost and repeated."""
+        return self.seconds() + self._lost
+
+    def pause_seconds(self, kind: str) -> float:
+        """Seconds of the last "validation", "checkpoint" or "chart"; 0 before the first."""
+        return self._chart_seconds if kind == "chart" else self._pauses.get(f"{kind}_seconds", 0.0)
+
+    def cost(self, more_seconds: float = 0.0) -> float | None:
+        """US dollars so far, and for `more_seconds`, if the config has a price."""
         price = self.run.config.usd_per_hour
-        return None if price is None else price * self.seconds() / 3600
+        return None if price is None else price * (self.paid_seconds() + more_seconds) / 3600
 
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -62,6 +85,7 @@ class Reporter:
         if self._line.get("step") != step:
             self.flush()
             self._line = {"step": step, "tokens": step * self.plan.tokens_per_step}
+        self._pauses |= values
         self._line |= values | {"seconds": round(self.seconds(), 3)}
 
     def flush(self) -> None:
@@ -90,7 +114,8 @@ class Reporter:
         self.loss = loss if math.isfinite(loss) else None
         self.log(step, {**values, "tokens_per_second": round(speed, 1), **self._mfu(speed)})
         self._bar.update(step - self._bar.n)
-        cost = "" if self.cost() is None else f", ${self.cost():.2f}"
+        expected = self.cost(self._eta(step))
+        cost = "" if expected is None else f", ${self.cost():.2f} of ${expected:.2f}"
         mfu = "".join(f", {share:.0%} MFU" for share in self._mfu(self.tokens_per_second).values())
         text = f"loss {loss:.3f}, {self.tokens_per_second:,.0f} tokens/s{mfu}{cost}"
         now = time.monotonic()
@@ -134,7 +159,9 @@ class Reporter:
             **self._mfu(self.tokens_per_second),
             "eta_seconds": 0.0 if status == "finished" else self._eta(step),
             "seconds": self.seconds(),
+            "paid_seconds": self.paid_seconds(),
             "cost_usd": self.cost(),
+            "expected_cost_usd": self.cost(0.0 if status == "finished" else self._eta(step)),
             "checkpoint": self.checkpoint,
             "pid": os.getpid(),
             "launchers": self.run.launchers,

@@ -29,6 +29,8 @@ FREE_ON_RESUME = {
     "global_batch_size",
     "compile",
     "usd_per_hour",
+    "max_hours",
+    "max_usd",
     "checkpoint_interval",
     "keep_checkpoints",
     "validation_interval",
