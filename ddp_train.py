@@ -227,6 +227,7 @@ class Trainer:
         """
         run, progress, pending = self.run, self.progress, PendingSteps(self.world.device)
         self.reporter = Reporter(run, progress.step, progress.seconds, enabled=self.world.is_first)
+        self.reporter.watch(self.world.device_name, compiled=self.learner.loss_module.is_compiled)
         self.saver = checkpointing.Saver(run.checkpoints, run.config.keep_checkpoints, run.metrics)
         self.reporter.status("running", progress.step)
         with StopSignal() as stop:
@@ -292,9 +293,9 @@ class Trainer:
 
     def _read(self, first: int) -> Tensor:
         """The microbatch that starts with sequence `first`, (B, T + 1), on the device."""
-        return data.to_device(
-            self.run.data.train.read(first, self.run.plan.microbatch_size), self.world.device
-        )
+        with self.reporter.reading():
+            found = self.run.data.train.read(first, self.run.plan.microbatch_size)
+        return data.to_device(found, self.world.device)
 
     def _log(self, results: list[tuple[int, StepResult, float]]) -> None:
         """Log finished steps, each with its result and its seconds.
@@ -404,7 +405,6 @@ class Trainer:
             "val_loss": progress.val_loss,
             "best_loss": progress.best_loss if math.isfinite(progress.best_loss) else None,
             "recent_losses": list(progress.recent_losses),
-            "pace": run.pace and dataclasses.astuple(run.pace),
             "learning_rate": run.learning_rate_at(progress.step - 1),
             "seconds": self.reporter.seconds(),
             "scaler": self.learner.scaler.state_dict(),

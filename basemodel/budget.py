@@ -1,11 +1,10 @@
 """A run that ends when its hours or dollars do, with its learning rate at the end of the schedule.
 
-While it trains, the run's end is moved to where it will come in time, from the speed so far. What is left of the
-schedule is stretched or compressed to what is left of the steps.
+While it trains, the run's end is moved to where it comes in time by the speed so far. The rate of each step
+is that of a run that was planned for as many steps.
 """
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from basemodel.config import TrainConfig
@@ -31,20 +30,6 @@ class Clock(Protocol):
         """Report on a run whose end has moved."""
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How steps follow the learning-rate schedule: `done` of it is over after step `since`."""
-
-    since: int
-    done: float  # a share
-
-    def position(self, step: int, steps: int) -> float:
-        """Which step of an ordinary run of as many `steps` is as far along the schedule."""
-        if step < self.since:
-            return self.done * step / self.since * steps
-        return steps * (self.done + (1 - self.done) * (step - self.since) / max(1, steps - self.since))
-
-
 class Budget:
     """Keeps a run within max_hours and max_usd. All processes move the end alike, as the first one says."""
 
@@ -53,18 +38,15 @@ class Budget:
         self._next_look = FIRST_LOOK
 
     def resumed(self, run: Run, meta: dict[str, Any]) -> Run:
-        """The run as it goes on from a checkpoint with `meta`: at its pace, or at one for another budget."""
-        step = meta["global_step"]
+        """The run as it goes on from a checkpoint with `meta`: to the same end, or that of a new budget."""
+        step, seconds = meta["global_step"], meta["seconds"]
         self._next_look = step + FIRST_LOOK
         if self.limit is None or step == 0:
             return run
         if not _has_other_limits(run.config, meta):
-            return _ending_after(run, meta["total_steps"], meta.get("pace"))
-        steps = step + int(
-            (1 - MARGIN) * max(0.0, self.limit - meta["seconds"]) * step / max(meta["seconds"], 1e-9)
-        )
-        steps = min(max(step, steps), self._most_steps)
-        return _ending_after(run, steps, (step, step / max(1, steps)))
+            return _ending_after(run, meta["total_steps"])
+        left = max(0.0, (1 - MARGIN) * self.limit - seconds)
+        return _ending_after(run, min(self._most_steps, step + int(left * step / max(seconds, 1e-9))))
 
     def kept(self, run: Run, step: int, clock: Clock) -> Run:
         """The run after `step`, with its end moved to where the budget ends, if it is time to look."""
@@ -73,11 +55,9 @@ class Budget:
         steps = self._world.broadcast(self._affordable(run, step, clock))
         # Soon at first, because the first steps are slow; then after each hundredth of the run.
         self._next_look = step + max(1, min(step, steps // 100))
-        if steps == run.plan.steps:
-            return run
-        before = step if run.pace is None else run.pace.position(step, run.plan.steps)
-        run = _ending_after(run, steps, (step, before / run.plan.steps))
-        clock.follow(run)
+        if steps != run.plan.steps:
+            run = _ending_after(run, steps)
+            clock.follow(run)
         return run
 
     def _affordable(self, run: Run, step: int, clock: Clock) -> int:
@@ -108,7 +88,5 @@ def _has_other_limits(config: TrainConfig, meta: dict[str, Any]) -> bool:
     return any(before.get(key) != getattr(config, key) for key in ("max_hours", "max_usd", "usd_per_hour"))
 
 
-def _ending_after(run: Run, steps: int, pace: Any) -> Run:
-    """`run` with its end after `steps`, at a pace given as its two fields."""
-    plan = dataclasses.replace(run.plan, steps=steps)
-    return dataclasses.replace(run, plan=plan, pace=Pace(*pace) if pace else None)
+def _ending_after(run: Run, steps: int) -> Run:
+    return dataclasses.replace(run, plan=dataclasses.replace(run.plan, steps=steps))

@@ -1,7 +1,9 @@
 """What a run would take on machines that are not here: memory, speed, hours and dollars."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,19 +12,21 @@ import torch
 
 from basemodel import roofline, target
 from basemodel.config import TrainConfig
-from basemodel.data import BatchPlan, plan_batches
+from basemodel.data import plan_batches
 from basemodel.distributed import World
 from basemodel.errors import InputError
-from basemodel.figures import Figure, find_figure
+from basemodel.figures import Figure, find_figure, on_machine
+from basemodel.files import replace_text
 from basemodel.footprint import Footprint, Step, StepModel
 from basemodel.loss import DEFAULT_CHUNK_LOGITS
-from basemodel.machines import Machine
+from basemodel.machines import Machine, device_memory_gib, gpu_of
 from basemodel.run import Run
+from basemodel.run_folder import read_json_or_nothing
 from gpt import GPTConfig, GPTModel
 
 GIB = 2**30
-# What cannot hold tensors: CUDA's context and libraries, and what the allocator wastes between blocks. Chosen so
-# that the published code's largest microbatches come out.
+# What cannot hold tensors: CUDA's context and libraries, and what the allocator wastes between blocks. Chosen
+# so that the published code's largest microbatches come out.
 RESERVE_GIB, RESERVE_SHARE = 1.0, 1 / 8
 MakeLearner = Callable[[TrainConfig, GPTConfig, World], Step]
 
@@ -163,10 +167,13 @@ class Estimator:
             short = sum(memory.values()) / GIB - machine.gpu.memory_gib
             return dataclasses.replace(found, short_gib=short)
         if precision not in roofline.RATE:
-            return dataclasses.replace(found, figure=find_figure(run, machine))
+            return dataclasses.replace(found, figure=find_figure(run, machine.count, on_machine(machine)))
         parts, between = self._seconds(run, machine, precision)
         return dataclasses.replace(
-            found, step_parts=parts, between_steps=between, figure=find_figure(run, machine)
+            found,
+            step_parts=parts,
+            between_steps=between,
+            figure=find_figure(run, machine.count, on_machine(machine)),
         )
 
     def _seconds(self, run: Run, machine: Machine, precision: str) -> tuple[dict[str, float], float]:
@@ -194,3 +201,42 @@ def checkpoint_bytes(model: GPTModel, config: TrainConfig) -> int:
     """Bytes of a checkpoint: weights and the optimizer's moments, one of them for Muon's matrices."""
     hidden = sum(p.numel() for p in model.trf_blocks.parameters() if p.dim() == 2)
     return 12 * model.parameter_count() - (4 * hidden if config.optimizer == "muon" else 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a run will be compared with
+# ------------------------------------------------------------------------------------------------------------
+
+PLAN = "plan.json"  # in the run's folder: the last estimate for each machine
+
+
+def keep_estimates(run: Run, found: list[Estimate]) -> None:
+    """Keep the estimated speeds for when the run trains; where they cannot be written, it does without."""
+    path = run.directory / PLAN
+    speeds = read_json_or_nothing(path)
+    for each in found:
+        if each.step_parts:
+            speeds[each.machine.name] = [
+                each.run.plan.microbatch_size,
+                each.run.plan.tokens_per_step / sum(each.step_parts.values()),
+            ]
+    with contextlib.suppress(OSError):
+        replace_text(path, json.dumps(speeds, indent=1))
+
+
+def machine_called(device_name: str, memory_gib: float, processes: int) -> Machine | None:
+    """Devices as a machine of the tables; None where they are none of those."""
+    gpu = gpu_of(device_name, memory_gib)
+    return Machine(processes, gpu) if gpu else None
+
+
+def planned_speed(run: Run, device_name: str) -> tuple[float | None, str]:
+    """The tokens per second to expect of `run` on its devices, and how that is known."""
+    machine = machine_called(device_name, device_memory_gib(), run.plan.processes)
+    same = on_machine(machine) if machine else lambda figure: figure.device == device_name
+    if figure := find_figure(run, run.plan.processes, same):
+        return figure.tokens_per_second, f"measured by {figure.source}, {figure.date}"
+    size, speed = read_json_or_nothing(run.directory / PLAN).get(
+        machine.name if machine else "", (None, None)
+    )
+    return (speed, "estimated by --plan --on") if size == run.plan.microbatch_size else (None, "")

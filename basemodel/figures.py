@@ -6,6 +6,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +30,6 @@ class Figure:
     processes: int
     config: str  # speed_hash
     microbatch: int
-    accumulation: int
     tokens_per_second: float  # of all processes, without validation and checkpoints
     peak_gib: float | None  # of one process
     source: str  # what measured it
@@ -70,16 +70,18 @@ def read_figures(runs_dir: Path) -> list[Figure]:
     return [figure for figure in found if figure.tokens_per_second and figure.tokens_per_second > 0]
 
 
-def find_figure(run: Run, machine: Machine) -> Figure | None:
-    """The newest figure of a run's step on a machine: the same shape, optimizer, precision and batch."""
-    wanted = speed_hash(run.model_config, run.config)
+def find_figure(run: Run, processes: int, is_same_device: Callable[[Figure], bool]) -> Figure | None:
+    """The newest figure of a run's step on so many devices: same shape, optimizer, precision and batch."""
+    wanted = speed_hash(run.model_config, run.config), processes, run.plan.microbatch_size
     for figure in reversed(read_figures(run.directory.parent)):
-        same = (figure.config, figure.processes, figure.microbatch) == (
-            wanted,
-            machine.count,
-            run.plan.microbatch_size,
-        )
-        if same and is_device(machine.gpu, figure.device):
-            if abs(figure.memory_gib - machine.gpu.memory_gib) < 0.15 * machine.gpu.memory_gib:
-                return figure
+        if (figure.config, figure.processes, figure.microbatch) == wanted and is_same_device(figure):
+            return figure
     return None
+
+
+def on_machine(machine: Machine) -> Callable[[Figure], bool]:
+    """Whether a figure is of the GPUs of a machine; those of one name may differ in memory."""
+    gpu = machine.gpu
+    return lambda figure: (
+        is_device(gpu, figure.device) and abs(figure.memory_gib - gpu.memory_gib) < 0.15 * gpu.memory_gib
+    )

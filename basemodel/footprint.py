@@ -1,9 +1,9 @@
 """What a training step takes, counted on the model itself: memory, matrix products and memory traffic.
 
-The very code that trains runs on tensors that have a shape and no data (PyTorch's FakeTensorMode), while every
-operation is watched: what it allocates and when that is freed, what it multiplies, reads and writes. So a
-laptop finds out in seconds what a GPU will need, for any config. Compiled code is counted on the graphs that
-the compiler gets, as if it fused everything that lies between two matrix products.
+The very code that trains runs on tensors that have a shape and no data (PyTorch's FakeTensorMode), while
+every operation is watched: what it allocates and when that is freed, what it multiplies, reads and writes. So
+a laptop finds out in seconds what a GPU will need, for any config. Compiled code is counted on the graphs
+that the compiler gets, as if it fused everything that lies between two matrix products.
 """
 
 import contextlib
@@ -194,6 +194,7 @@ class FusedGraph:
         return work
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
+        """Allocate and free as the compiled graph does; empty `inputs`, and return its outputs."""
         values = dict(zip((n for n in self.nodes if n.op == "placeholder"), inputs, strict=True))
         inputs.clear()
         leaving = set(self._bases(node for node in self.outputs if isinstance(node, fx.Node)))
@@ -368,7 +369,7 @@ class StepModel:
 
 
 class FusedDropout(nn.Dropout):
-    """Dropout as on a GPU, where it keeps a mask of one byte per element; on a CPU it keeps floating point."""
+    """Dropout as on a GPU, where it keeps a mask of a byte per element; on a CPU it keeps floating point."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(...) -> (...)."""

@@ -1,4 +1,4 @@
-"""GPUs and the machines that hold them: what they can do and cost, from machines.toml and a user's own file."""
+"""GPUs and the machines that hold them: what they can do and cost, by machines.toml and a user's own file."""
 
 import dataclasses
 import difflib
@@ -94,7 +94,7 @@ def _read_table(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _checked(where: str, key: str, value: Any) -> Any:
-    """A value of a GPU's table, prices by number of GPUs. Raises InputError if it is not what it should be."""
+    """A value of a GPU's table; prices by number of GPUs. Raises InputError if it is malformed."""
     kinds = {f.name: f.type for f in dataclasses.fields(GPU) if f.name != "name"}
     if key not in kinds:
         nearest = difflib.get_close_matches(key, kinds, n=1, cutoff=0.0)[0]
@@ -172,3 +172,8 @@ def peak_flops(device_name: str) -> float | None:
 def current_device_name() -> str:
     """The name of this process's CUDA device; empty without one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+
+
+def device_memory_gib() -> float:
+    """The memory of this process's CUDA device; 0 without one."""
+    return torch.cuda.get_device_properties().total_memory / 2**30 if torch.cuda.is_available() else 0.0

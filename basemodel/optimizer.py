@@ -181,8 +181,8 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
             state["step"].zero_()
 
 
-def learning_rate_at(step: float, steps: int, config: TrainConfig) -> float:
-    """The learning rate of step `step` (from 0; between two, where a budget has moved the end) of `steps`.
+def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
+    """The learning rate of step `step` (from 0) of `steps`.
 
     "constant" never changes. The others start with a linear warm-up over warmup_period_percent of the steps,
     whose last step has the peak rate. Then "cosine" falls along half a cosine to a tenth of the peak at the

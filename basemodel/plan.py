@@ -8,15 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from basemodel import data, hub, roofline
 from basemodel.config import optimizer_in_words
 from basemodel.distributed import World
 from basemodel.errors import InputError
-from basemodel.estimate import GIB, Estimate, Estimator, MakeLearner, checkpoint_bytes
-from basemodel.figures import find_figure
-from basemodel.machines import Machine, find_machines, gpu_of, read_gpus
+from basemodel.estimate import (
+    GIB,
+    Estimate,
+    Estimator,
+    MakeLearner,
+    checkpoint_bytes,
+    keep_estimates,
+    planned_speed,
+)
+from basemodel.machines import find_machines, read_gpus
 from basemodel.precision import choose_precision
 from basemodel.run import Run
 from basemodel.run_folder import read_status
@@ -116,23 +122,12 @@ def checkpoints_in_words(run: Run, size: int) -> str:
     return f"{kept} checkpoints, {kept * size / 1e9:.2f} GB"
 
 
-def machine_here(world: World) -> Machine | None:
-    """The processes' devices as a machine of the tables; None where they are none of those."""
-    if world.device.type != "cuda":
-        return None
-    memory = torch.cuda.get_device_properties(world.device).total_memory / GIB
-    gpu = gpu_of(world.device_name, memory)
-    return Machine(world.size, gpu) if gpu else None
-
-
 def speed_here(run: Run, world: World) -> tuple[float | None, str]:
     """Tokens per second to expect of a run here, and where that comes from; None: nobody knows."""
     speed = read_status(run.directory).get("tokens_per_second")
     if isinstance(speed, float) and speed > 0:
         return speed, "as the last run went"
-    if (machine := machine_here(world)) and (figure := find_figure(run, machine)):
-        return figure.tokens_per_second, f"measured by {figure.source}, {figure.date}"
-    return None, ""
+    return planned_speed(run, world.device_name)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -151,7 +146,7 @@ def plan_on_machines(
     run_data = open_if_here(run, datasets_dir)
     if run_data is None and run.config.min_train_tokens == -1:
         raise InputError(
-            "min_train_tokens is -1, all there are: that needs the data; set a number, or prepare or fetch them"
+            "min_train_tokens is -1, all there are, and the data are not here; set a number, or fetch them"
         )
     run = dataclasses.replace(run, data=run_data)
     estimator = Estimator(run, run_data and run_data.train.count, make_learner)
@@ -163,6 +158,7 @@ def plan_on_machines(
             if len(machines) == 1:
                 raise
             refused.append(str(error))
+    keep_estimates(run, found)
     found.sort(key=lambda each: (each.usd is None, each.usd or 0.0, each.hours is None, each.hours or 0.0))
     if options["budget"] is not None:
         print_budget(found, options["budget"])
@@ -221,7 +217,7 @@ def print_estimate(each: Estimate, gbits: float) -> None:
     split = f"{plan.processes} GPUs x microbatch {plan.microbatch_size} x accumulation {plan.accumulation}"
     lines = {
         "Run": f"{run.name}, {model.parameter_count():,} parameters, {plan.steps:,} steps, {tokens:,} tokens",
-        "Machine": f"{each.machine.name}, {gpu.memory_gib:g} GiB each, {gpu.tflops:g} TFLOP/s, precision {each.precision}",
+        "Machine": f"{each.machine.name}, {gpu.memory_gib:g} GiB and {gpu.tflops:g} TFLOP/s each",
         "Microbatch": f"at most {each.largest}; for the global batch of {plan.global_batch:,}: {split}",
         "Memory": f"{memory:.1f} of {gpu.memory_gib:g} GiB per GPU: {parts}",
         "Limited by": each.limit,
@@ -229,7 +225,8 @@ def print_estimate(each: Estimate, gbits: float) -> None:
     if each.tokens_per_second:
         source = f"measured by {each.figure.source}, {each.figure.date}" if each.figure else "estimated"
         times = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in each.step_parts.items() if s)
-        lines["Speed"] = f"{each.tokens_per_second:,.0f} tokens/s, {each.mfu:.0%} MFU, {source}"
+        speed = f"{each.tokens_per_second:,.0f} tokens/s in {each.precision}, {each.mfu:.0%} MFU"
+        lines["Speed"] = f"{speed}, {source}"
         lines["Step"] = f"estimated: {times}"
         lines["Time"] = (
             f"{each.hours:,.2f} hours, of which {each.between_steps / 60:.1f} min validation and saving"
@@ -260,9 +257,14 @@ def print_budget(found: list[Estimate], usd: float) -> None:
         step = each.run.plan.tokens_per_step
         tokens = int(each.run.plan.steps * usd / each.usd) * step
         hours, share = usd / each.machine.usd_per_hour, usd / each.usd
-        print(
-            f'| {each.machine.name} | ~{hours:,.1f} | ~{tokens:,} | {share:.0%} | `"min_train_tokens": {tokens}` |'
+        cells = (
+            each.machine.name,
+            f"~{hours:,.1f}",
+            f"~{tokens:,}",
+            f"{share:.0%}",
+            f'`"min_train_tokens": {tokens}`',
         )
+        print(f"| {' | '.join(cells)} |")
     print('\nOr `"max_usd"` with `"usd_per_hour"` in train.json: the run then ends in time by itself.')
 
 
@@ -276,6 +278,6 @@ def print_notes(found: list[Estimate], refused: list[str]) -> None:
             print(f"{each.machine.name}: measured by {each.figure.source}, {each.figure.date}")
     if any(each.figure is None for each in found):
         print(
-            f"Estimated (~), not measured: off by at most {roofline.WORST_ERROR:.0%} for machines with published "
-            "speeds (benchmarks/roofline.py). Hours are without start and download."
+            f"Estimated (~), not measured: off by at most {roofline.WORST_ERROR:.0%} for machines with "
+            "published speeds (benchmarks/roofline.py). Hours are without start and download."
         )

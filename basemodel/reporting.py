@@ -5,6 +5,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,11 +15,15 @@ from tqdm import tqdm
 
 from basemodel import charts, machines
 from basemodel.data import BatchPlan
+from basemodel.deviation import SpeedWatch
 from basemodel.errors import RunError
+from basemodel.figures import Figure, add_figure, speed_hash, today
 from basemodel.files import replace_text
 from basemodel.run import Run
 from basemodel.run_folder import read_metrics, read_status
 from gpt import GPTModel
+
+ENOUGH_STEPS = 100  # for a speed that later plans may use
 
 
 class Reporter:
@@ -32,6 +38,8 @@ class Reporter:
         self.started = time.monotonic() - seconds
         known = read_status(run.directory).get("paid_seconds") if step else None
         self._lost = max(0.0, known - seconds) if isinstance(known, float) else 0.0
+        self._watch: SpeedWatch | None = None
+        self._reading = self._stepping = 0.0  # seconds since the start
         self._pauses: dict[str, float] = {}  # how long the last ones took
         self.checkpoint: str | None = None  # the last one on disk
         self._begun_at = step
@@ -48,6 +56,18 @@ class Reporter:
     def plan(self) -> BatchPlan:
         """The run's batches and steps."""
         return self.run.plan
+
+    def watch(self, device_name: str, *, compiled: bool) -> None:
+        """Compare the speed with what was planned, and keep it when the run has finished."""
+        if self.enabled:
+            self._device_name, self._watch = device_name, SpeedWatch(self.run, device_name, compiled=compiled)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Time the reading of data."""
+        start = time.monotonic()
+        yield
+        self._reading += time.monotonic() - start
 
     def follow(self, run: Run) -> None:
         """Report on the same run with another end."""
@@ -106,7 +126,7 @@ class Reporter:
         """Log a finished training step (`values` has at least train_loss) and show the progress."""
         if not self.enabled:
             return
-        self._timed += 1
+        self._timed, self._stepping = self._timed + 1, self._stepping + step_seconds
         weight = max(0.05, 1 / self._timed)  # at first a plain mean, because the first step is slow
         self.step_seconds = (1 - weight) * (self.step_seconds or 0.0) + weight * step_seconds
         speed = self.plan.tokens_per_step / max(step_seconds, 1e-9)
@@ -114,6 +134,9 @@ class Reporter:
         self.loss = loss if math.isfinite(loss) else None
         self.log(step, {**values, "tokens_per_second": round(speed, 1), **self._mfu(speed)})
         self._bar.update(step - self._bar.n)
+        share = self._reading / max(self._stepping, 1e-9)
+        if self._watch and (line := self._watch.look(self._timed, self.tokens_per_second, share)):
+            self.say(line)
         expected = self.cost(self._eta(step))
         cost = "" if expected is None else f", ${self.cost():.2f} of ${expected:.2f}"
         mfu = "".join(f", {share:.0%} MFU" for share in self._mfu(self.tokens_per_second).values())
@@ -196,12 +219,22 @@ class Reporter:
         """Draw the chart, write the last status, and say how the run ended."""
         self.chart(final=True)
         self.close("finished", step)
+        self._keep_figure()
         seconds, tokens = self.seconds(), step * self.plan.tokens_per_step
         self.say(f"Training complete in {seconds:,.3f} seconds")
         self.say(f"Tokens seen: {tokens:,}")
         self.say(f"Throughput: {tokens / seconds:,.0f} tokens/second")
         for name, loss in (("train", train_loss), ("val", val_loss)):
             self.say(f"Final {name} loss: " + ("not measured" if loss is None else f"{loss:.3f}"))
+
+    def _keep_figure(self) -> None:
+        """Keep the speed for later plans, if it is that of enough steps."""
+        if self._watch and self._timed >= ENOUGH_STEPS:
+            run, plan = self.run, self.plan
+            device = self._device_name, machines.device_memory_gib(), plan.processes
+            batch = speed_hash(run.model_config, run.config), plan.microbatch_size
+            figure = Figure(*device, *batch, self.tokens_per_second, None, f"run {run.name}", today())
+            add_figure(run.directory.parent, figure)
 
     def close(self, status: str, step: int, **more: Any) -> None:
         """Write the last status and close the bar and the files."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from basemodel.command_line import require_inside
 from basemodel.config import TrainConfig
@@ -12,13 +12,6 @@ from basemodel.json_config import read_config
 from basemodel.optimizer import learning_rate_at
 from basemodel.run_folder import find_run
 from gpt import GPTConfig
-
-
-class Pace(Protocol):
-    """How steps follow the learning-rate schedule where a budget has moved the end (budget.py)."""
-
-    def position(self, step: int, steps: int) -> float:
-        """Which step of an ordinary run is as far along."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,6 @@ class Run:
     data: RunData | None = None  # None until the data are here
     files: dict[str, dict[str, Any]] | None = None  # the data's files: size, SHA-256, revision
     launchers: tuple[str, ...] = ()  # of its processes: one per node under torchrun
-    pace: Pace | None = None  # None: as planned from the start
 
     @classmethod
     def read(cls, runs_dir: Path, name: str) -> Self:
@@ -70,8 +62,7 @@ class Run:
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of step `step`, from 0."""
-        position = step if self.pace is None else self.pace.position(step, self.plan.steps)
-        return learning_rate_at(position, self.plan.steps, self.config)
+        return learning_rate_at(step, self.plan.steps, self.config)
 
     def validates_after(self, step: int) -> bool:
         """Whether to validate after `step` steps: before the first, at the interval, and at the end."""

@@ -1,4 +1,4 @@
-"""Whose kernels a tensor's operations run in: those of its device or, while a plan is made, of a GPU elsewhere."""
+"""Whose kernels compute with a tensor: those of its device or, while a plan is made, of a GPU elsewhere."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

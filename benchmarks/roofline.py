@@ -1,4 +1,4 @@
-"""How well does the plan's estimate of speed hold? Fits it to published speeds, each time without one of them.
+"""How well does the plan's estimate of speed hold? It is fitted to published speeds, each time without one.
 
     python benchmarks/roofline.py
 
@@ -95,13 +95,15 @@ def _seconds_per_token(footprint: Footprint, machine: Machine, attainable: float
         roofline.ATTAINABLE, roofline.PRODUCT_SECONDS = before
 
 
-def leave_one_out(footprint: Footprint) -> list[float]:
-    """The relative error of the estimate of each published speed by the constants of the others."""
+def leave_one_out(footprint: Footprint, *, whole_gpu: bool = False) -> list[float]:
+    """The relative error of the estimate of each published speed by the constants of the others; `whole_gpu`:
+    of those of other GPUs."""
     gpus = read_gpus()
     known = [(find_machines(each.machine, gpus)[0], each.tokens_per_second) for each in PUBLISHED]
     errors = []
     for machine, speed in known:
-        constants = fit(footprint, [other for other in known if other[0] != machine])
+        others = [each for each in known if each[0].gpu != machine.gpu or not whole_gpu]
+        constants = fit(footprint, [each for each in others if each[0] != machine])
         errors.append(1 / _seconds_per_token(footprint, machine, *constants) / speed - 1)
     return errors
 
