@@ -11,7 +11,7 @@ from basemodel.config import TrainConfig
 from basemodel.distributed import World
 from basemodel.run import Run
 
-FIRST_LOOK = 8  # steps after a start, when speed is known well enough
+FIRST_LOOK = 8  # steps after which the speed is known well enough for a rate to follow from it
 MARGIN = 0.01  # share of the budget that is left as a reserve
 
 
@@ -35,12 +35,12 @@ class Budget:
 
     def __init__(self, run: Run, world: World) -> None:
         self.limit, self._world, self._most_steps = run.config.max_seconds, world, run.plan.steps
-        self._next_look = FIRST_LOOK
+        self._begun_at, self._next_look = 0, FIRST_LOOK
 
     def resumed(self, run: Run, meta: dict[str, Any]) -> Run:
         """The run as it goes on from a checkpoint with `meta`: to the same end, or that of a new budget."""
         step, seconds = meta["global_step"], meta["seconds"]
-        self._next_look = step + FIRST_LOOK
+        self._begun_at, self._next_look = step, step + 1
         if self.limit is None or step == 0:
             return run
         if not _has_other_limits(run.config, meta):
@@ -53,8 +53,8 @@ class Budget:
         if self.limit is None or step < self._next_look:
             return run
         steps = self._world.broadcast(self._affordable(run, step, clock))
-        # Soon at first, because the first steps are slow; then after each hundredth of the run.
-        self._next_look = step + max(1, min(step, steps // 100))
+        # Often at first, because the first steps are slow; then after each hundredth of the run.
+        self._next_look = step + max(1, min(step - self._begun_at, steps // 100))
         if steps != run.plan.steps:
             run = _ending_after(run, steps)
             clock.follow(run)

@@ -234,7 +234,7 @@ def planned_speed(run: Run, device_name: str) -> tuple[float | None, str]:
     """The tokens per second to expect of `run` on its devices, and how that is known."""
     machine = machine_called(device_name, device_memory_gib(), run.plan.processes)
     same = on_machine(machine) if machine else lambda figure: figure.device == device_name
-    if figure := find_figure(run, run.plan.processes, same):
+    if figure := find_figure(run, run.plan.processes, same, on_gpu=machine is not None):
         return figure.tokens_per_second, f"measured by {figure.source}, {figure.date}"
     size, speed = read_json_or_nothing(run.directory / PLAN).get(
         machine.name if machine else "", (None, None)

@@ -36,13 +36,13 @@ class Figure:
     date: str
 
 
-def speed_hash(model: GPTConfig, config: TrainConfig) -> str:
+def speed_hash(model: GPTConfig, config: TrainConfig, *, compiled: bool) -> str:
     """A hash of what makes a step fast or slow, but for the batch."""
     shape = {k: v for k, v in dataclasses.asdict(model).items() if k not in LEFT_OUT}
-    keys = ("optimizer", "document_masking", "compile", "use_amp", "precision", "deterministic")
-    return hashlib.sha256(json.dumps([shape, [getattr(config, key) for key in keys]]).encode()).hexdigest()[
-        :12
-    ]
+    keys = ("optimizer", "document_masking", "use_amp", "precision", "deterministic")
+    return hashlib.sha256(
+        json.dumps([shape, compiled, [getattr(config, key) for key in keys]]).encode()
+    ).hexdigest()[:12]
 
 
 def today() -> str:
@@ -70,9 +70,12 @@ def read_figures(runs_dir: Path) -> list[Figure]:
     return [figure for figure in found if figure.tokens_per_second and figure.tokens_per_second > 0]
 
 
-def find_figure(run: Run, processes: int, is_same_device: Callable[[Figure], bool]) -> Figure | None:
+def find_figure(
+    run: Run, processes: int, is_same_device: Callable[[Figure], bool], *, on_gpu: bool = True
+) -> Figure | None:
     """The newest figure of a run's step on so many devices: same shape, optimizer, precision and batch."""
-    wanted = speed_hash(run.model_config, run.config), processes, run.plan.microbatch_size
+    compiled = run.config.compile is True or (run.config.compile == "auto" and on_gpu)
+    wanted = speed_hash(run.model_config, run.config, compiled=compiled), processes, run.plan.microbatch_size
     for figure in reversed(read_figures(run.directory.parent)):
         if (figure.config, figure.processes, figure.microbatch) == wanted and is_same_device(figure):
             return figure

@@ -28,6 +28,7 @@ from basemodel.run import Run
 from basemodel.run_folder import read_status
 from gpt import GPTModel
 
+PARTS = ("weights", "gradients", "buckets", "optimizer", "activations", "logits", "reserve")  # of memory
 OPTIONS = (
     click.option("--on", metavar="MACHINE", help="With --plan: on 8xA100-40, 1xRTX3090 or such, or on all."),
     click.option(
@@ -213,7 +214,7 @@ def print_estimate(each: Estimate, gbits: float) -> None:
     model = GPTModel.outline(run.model_config)
     size, tokens = checkpoint_bytes(model, run.config), plan.steps * plan.tokens_per_step
     memory = sum(each.memory.values()) / GIB
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in each.memory.items() if size)
+    parts = ", ".join(f"{part} {each.memory[part] / GIB:.2f}" for part in PARTS if each.memory.get(part))
     split = f"{plan.processes} GPUs x microbatch {plan.microbatch_size} x accumulation {plan.accumulation}"
     lines = {
         "Run": f"{run.name}, {model.parameter_count():,} parameters, {plan.steps:,} steps, {tokens:,} tokens",

@@ -60,7 +60,8 @@ class Reporter:
     def watch(self, device_name: str, *, compiled: bool) -> None:
         """Compare the speed with what was planned, and keep it when the run has finished."""
         if self.enabled:
-            self._device_name, self._watch = device_name, SpeedWatch(self.run, device_name, compiled=compiled)
+            self._device_name, self._compiled = device_name, compiled
+            self._watch = SpeedWatch(self.run, device_name, compiled=compiled)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -232,8 +233,8 @@ class Reporter:
         if self._watch and self._timed >= ENOUGH_STEPS:
             run, plan = self.run, self.plan
             device = self._device_name, machines.device_memory_gib(), plan.processes
-            batch = speed_hash(run.model_config, run.config), plan.microbatch_size
-            figure = Figure(*device, *batch, self.tokens_per_second, None, f"run {run.name}", today())
+            step = speed_hash(run.model_config, run.config, compiled=self._compiled), plan.microbatch_size
+            figure = Figure(*device, *step, self.tokens_per_second, None, f"run {run.name}", today())
             add_figure(run.directory.parent, figure)
 
     def close(self, status: str, step: int, **more: Any) -> None:

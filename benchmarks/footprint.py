@@ -2,9 +2,9 @@
 
     python benchmarks/footprint.py
 
-The first table compares the peak that is counted without data with the peak that PyTorch's allocator reports of
-a real step, for models from 1M to 163M parameters. The second counts the published code's step, as reference.py
-writes it down, and compares the largest microbatch with those that its author found on rented machines.
+The first table compares the peak that is counted without data with the peak that PyTorch's allocator reports
+of a real step, for models from 1M to 163M parameters. The second counts the published code's step, as
+reference.py writes it down, and compares the largest microbatch with those that its author found.
 """
 
 import dataclasses
@@ -113,15 +113,12 @@ class CudaCasts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in FLOAT32:
-            args = tree_map_only(
-                Tensor, lambda each: each.float() if each.dtype == torch.float16 else each, args
-            )
+            args = tree_map_only(Tensor, Tensor.float, args)
         return func(*args, **(kwargs or {}))
 
 
 def published_peak(microbatch: int) -> float:
-    """The counted peak of the published code's step for GPT-2 small, in bytes: eager, attention not fused, whole
-    logits."""
+    """The counted peak of the published code's step for GPT-2 small, in bytes: eager, with whole logits."""
     model_config = read_config(GPTConfig, ROOT / "runs/original/model.json")
     config = read_config(TrainConfig, ROOT / "runs/original/train.json")
     with FakeTensorMode(allow_non_fake_inputs=True), StepCounter() as counter:
