@@ -147,14 +147,15 @@ def published_largest(each: Published, peaks: dict[int, float]) -> int:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("models", nargs=-1, type=click.Choice(list(MODELS)))
 @click.option("--measure", hidden=True, nargs=2)
-def main(measure: tuple[str, str] | None) -> None:
-    """Print both tables."""
+def main(models: tuple[str, ...], measure: tuple[str, str] | None) -> None:
+    """Print both tables, the first of MODELS, or of all."""
     if measure:
         print(json.dumps(measured(measure[0], compiled=measure[1] == "compiled")))
         return
     print("| model | step | counted, MiB | measured, MiB | error |\n| --- | --- | --- | --- | --- |")
-    for name in MODELS:
+    for name in models or MODELS:
         for kind in ("eager", "compiled"):
             ours = counted(name, compiled=kind == "compiled")
             theirs = json.loads(run_python(Path(__file__), "--measure", name, kind).splitlines()[-1])
