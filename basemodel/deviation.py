@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 from basemodel.estimate import planned_speed
+from basemodel.machines import current_device_name
 from basemodel.run import Run
 
 LEAST_SHARE = 0.8  # of the planned speed, below which it is worth a line
@@ -15,9 +16,10 @@ class SpeedWatch:
     """Compares a run's speed with what was measured before on such devices, or else with its last plan."""
 
     def __init__(self, run: Run, device_name: str, *, compiled: bool) -> None:
-        self._compiled, self._next_look, self._device_name = compiled, FIRST_LOOK, device_name
+        self._compiled, self._next_look = compiled, FIRST_LOOK
         self.planned, self.source = planned_speed(run, device_name)
-        self._wants_compiled = run.config.compile is not False and device_name.startswith("NVIDIA")
+        self._on_cuda = device_name == current_device_name()
+        self._wants_compiled = run.config.compile is True or (self._on_cuda and run.config.compile == "auto")
 
     def look(self, steps: int, tokens_per_second: float, data_share: float) -> str | None:
         """A line about the speed after `steps` since the start, if it is low; said once. `data_share`: of the
@@ -39,9 +41,7 @@ class SpeedWatch:
             return "it is not compiled"
         if data_share > 0.1:
             return f"reading data takes {data_share:.0%} of the time: a slow disk or network?"
-        return (_busy_gpu() if self._device_name.startswith("NVIDIA") else _busy_cpu()) or (
-            "of something that this program cannot see"
-        )
+        return (_busy_gpu() if self._on_cuda else _busy_cpu()) or "of something that this program cannot see"
 
 
 def _busy_cpu() -> str:

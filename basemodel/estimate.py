@@ -106,7 +106,10 @@ class Estimator:
     def _footprints(self) -> list[Footprint]:
         length = self.run.model_config.context_length
         with target.planned_for("cuda"), self._step_model as step:
-            return [step.count(size, length) for size in (self._size, 4 * self._size)]
+            large = step.count(4 * self._size, length, validates=False)
+            small = step.count(self._size, length)
+        # Validation, a small part of any run, is only counted once.
+        return [small, dataclasses.replace(large, validation=small.validation * 4)]
 
     @functools.cached_property
     def _step_model(self) -> StepModel:

@@ -248,8 +248,8 @@ def _empty_like(value: Tensor) -> Tensor:
 def counting_backend(counter: StepCounter) -> Callable:
     """A backend of torch.compile that partitions graphs as the compiler does, and only counts them."""
     # Here, because they take seconds to import.
-    from functorch.compile import min_cut_rematerialization_partition
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
     def compiler(module: fx.GraphModule, _inputs: Any) -> FusedGraph:
@@ -354,8 +354,8 @@ class StepModel:
         self.counter.hold(parameter.grad, "gradients")
         self._backward_ended = self.counter.work
 
-    def count(self, microbatch: int, length: int) -> Footprint:
-        """Count a step of one microbatch of sequences of `length` tokens, and its validation."""
+    def count(self, microbatch: int, length: int, *, validates: bool = True) -> Footprint:
+        """Count a step of one microbatch of sequences of `length` tokens and, if it `validates`, that too."""
         if self._compiled:
             torch._dynamo.reset()  # it would stop compiling after a few sizes
         counter, learner = self.counter, self.learner
@@ -363,7 +363,8 @@ class StepModel:
         counter.peak, start = counter.live.copy(), counter.work
         learner.train_step([tokens], learning_rate=0.0)
         backward, end = self._backward_ended, counter.work
-        learner.validation_loss(tokens)
+        if validates:
+            learner.validation_loss(tokens)
         differences = (backward + start * -1, end + backward * -1, counter.work + end * -1)
         return Footprint(dict(counter.peak), *differences)
 

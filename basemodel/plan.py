@@ -1,6 +1,7 @@
 """What a run would do and what it would cost, here or on other machines (`--plan`, `--on`, `--budget`)."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable
 from datetime import timedelta
@@ -102,10 +103,15 @@ def print_plan(run: Run, world: World) -> None:
         "Disk": f"{checkpoints_in_words(run, size)}; {free / 1e9:.1f} GB are free",
         "ETA": "not known before a first run here; --on MACHINE estimates it for a GPU",
     }
+    most = math.inf
+    if config.max_seconds is not None:
+        most = config.max_seconds
+        lines["Budget"] = f"ends after {most / 3600:.4g} hours, with the schedule at its end"
     if speed:
-        lines["ETA"] = f"{timedelta(seconds=round(tokens / speed))} at {speed:,.0f} tokens/s, {source}"
+        seconds = min(most, tokens / speed)
+        lines["ETA"] = f"{timedelta(seconds=round(seconds))} at {speed:,.0f} tokens/s, {source}"
     if price is not None:
-        cost = f"${tokens / speed / 3600 * price:.2f} at " if speed else ""
+        cost = f"${seconds / 3600 * price:.2f} at " if speed else ""
         lines["Cost"] = f"{cost}${price:.2f} an hour"
     print_lines(lines)
 
@@ -167,6 +173,8 @@ def plan_on_machines(
         print_estimate(found[0], options["download_gbits"])
     else:
         print_table(found)
+        print()
+        print_lines(files_in_words(found[0].run, options["download_gbits"]))
     print_notes(found, refused)
 
 
@@ -212,7 +220,7 @@ def print_estimate(each: Estimate, gbits: float) -> None:
     """Print all that is known of a run on one machine."""
     run, gpu, plan = each.run, each.machine.gpu, each.run.plan
     model = GPTModel.outline(run.model_config)
-    size, tokens = checkpoint_bytes(model, run.config), plan.steps * plan.tokens_per_step
+    tokens = plan.steps * plan.tokens_per_step
     memory = sum(each.memory.values()) / GIB
     parts = ", ".join(f"{part} {each.memory[part] / GIB:.2f}" for part in PARTS if each.memory.get(part))
     split = f"{plan.processes} GPUs x microbatch {plan.microbatch_size} x accumulation {plan.accumulation}"
@@ -234,14 +242,20 @@ def print_estimate(each: Estimate, gbits: float) -> None:
         )
     price = each.machine.usd_per_hour
     lines["Cost"] = f"{in_dollars(each.usd)}, at {in_dollars(price)} an hour"
-    lines["Disk"] = f"{checkpoints_in_words(run, size)} on the machine"
+    print_lines(lines | files_in_words(run, gbits))
+
+
+def files_in_words(run: Run, gbits: float) -> dict[str, str]:
+    """How much a machine stores and downloads."""
+    size = checkpoint_bytes(GPTModel.outline(run.model_config), run.config)
     here = run.data and sum(part.tokens.count for part in (run.data.train, run.data.validation) if part)
-    download = 2 * (here or tokens / run.config.epochs)
+    download = 2 * (here or run.plan.steps * run.plan.tokens_per_step / run.config.epochs)
     least = "" if here else "at least "
-    lines["Download"] = (
-        f"{least}{download / 1e9:.1f} GB, {download * 8e-9 / gbits / 3600:.2f} hours at {gbits:g} Gbit/s"
-    )
-    print_lines(lines)
+    time = f"{download * 8e-9 / gbits / 3600:.2f} hours at {gbits:g} Gbit/s"
+    return {
+        "Disk": f"{checkpoints_in_words(run, size)} on the machine",
+        "Download": f"{least}{download / 1e9:.1f} GB, {time}",
+    }
 
 
 def print_budget(found: list[Estimate], usd: float) -> None:

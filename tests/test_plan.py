@@ -236,7 +236,7 @@ def test_a_run_slower_than_before_says_so(sandbox: Sandbox) -> None:
 def test_likely_reasons_for_a_slow_run(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = object.__new__(SpeedWatch)
     watch.planned, watch.source, watch._next_look = 100.0, "as planned", 1
-    watch._device_name, watch._compiled, watch._wants_compiled = "NVIDIA X1", False, True
+    watch._on_cuda, watch._compiled, watch._wants_compiled = True, False, True
     assert watch.look(5, 81.0, 0.0) is None
     assert watch.look(20, 79.0, 0.0).endswith(
         "21% below the 100 as planned; likely because it is not compiled"
