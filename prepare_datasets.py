@@ -4,6 +4,7 @@
     python prepare_datasets.py python-docs datasets/local/python-docs --tokenizer bytes
     python prepare_datasets.py my-texts/ datasets/me/my-texts --stats       .parquet, .jsonl(.gz, .zst), .txt
     python prepare_datasets.py HuggingFaceFW/fineweb datasets/me/fineweb-10b --files 'sample/10BT/*'
+    python prepare_datasets.py texte/ datasets/me/texte --train-tokenizer 16384   other languages, code
 
 The input is cut into shards of about 64 MB of text. Workers encode each shard straight to disk, and the
 results are joined in the order of the input. So the same text gives the same bytes whatever the number of
@@ -18,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,42 @@ import click
 
 from basemodel.command_line import require_repo_id, run_command
 from basemodel.dataset_files import card, draw_lengths, write_dataset
-from basemodel.documents import FILE_TYPES, PYTHON_DOCS, Piece, cut_into_pieces, find_files, make_shards
+from basemodel.documents import (
+    FILE_TYPES,
+    PYTHON_DOCS,
+    Piece,
+    cut_into_pieces,
+    find_files,
+    make_shards,
+    sample_texts,
+)
 from basemodel.encoding import Settings, encode_all
 from basemodel.errors import InputError
 from basemodel.files import fingerprint, sync
 from basemodel.hub import check_push, download, push
 from basemodel.json_config import read_json_object
 from basemodel.tokenizer import get_tokenizer, set_up_engine
+from basemodel.trained_tokenizer import (
+    FEWEST_TOKENS,
+    MOST_TOKENS,
+    TOKENIZER_FILE,
+    read_tokenizer,
+    require_tokenizers,
+    train_tokenizer,
+)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source")
 @click.argument("output_dir", type=Path)
-@click.option("--tokenizer", type=click.Choice(["gpt2", "bytes"]), default="gpt2", show_default=True)
+@click.option("--tokenizer", metavar="gpt2|bytes|FILE", help="FILE is a tokenizer.json.  [default: gpt2]")
+@click.option(
+    "--train-tokenizer",
+    "trained_size",
+    type=click.IntRange(FEWEST_TOKENS, MOST_TOKENS),
+    metavar="SIZE",
+    help="Train a tokenizer of SIZE tokens on the text.",
+)
 @click.option("--validation-fraction", type=float, default=0.01, show_default=True, help="Of the documents.")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), help="Default: one per core.")
 @click.option(
@@ -52,7 +76,8 @@ from basemodel.tokenizer import get_tokenizer, set_up_engine
 def main(
     source: str,
     output_dir: Path,
-    tokenizer: str,
+    tokenizer: str | None,
+    trained_size: int | None,
     validation_fraction: float,
     workers: int,
     engine: str,
@@ -74,7 +99,8 @@ def main(
         raise InputError("SOURCE and OUTPUT_DIR must be named")
     if revision is not None and files is None:
         raise InputError("--revision goes with --files, for a Hub data set")
-    if engine == "gigatoken" and tokenizer != "gpt2":
+    settings = check_tokenizer(tokenizer, trained_size, Settings("gpt2", validation_fraction, text_column))
+    if engine == "gigatoken" and settings.tokenizer != "gpt2":
         raise InputError("--engine gigatoken works with the tokenizer gpt2 only")
     if files is not None:
         require_repo_id(source)
@@ -82,22 +108,29 @@ def main(
         find_files(Path(source))  # a misspelt path is an error before anything slow
     if repo_id:
         check_push(repo_id)
-    settings = Settings(tokenizer, validation_fraction, text_column)
     if repo_id and (output_dir / "meta.json").exists():
-        check_prepared(output_dir, {"source": source, "files": files, **asdict(settings)})
+        wanted = {"source": source, "files": files, "train_tokenizer": trained_size, **asdict(settings)}
+        if trained_size is not None:
+            del wanted["tokenizer_sha256"]  # not known before
+        check_prepared(output_dir, wanted)
         print(f"{output_dir}: already prepared")
     else:
         require_empty(output_dir)
         with unfinished_folder(output_dir) as folder:
             require_empty(output_dir)  # nobody else can fill it now
-            gigatoken = set_up_engine(engine, get_tokenizer(tokenizer), folder)
             pieces, commit = find_pieces(source, files, revision, text_column)
+            settings = place_tokenizer(folder / TOKENIZER_FILE, tokenizer, trained_size, pieces, settings)
+            gigatoken = set_up_engine(engine, get_tokenizer(settings.tokenizer, folder), folder)
             parts = encode_all(make_shards(pieces), folder / "parts", settings, gigatoken, workers)
             finished = folder / "finished"
             finished.mkdir()
             description = "as tokens: one tensor 'tokens' per split, end-of-text after each document"
             meta = {"description": f"{source} {description}", "source": source, "files": files}
-            meta |= {"revision": commit, **write_dataset(finished, parts, settings)}
+            meta |= {
+                "revision": commit,
+                "train_tokenizer": trained_size,
+                **write_dataset(finished, parts, settings),
+            }
             if stats:
                 title = f"{output_dir.name}: document lengths"
                 print(draw_lengths(parts, finished / "document-lengths.png", title))
@@ -105,6 +138,40 @@ def main(
     if repo_id:
         url = push(output_dir, repo_id, "Upload tokens", repo_type="dataset")
         print(f"Uploaded to {repo_id}: {url}")
+
+
+def check_tokenizer(tokenizer: str | None, trained_size: int | None, settings: Settings) -> Settings:
+    """Settings with the tokenizer that the options ask for. Raises InputError if it cannot be had."""
+    if trained_size is not None:
+        if tokenizer is not None:
+            raise InputError("give either --tokenizer or --train-tokenizer")
+        require_tokenizers()
+        return replace(settings, tokenizer="dataset")
+    if tokenizer in (None, "gpt2", "bytes"):
+        return replace(settings, tokenizer=tokenizer or "gpt2")
+    if not Path(tokenizer).is_file():
+        raise InputError(
+            f"--tokenizer must be gpt2, bytes or a tokenizer.json; there is no file '{tokenizer}'"
+        )
+    read_tokenizer(Path(tokenizer))
+    return replace(settings, tokenizer="dataset", tokenizer_sha256=fingerprint(Path(tokenizer))["sha256"])
+
+
+def place_tokenizer(
+    path: Path, tokenizer: str | None, trained_size: int | None, pieces: list[Piece], settings: Settings
+) -> Settings:
+    """Train the data set's own tokenizer, or copy it, to `path`, if it has one; settings with its hash."""
+    if settings.tokenizer != "dataset":
+        return settings
+    if trained_size is None:
+        shutil.copyfile(tokenizer, path)
+    else:
+        print(f"Training a tokenizer of {trained_size:,} tokens")
+        texts = sample_texts(pieces, settings.text_column, settings.validation_fraction)
+        train_tokenizer(texts, trained_size, path)
+        if (found := read_tokenizer(path).n_vocab) < trained_size:
+            print(f"The text has enough repeated pairs for {found:,} tokens only")
+    return replace(settings, tokenizer_sha256=fingerprint(path)["sha256"])
 
 
 def require_empty(output_dir: Path) -> None:

@@ -14,13 +14,15 @@ import numpy as np
 from basemodel.encoding import COUNTED, SPLITS, Part, Settings
 from basemodel.errors import InputError, RunError
 from basemodel.tokenizer import get_tokenizer
+from basemodel.trained_tokenizer import TOKENIZER_FILE
 
 CONTEXT_LENGTH = 1024  # GPT-2's, for the histogram
 Segment = tuple[Path, int, int]  # a file of raw tokens, and the range of its tokens
 
 
 def write_dataset(folder: Path, parts: list[Part], settings: Settings) -> dict[str, Any]:
-    """Write the token files of both splits and return what meta.json says about them.
+    """Write the token files of both splits and return what meta.json says about them. The data set's own
+    tokenizer, if it has one, is copied from the folder above.
 
     Raises InputError if the documents do not make two splits, RunError if a part is damaged.
     """
@@ -30,8 +32,10 @@ def write_dataset(folder: Path, parts: list[Part], settings: Settings) -> dict[s
         for part in parts:  # useless with any other source
             shutil.rmtree(part.folder)
         raise
-    tokenizer = get_tokenizer(settings.tokenizer)
-    sha256 = {}
+    tokenizer, sha256 = get_tokenizer(settings.tokenizer, folder.parent), {}
+    if settings.tokenizer == "dataset":
+        shutil.copyfile(folder.parent / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+        sha256[TOKENIZER_FILE] = settings.tokenizer_sha256
     for split, (_, segments) in splits.items():
         sha256[f"{split}.safetensors"] = join_segments(segments, folder / f"{split}.safetensors")
     return {
@@ -128,6 +132,7 @@ def card(name: str, meta: dict[str, Any]) -> str:
         tags=["tokens", meta["tokenizer"], "safetensors"],
         source_datasets=[meta["source"]] if meta["revision"] else None,
     )
+    tokenizer = "that of `tokenizer.json`" if meta["tokenizer"] == "dataset" else f"`{meta['tokenizer']}`"
     revision = f" at revision `{meta['revision']}`" if meta["revision"] else ""
     rows = "".join(
         f"| {split} | {counts['documents']:,} | {counts['tokens']:,} | {counts['bytes']:,} | "
@@ -140,7 +145,7 @@ def card(name: str, meta: dict[str, Any]) -> str:
 
 # {name}
 
-{meta["description"]}. The source is `{meta["source"]}`{revision}, the tokenizer `{meta["tokenizer"]}` with a
+{meta["description"]}. The source is `{meta["source"]}`{revision}, the tokenizer {tokenizer} with a
 vocabulary of {meta["vocab_size"]:,}.
 
 | split | documents | tokens | bytes of text | SHA-256 of the file |

@@ -22,6 +22,7 @@ from basemodel.errors import InputError
 FILE_TYPES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 PYTHON_DOCS = "python-docs"
 SHARD_BYTES = 64_000_000  # of text, roughly
+SAMPLE_BYTES = 100_000_000  # of text, to train a tokenizer on
 
 
 @dataclass(frozen=True)
@@ -281,3 +282,18 @@ def in_validation(document: Iterable[bytes], fraction: float) -> bool:
     for fragment in document:
         checksum = zlib.crc32(fragment, checksum)
     return checksum < fraction * 2**32
+
+
+def sample_texts(pieces: list[Piece], text_column: str, validation_fraction: float) -> Iterator[str]:
+    """About SAMPLE_BYTES of the training documents, the first ones of each piece, as much of each in
+    proportion. Raises InputError."""
+    share = min(1.0, SAMPLE_BYTES / max(1, sum(piece.size for piece in pieces)))
+    for piece in pieces:
+        room = piece.size * share
+        documents = read_documents(piece, text_column)
+        training = (each for each in documents if not in_validation(each, validation_fraction))
+        for text in itertools.chain.from_iterable(training):
+            yield text.decode()
+            room -= len(text)
+            if share < 1 and room <= 0:
+                break

@@ -42,6 +42,7 @@ class Settings:
     tokenizer: str
     validation_fraction: float
     text_column: str
+    tokenizer_sha256: str | None = None  # of tokenizer.json, beside the parts, for the tokenizer "dataset"
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,13 @@ def encode_shard(
     shutil.rmtree(folder, ignore_errors=True)
     unfinished = parts_dir / f"{number:06d}.{os.getpid()}"  # removed by the main process after any error
     unfinished.mkdir()
-    with_tiktoken, disagreement = tiktoken_encoder(settings.tokenizer), ""
+    with_tiktoken, disagreement = tiktoken_encoder(settings.tokenizer, parts_dir.parent), ""
+    end_of_text = get_tokenizer(settings.tokenizer, parts_dir.parent).eot_token
     try:
-        record = encode_documents(shard, unfinished, settings, gigatoken or with_tiktoken)
+        record = encode_documents(shard, unfinished, settings, gigatoken or with_tiktoken, end_of_text)
     except EnginesDisagree as error:
         disagreement = str(error)
-        record = encode_documents(shard, unfinished, settings, with_tiktoken)
+        record = encode_documents(shard, unfinished, settings, with_tiktoken, end_of_text)
     record |= {"key": key, "disagreement": disagreement, "sha256": _hashes(unfinished)}
     (unfinished / "record.json").write_text(json.dumps(record), encoding="utf-8")
     return Part(unfinished.rename(folder), record, resumed=False)
@@ -102,9 +104,10 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {name: fingerprint(folder / name)["sha256"] for name in PART_FILES}
 
 
-def encode_documents(shard: list[Piece], folder: Path, settings: Settings, encode: Encoder) -> dict[str, Any]:
+def encode_documents(
+    shard: list[Piece], folder: Path, settings: Settings, encode: Encoder, end_of_text: int
+) -> dict[str, Any]:
     """Encode the documents of a shard into the files of its folder; return what the record says of them."""
-    end_of_text = get_tokenizer(settings.tokenizer).eot_token.to_bytes(2, "little")
     sizes, replaced = {name: np.zeros(3, np.int64) for name in (*SPLITS, "last")}, 0
     encoded = _encoded
     with contextlib.ExitStack() as stack:
@@ -118,7 +121,7 @@ def encode_documents(shard: list[Piece], folder: Path, settings: Settings, encod
                     tokens = encode(text)
                     files[split].write(tokens.astype("<u2").tobytes())
                     encoded += (0, len(tokens), len(text))
-                files[split].write(end_of_text)
+                files[split].write(end_of_text.to_bytes(2, "little"))
                 encoded += (1, 1, 0)
                 size = encoded - before
                 files["lengths"].write(int(size[1]).to_bytes(4, "little"))
@@ -215,7 +218,7 @@ def encode_all(
 
     Raises InputError, and RunError if a worker is killed.
     """
-    tiktoken_encoder(settings.tokenizer)  # loaded here once for all forked workers
+    tiktoken_encoder(settings.tokenizer, parts_dir.parent)  # loaded here once for all forked workers
     expected = [sum(piece.size for piece in shard) for shard in shards]
     parts = {}
     with worker_pool(min(workers, len(shards))) as (pool, encoded):

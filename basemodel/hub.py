@@ -18,6 +18,7 @@ from basemodel.command_line import require_inside, require_repo_id
 from basemodel.errors import InputError, RunError
 from basemodel.files import fingerprint, replace_text
 from basemodel.json_config import read_json_object
+from basemodel.trained_tokenizer import TOKENIZER_FILE
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files
 
@@ -50,7 +51,16 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
             )
     if missing:
         _download(folder, dataset, revision or next(filter(None, commits), None), missing)
+    if _own_tokenizer(folder) and not (folder / TOKENIZER_FILE).exists():
+        commit = _known_fingerprints(folder).get("meta.json", {}).get("revision")
+        _download(folder, dataset, commit or revision, [TOKENIZER_FILE])
     return folder
+
+
+def _own_tokenizer(folder: Path) -> list[str]:
+    """The name of the data set's own tokenizer, if its meta.json says that it has one."""
+    meta = read_json_object(folder / "meta.json") if (folder / "meta.json").exists() else {}
+    return [TOKENIZER_FILE] if meta.get("tokenizer") == "dataset" else []
 
 
 def _download(folder: Path, dataset: str, revision: str | None, names: list[str]) -> None:
@@ -78,7 +88,8 @@ def _download(folder: Path, dataset: str, revision: str | None, names: list[str]
 
 
 def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The size and SHA-256 of a data set's files, and the commit ("revision") they were downloaded from.
+    """The size and SHA-256 of a data set's files, its own tokenizer's among them, and the commit ("revision")
+    they were downloaded from.
 
     They are cached in the folder; a file is hashed again only if its size or modification time changed.
     Raises InputError if a hash differs from the one in the data set's meta.json.
@@ -87,6 +98,7 @@ def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str,
     promised = meta.get("sha256") if isinstance(meta.get("sha256"), dict) else {}
     before = _known_fingerprints(folder)
     known = dict(before)
+    names = [*names, *_own_tokenizer(folder)]
     for name in names:
         path, stat = folder / name, (folder / name).stat()
         seen = known.get(name, {})
