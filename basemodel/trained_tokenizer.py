@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str as GPT2_PATTERN
 
 from basemodel.errors import InputError
 from basemodel.json_config import read_json_object
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
+# GPT-2's, as tiktoken writes it: possessive, because words never give characters back.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 FEWEST_TOKENS = 256 + 1 + 1  # the bytes, end-of-text and one merge
 MOST_TOKENS = 65_535
 
@@ -85,7 +86,7 @@ def _read_tokenizer(path: Path, mtime_ns: int, size: int) -> tiktoken.Encoding:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return tiktoken.Encoding(
-        "dataset", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end}
+        "dataset", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end}
     )
 
 
