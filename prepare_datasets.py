@@ -2,9 +2,10 @@
 """Turn text into a data set that ddp_train.py trains on: uint16 tokens in safetensors, split by document.
 
     python prepare_datasets.py python-docs datasets/local/python-docs --tokenizer bytes
-    python prepare_datasets.py my-texts/ datasets/me/my-texts --stats       .parquet, .jsonl(.gz, .zst), .txt
-    python prepare_datasets.py HuggingFaceFW/fineweb datasets/me/fineweb-10b --files 'sample/10BT/*'
-    python prepare_datasets.py texte/ datasets/me/texte --train-tokenizer 16384   other languages, code
+    python prepare_datasets.py my-texts/ datasets/me/my-texts --stats        any text files
+    python prepare_datasets.py roneneldan/TinyStories datasets/me/tiny-stories           a data set on the Hub
+    python prepare_datasets.py HuggingFaceFW/fineweb datasets/me/fineweb-10b --name sample-10BT
+    python prepare_datasets.py meine-texte/ datasets/me/texte --train-tokenizer 16384    other languages, code
 
 The input is cut into shards of about 64 MB of text. Workers encode each shard straight to disk, and the
 results are joined in the order of the input. So the same text gives the same bytes whatever the number of
@@ -13,7 +14,6 @@ Work in progress is kept in OUTPUT_DIR.incomplete; OUTPUT_DIR appears once it is
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -25,23 +25,18 @@ from typing import Any
 
 import click
 
-from basemodel.command_line import require_repo_id, run_command
-from basemodel.dataset_files import card, draw_lengths, write_dataset
-from basemodel.documents import (
-    FILE_TYPES,
-    PYTHON_DOCS,
-    Piece,
-    cut_into_pieces,
-    find_files,
-    make_shards,
-    sample_texts,
-)
-from basemodel.encoding import Settings, encode_all
+from basemodel.command_line import run_command
+from basemodel.dataset_files import Layout, card, count_passed_over, draw_lengths, lay_out, write_dataset
+from basemodel.documents import Piece, make_shards
+from basemodel.encoding import Settings, encode_all, sample_texts
 from basemodel.errors import InputError
-from basemodel.files import fingerprint, sync
-from basemodel.hub import check_push, download, push
+from basemodel.files import DISK_FULL, fingerprint, sync
+from basemodel.hub import check_push, push
 from basemodel.json_config import read_json_object
-from basemodel.tokenizer import get_tokenizer, set_up_engine
+from basemodel.nanogpt import lay_out_bins
+from basemodel.readers import cut_into_pieces
+from basemodel.sources import Request, Source, find_source
+from basemodel.tokenizer import GigatokenEncoder, get_tokenizer, set_up_engine
 from basemodel.trained_tokenizer import (
     FEWEST_TOKENS,
     MOST_TOKENS,
@@ -58,7 +53,7 @@ from basemodel.trained_tokenizer import (
 @click.option("--tokenizer", metavar="gpt2|bytes|FILE", help="FILE is a tokenizer.json.  [default: gpt2]")
 @click.option(
     "--train-tokenizer",
-    "trained_size",
+    "train_size",
     type=click.IntRange(FEWEST_TOKENS, MOST_TOKENS),
     metavar="SIZE",
     help="Train a tokenizer of SIZE tokens on the text.",
@@ -68,8 +63,10 @@ from basemodel.trained_tokenizer import (
 @click.option(
     "--engine", type=click.Choice(["auto", "tiktoken", "gigatoken"]), default="auto", show_default=True
 )
-@click.option("--text-column", default="text", show_default=True, help="Of .parquet and .jsonl files.")
-@click.option("--files", metavar="PATTERN", help="Take the matching files of the Hub data set SOURCE.")
+@click.option("--text-column", default="text", show_default=True, help="Of tables and JSON objects.")
+@click.option("--name", metavar="CONFIG", help="The configuration of a Hub data set.")
+@click.option("--split", default="train", show_default=True, help="What to train on.")
+@click.option("--files", metavar="PATTERN", help="Take only the matching files, such as 'sample/10BT/*'.")
 @click.option("--revision", help="A commit, tag or branch of the Hub data set.")
 @click.option("--stats", is_flag=True, help="Also draw a histogram of document lengths.")
 @click.option("--push", "repo_id", metavar="OWNER/NAME", help="Then upload the data set to the Hub.")
@@ -77,101 +74,130 @@ def main(
     source: str,
     output_dir: Path,
     tokenizer: str | None,
-    trained_size: int | None,
+    train_size: int | None,
     validation_fraction: float,
     workers: int,
     engine: str,
     text_column: str,
-    files: str | None,
-    revision: str | None,
     repo_id: str | None,
     *,
     stats: bool,
+    **request: str | None,
 ) -> None:
     """Encode SOURCE into the data set OUTPUT_DIR: train.safetensors, validation.safetensors and meta.json.
 
-    SOURCE is a folder or file of .parquet, .jsonl or .txt, the word python-docs, or a Hub data set's
-    OWNER/NAME with --files. All engines give the same tokens; auto is gigatoken where it is installed.
+    SOURCE is a folder or file of .parquet, .arrow, .jsonl, .json, .csv, .txt or .md, compressed or not; the
+    OWNER/NAME of a data set on the Hub; a folder with nanoGPT's train.bin and val.bin; or the word
+    python-docs. All engines give the same tokens; auto is gigatoken where it is installed.
     """
     if not 0 < validation_fraction < 1:
         raise InputError(f"--validation-fraction must be between 0 and 1, not {validation_fraction}")
     if not source or str(output_dir) == ".":
         raise InputError("SOURCE and OUTPUT_DIR must be named")
-    if revision is not None and files is None:
-        raise InputError("--revision goes with --files, for a Hub data set")
-    settings = check_tokenizer(tokenizer, trained_size, Settings("gpt2", validation_fraction, text_column))
+    named = choose_tokenizer(tokenizer, train_size)
+    settings = Settings(validation_fraction=validation_fraction, text_column=text_column, **named)
     if engine == "gigatoken" and settings.tokenizer != "gpt2":
         raise InputError("--engine gigatoken works with the tokenizer gpt2 only")
-    if files is not None:
-        require_repo_id(source)
-    elif source != PYTHON_DOCS:
-        find_files(Path(source))  # a misspelt path is an error before anything slow
+    wanted = Request(source, **request)
+    unfinished = output_dir.with_name(output_dir.name + ".incomplete")
+    fetch = find_source(wanted, leave_out=(output_dir, unfinished))
     if repo_id:
         check_push(repo_id)
     if repo_id and (output_dir / "meta.json").exists():
-        wanted = {"source": source, "files": files, "train_tokenizer": trained_size, **asdict(settings)}
-        if trained_size is not None:
-            del wanted["tokenizer_sha256"]  # not known before
-        check_prepared(output_dir, wanted)
+        check_prepared(output_dir, {**asdict(wanted), **settings.identity()})
         print(f"{output_dir}: already prepared")
     else:
         require_empty(output_dir)
-        with unfinished_folder(output_dir) as folder:
+        with unfinished_folder(output_dir, unfinished) as folder:
             require_empty(output_dir)  # nobody else can fill it now
-            pieces, commit = find_pieces(source, files, revision, text_column)
-            settings = place_tokenizer(folder / TOKENIZER_FILE, tokenizer, trained_size, pieces, settings)
-            gigatoken = set_up_engine(engine, get_tokenizer(settings.tokenizer, folder), folder)
-            parts = encode_all(make_shards(pieces), folder / "parts", settings, gigatoken, workers)
             finished = folder / "finished"
             finished.mkdir()
+            gigatoken = None
+            if settings.tokenizer != "dataset":
+                gigatoken = set_up_engine(engine, get_tokenizer(settings.tokenizer), folder)
+            text = fetch()
+            if settings.tokenizer == "dataset":
+                settings = add_tokenizer(folder, tokenizer, text, settings)
+            layout, found = lay_out_text(text, folder / "parts", settings, gigatoken, workers)
             description = "as tokens: one tensor 'tokens' per split, end-of-text after each document"
-            meta = {"description": f"{source} {description}", "source": source, "files": files}
-            meta |= {
-                "revision": commit,
-                "train_tokenizer": trained_size,
-                **write_dataset(finished, parts, settings),
-            }
+            meta = {"description": f"{source} {description}", **asdict(wanted), **found}
+            meta |= write_dataset(finished, layout, settings)
             if stats:
                 title = f"{output_dir.name}: document lengths"
-                print(draw_lengths(parts, finished / "document-lengths.png", title))
+                print(draw_lengths(layout, meta["end_of_text"], finished / "document-lengths.png", title))
             publish(finished, output_dir, meta)
     if repo_id:
         url = push(output_dir, repo_id, "Upload tokens", repo_type="dataset")
         print(f"Uploaded to {repo_id}: {url}")
 
 
-def check_tokenizer(tokenizer: str | None, trained_size: int | None, settings: Settings) -> Settings:
-    """Settings with the tokenizer that the options ask for. Raises InputError if it cannot be had."""
-    if trained_size is not None:
+def choose_tokenizer(tokenizer: str | None, train_size: int | None) -> dict[str, Any]:
+    """What Settings says of the tokenizer that the options ask for. Raises InputError."""
+    if train_size is not None:
         if tokenizer is not None:
             raise InputError("give either --tokenizer or --train-tokenizer")
         require_tokenizers()
-        return replace(settings, tokenizer="dataset")
+        return {"tokenizer": "dataset", "train_tokenizer": train_size}
     if tokenizer in (None, "gpt2", "bytes"):
-        return replace(settings, tokenizer=tokenizer or "gpt2")
-    if not Path(tokenizer).is_file():
-        raise InputError(
-            f"--tokenizer must be gpt2, bytes or a tokenizer.json; there is no file '{tokenizer}'"
-        )
-    read_tokenizer(Path(tokenizer))
-    return replace(settings, tokenizer="dataset", tokenizer_sha256=fingerprint(Path(tokenizer))["sha256"])
+        return {"tokenizer": tokenizer or "gpt2"}
+    file = Path(tokenizer)
+    if not file.is_file():
+        raise InputError(f"--tokenizer must be gpt2, bytes or a tokenizer.json; there is no file '{file}'")
+    read_tokenizer(file)
+    return {"tokenizer": "dataset", "tokenizer_sha256": fingerprint(file)["sha256"]}
 
 
-def place_tokenizer(
-    path: Path, tokenizer: str | None, trained_size: int | None, pieces: list[Piece], settings: Settings
-) -> Settings:
-    """Train the data set's own tokenizer, or copy it, to `path`, if it has one; settings with its hash."""
-    if settings.tokenizer != "dataset":
-        return settings
-    if trained_size is None:
-        shutil.copyfile(tokenizer, path)
+def add_tokenizer(folder: Path, file: str | None, source: Source, settings: Settings) -> Settings:
+    """Put the data set's own tokenizer into a folder: a copy of a file, or one trained on the source.
+
+    Returns settings that name it. Raises InputError.
+    """
+    path, size = folder / TOKENIZER_FILE, settings.train_tokenizer
+    if size is None:
+        shutil.copyfile(file, path)
+    elif source.bins:
+        raise InputError(f"{source.bins}: contains tokens, not text to train a tokenizer on")
     else:
-        print(f"Training a tokenizer of {trained_size:,} tokens")
-        texts = sample_texts(pieces, settings.text_column, settings.validation_fraction)
-        train_tokenizer(texts, trained_size, path)
-        if (found := read_tokenizer(path).n_vocab) < trained_size:
+        print(f"Training a tokenizer of {size:,} tokens")
+        train_tokenizer(sample_texts(find_pieces(source, settings), settings), size, path)
+        if (found := read_tokenizer(path).n_vocab) < size:
             print(f"The text has enough repeated pairs for {found:,} tokens only")
-    return replace(settings, tokenizer_sha256=fingerprint(path)["sha256"])
+    return replace(settings, tokenizer_sha256=fingerprint(path)["sha256"], folder=folder)
+
+
+def lay_out_text(
+    source: Source, parts_dir: Path, settings: Settings, gigatoken: GigatokenEncoder | None, workers: int
+) -> tuple[Layout, dict[str, Any]]:
+    """Encode the source's text. Returns where each split's tokens are, and what was found on the way.
+
+    Raises InputError.
+    """
+    found = {
+        "revision": source.commit,
+        "files_read": len(source.files),
+        "files_skipped": dict(source.skipped),
+    }
+    if source.bins:
+        return lay_out_bins(source.bins, get_tokenizer(settings.tokenizer, settings.folder)), found
+    parts = encode_all(make_shards(find_pieces(source, settings)), parts_dir, settings, gigatoken, workers)
+    try:
+        return lay_out(parts, settings), found | count_passed_over(parts)
+    except InputError:
+        for part in parts:  # useless with any other source
+            shutil.rmtree(part.folder)
+        raise
+
+
+def find_pieces(source: Source, settings: Settings) -> list[Piece]:
+    """The pieces to encode. Raises InputError."""
+    if source.is_python_docs:
+        return [Piece(None, "python-docs", size=2_000_000)]
+    pieces = [
+        piece for path, split in source.files for piece in cut_into_pieces(path, split, settings.text_column)
+    ]
+    if not pieces:
+        raise InputError("the source contains no documents to train on")
+    return pieces
 
 
 def require_empty(output_dir: Path) -> None:
@@ -189,7 +215,7 @@ def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
     """Raise InputError unless the folder holds an undamaged data set made from `wanted`."""
     meta = read_json_object(folder / "meta.json")
     for key, value in wanted.items():
-        if meta.get(key) != value:
+        if key != "revision" and meta.get(key) != value:  # of which meta.json has the commit
             raise InputError(f"{folder}: contains a data set with another {key}, '{meta.get(key)}'")
     for name, sha256 in meta.get("sha256", {}).items():
         if not (folder / name).exists() or fingerprint(folder / name)["sha256"] != sha256:
@@ -197,12 +223,11 @@ def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def unfinished_folder(output_dir: Path) -> Iterator[Path]:
-    """OUTPUT_DIR.incomplete, locked for this process; kept for the next run if it holds finished parts.
+def unfinished_folder(output_dir: Path, folder: Path) -> Iterator[Path]:
+    """The folder OUTPUT_DIR.incomplete, locked for this process; kept if it holds finished parts.
 
     Raises InputError if another process prepares the same data set, or the folder cannot be written to.
     """
-    folder = output_dir.with_name(output_dir.name + ".incomplete")
     parts = folder / "parts"
     try:
         parts.mkdir(parents=True, exist_ok=True)
@@ -218,7 +243,7 @@ def unfinished_folder(output_dir: Path) -> Iterator[Path]:
         try:
             yield folder
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in DISK_FULL:
                 raise
             raise InputError(
                 f"{folder}: cannot be written: {error.strerror}; free some space, about 4 bytes per token, "
@@ -237,26 +262,6 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def find_pieces(
-    source: str, pattern: str | None, revision: str | None, text_column: str
-) -> tuple[list[Piece], str | None]:
-    """The pieces to encode and, for a Hub data set, the commit they come from. Raises InputError."""
-    commit = None
-    if source == PYTHON_DOCS:
-        return [Piece(None, size=2_000_000)], commit
-    if pattern is None:
-        paths = find_files(Path(source))
-    else:
-        paths, commit = download(source, pattern, revision)
-        paths = [path for path in paths if path.name.endswith(FILE_TYPES)]
-        if not paths:
-            raise InputError(f"{source}: has no {', '.join(FILE_TYPES)} files that match --files '{pattern}'")
-    pieces = [piece for path in paths for piece in cut_into_pieces(path, text_column)]
-    if not pieces:
-        raise InputError(f"{source}: contains no documents to train on")
-    return pieces, commit
-
-
 def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
     """Add meta.json and the card to a finished folder, sync it to disk, rename it to OUTPUT_DIR.
 
@@ -269,11 +274,23 @@ def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
     finished.replace(output_dir)
     sync(output_dir.parent)
     shutil.rmtree(finished.parent, ignore_errors=True)
-    if meta["replaced"]:
-        print(f"Invalid UTF-8 was replaced by {meta['replaced']:,} characters U+FFFD")
+    print(summary(meta))
     for split, counts in meta["splits"].items():
         path = output_dir / f"{split}.safetensors"
         print(f"{path}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+
+
+def summary(meta: dict[str, Any]) -> str:
+    """What was read, and what was not as one might expect."""
+    skipped = ", ".join(f"{count:,} {why}" for why, count in meta["files_skipped"].items() if count)
+    lines = [f"Read {meta['files_read']:,} files" + (f"; skipped: {skipped}" if skipped else "")]
+    if meta.get("empty") or meta.get("null"):
+        lines.append(f"Skipped {meta['empty']:,} empty documents and {meta['null']:,} nulls")
+    if meta.get("replaced"):
+        lines.append(f"Invalid UTF-8 was replaced by {meta['replaced']:,} characters U+FFFD")
+    if meta.get("duplicates"):
+        lines.append(f"{meta['duplicates']:,} documents are copies of others")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

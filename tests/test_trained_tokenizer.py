@@ -16,12 +16,13 @@ from helpers import MODEL, Sandbox, refused, run_script, write_dataset
 from safetensors.numpy import load_file
 from texts import EDGES, assert_holds, nasty_text, prepare, random_characters, split_texts, write_jsonl
 
-from basemodel import documents
+from basemodel import encoding
 from basemodel.data import match_tokenizer
 from basemodel.errors import InputError
 from basemodel.hub import fetch_dataset, fingerprint_files
 from basemodel.loss import NextTokenLoss
-from basemodel.tokenizer import encode, get_tokenizer
+from basemodel.readers import cut_into_pieces
+from basemodel.tokenizer import MarkingEncoder, encode, get_tokenizer
 from basemodel.trained_tokenizer import byte_characters, merges, read_tokenizer, train_tokenizer
 from gpt import GPTConfig, GPTModel
 
@@ -51,7 +52,8 @@ def some_texts(count: int, seed: int = 0) -> list[str]:
     ]
     make = [lambda: "".join(rng.choices(words, k=rng.randrange(1, 60)))] * 3
     make += [lambda: nasty_text(rng, 60), lambda: random_characters(rng, 30)]
-    return [rng.choice(make)() for _ in range(count)]
+    texts = [rng.choice(make)() for _ in range(count)]
+    return [text for text in texts if text]
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +76,8 @@ def assert_same_ids(path: Path, texts: list[str]) -> None:
         ids = theirs.encode(text).ids
         assert encode(ours, text.encode()).tolist() == ids == ours.encode_ordinary(text), repr(text)
         assert ours.decode(ids) == text
+    together = [token for text in texts for token in (*theirs.encode(text).ids, ours.eot_token)]
+    assert MarkingEncoder(ours)([text.encode() for text in texts]).tolist() == together
 
 
 def test_ids_are_the_librarys(trained: Path) -> None:
@@ -286,11 +290,11 @@ def test_a_data_set_is_encoded_with_the_tokenizer_trained_on_it(tmp_path: Path) 
 
 
 def test_a_sample_is_taken_evenly_from_all_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "SAMPLE_BYTES", 20_000)
+    monkeypatch.setattr(encoding, "SAMPLE_BYTES", 20_000)
     letters = "abcd"
     paths = [write_jsonl(tmp_path / f"{a}.jsonl", [a * 90 + str(i) for i in range(400)]) for a in letters]
-    pieces = [piece for path in paths for piece in documents.cut_into_pieces(path, "text")]
-    found = list(documents.sample_texts(pieces, "text", 0.1))
+    pieces = [piece for path in paths for piece in cut_into_pieces(path, None, "text")]
+    found = list(encoding.sample_texts(pieces, encoding.Settings("bytes", 0.1, "text")))
     sizes = [sum(len(text) for text in found if text[0] == letter) for letter in letters]
     assert 20_000 <= sum(sizes) < 20_500 and max(sizes) - min(sizes) < 200
     assert set(found) <= set(
@@ -306,7 +310,7 @@ def test_shards_of_another_tokenizer_are_encoded_again(trained: Path, tmp_path: 
     other.write_text(json.dumps(content))
     broken = "from basemodel import dataset_files; dataset_files.lay_out = None"
     run_script("prepare_datasets.py", source, tmp_path / "out", "--tokenizer", trained, before=broken)
-    assert (tmp_path / "out.incomplete/parts/000000").exists()
+    assert (tmp_path / "out.incomplete/parts/000000-0000").exists()
     said = prepare(source, tmp_path / "out", "--tokenizer", str(other))
     assert "already encoded" not in said
     assert_holds(tmp_path / "out", split_texts(texts), read_tokenizer(other))
