@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import tiktoken
 import tiktoken.registry
-from helpers import Sandbox, make_sandbox, write_dataset
+from helpers import Sandbox, make_sandbox, requested_range, write_dataset
 from texts import gpt2_stand_in
 
 from basemodel.tokenizer import tiktoken_encoder
@@ -29,12 +29,15 @@ class Hub:
 
     url: str
     requests: list[tuple[str, str]]  # method, path
-    ranges: list[str]  # asked for
-    headers: dict[str, str]  # sent in place of the right ones
+    ranges: list[range]  # the bytes asked for by range
+    headers: dict[str, str]  # sent in answer to HEAD in place of the right ones
     # Bytes after which each answer is cut off, one after another; then answers are whole.
     cuts: list[int]
     # Set: a connection that was cut off stays open, and silent.
     stall: threading.Event = field(default_factory=threading.Event)
+    sent: int = 0  # bytes of files
+    # What is answered in place of a file, by path: status and headers.
+    answers: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
 
     def downloads(self, name: str) -> int:
         return sum(method == "GET" and path.endswith(f"/{name}") for method, path in self.requests)
@@ -76,6 +79,13 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
             class Handler(http.server.BaseHTTPRequestHandler):
                 def do_HEAD(self) -> None:
                     hub.requests.append((self.command, self.path))
+                    if self.path in hub.answers:
+                        status, headers = hub.answers[self.path]
+                        self.send_response(status)
+                        for name, value in {"Content-Length": "0", **headers}.items():
+                            self.send_header(name, value)
+                        self.end_headers()
+                        return
                     prefix, _, tail = self.path.partition("/resolve/")
                     file = folder / prefix.removeprefix("/datasets/") / tail.partition("/")[2]
                     if not file.is_file():
@@ -86,27 +96,28 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
                         return
                     data = file.read_bytes()
                     digest = hashlib.sha256(data).hexdigest()
-                    start = 0
-                    if self.command == "GET" and (asked := self.headers.get("Range")):
+                    asked = requested_range(self.headers.get("Range"), len(data))
+                    self.send_response(200 if asked is None else 206)
+                    headers = {"X-Repo-Commit": "0" * 40, "ETag": f'"{digest}"'}
+                    if asked is not None:
                         hub.ranges.append(asked)
-                        start = int(asked.removeprefix("bytes=").rstrip("-"))
-                    self.send_response(206 if start else 200)
-                    headers = {
-                        "X-Repo-Commit": "0" * 40,
-                        "ETag": f'"{digest}"',
-                        "Content-Length": str(len(data) - start),
-                    }
-                    if start:
-                        headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-                    for name, value in (headers | hub.headers).items():
+                        headers["Content-Range"] = f"bytes {asked[0]}-{asked[-1]}/{len(data)}"
+                        data = data[asked.start : asked.stop]
+                    headers["Content-Length"] = str(len(data))
+                    for name, value in {**headers, **(hub.headers if self.command == "HEAD" else {})}.items():
                         self.send_header(name, value)
                     self.end_headers()
                     if self.command == "GET":
-                        end = start + hub.cuts.pop(0) if hub.cuts else len(data)
-                        self.wfile.write(data[start:end])
-                        while end < len(data) and hub.stall.is_set():
-                            time.sleep(0.05)
-                        self.close_connection = True
+                        self.send_body(data)
+
+                def send_body(self, data: bytes) -> None:
+                    part = data[: hub.cuts.pop(0)] if hub.cuts else data
+                    hub.sent += len(part)
+                    with contextlib.suppress(ConnectionError):  # the client may have been killed
+                        self.wfile.write(part)
+                    while len(part) < len(data) and hub.stall.is_set():
+                        time.sleep(0.05)
+                    self.close_connection = True
 
                 do_GET = do_HEAD
 

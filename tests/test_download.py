@@ -8,9 +8,11 @@ import pytest
 from conftest import Hub
 from helpers import Sandbox, random_tokens, run_script, wait_for, write_dataset
 
+SIZE = 24_000_088  # of the file of 12 million tokens, which comes in three parts
+
 
 def far_run(sandbox: Sandbox, serve_hub: Callable, tmp_path: Path, **train: object) -> Hub:
-    """A run whose data set is on a Hub alone: 24 MB, for the Hub's client writes by pieces of 10 MB."""
+    """A run whose data set is on a Hub alone."""
     write_dataset(tmp_path / "hub/far/away", train=random_tokens(12_000_000))
     hub = serve_hub(tmp_path / "hub")
     sandbox.env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
@@ -18,11 +20,21 @@ def far_run(sandbox: Sandbox, serve_hub: Callable, tmp_path: Path, **train: obje
     return hub
 
 
-def test_a_download_that_is_cut_off_goes_on_where_it_stopped(sandbox: Sandbox, serve_hub, tmp_path) -> None:
+def come(folder: Path) -> int:
+    """How many bytes of a sparse file, which is incomplete, are on the disk."""
+    return sum(path.stat().st_blocks * 512 for path in folder.glob(".incomplete-*"))
+
+
+def test_a_file_comes_over_several_connections(sandbox: Sandbox, serve_hub, tmp_path) -> None:
     hub = far_run(sandbox, serve_hub, tmp_path)
-    hub.cuts += [15_000_000]
-    sandbox.train()
-    assert hub.ranges == [f"bytes={10 << 20}-"]
+    hub.stall.set()
+    hub.cuts += [1_000_000] * 3
+    process = sandbox.start()
+    wait_for(lambda: len(hub.ranges) == 3 or process.has_ended, "three answers, none of which ends")
+    hub.stall.clear()
+    assert process.wait().returncode == 0, process.stderr
+    assert sorted(each.start for each in hub.ranges[:3]) == [0, 8 << 20, 16 << 20]
+    assert hub.sent == SIZE, "what had come before the cuts was not asked for again"
     assert {path for method, path in hub.requests if method == "GET" and "/resolve/" in path} == {
         f"/datasets/far/away/resolve/{'0' * 40}/train.safetensors"
     }, "no file but the one that the run reads, at the commit that the first answer named"
@@ -30,26 +42,23 @@ def test_a_download_that_is_cut_off_goes_on_where_it_stopped(sandbox: Sandbox, s
 
 def test_a_download_that_was_killed_goes_on_where_it_stopped(sandbox: Sandbox, serve_hub, tmp_path) -> None:
     hub = far_run(sandbox, serve_hub, tmp_path)
-    hub.cuts.append(15_000_000)
-    # The server stops in the midst of the file and keeps the connection.
+    hub.cuts += [5_000_000] * 3
+    # The server stops in the midst of each part and keeps the connections.
     hub.stall.set()
     process = sandbox.start()
     folder = sandbox.datasets / "far/away"
-    wait_for(
-        lambda: sum(path.stat().st_size for path in folder.glob(".incomplete-*")) >= 10 << 20,
-        "the first piece of the file",
-    )
+    wait_for(lambda: come(folder) >= 15_000_000 or process.has_ended, "most of each part")
     process.kill()
     hub.stall.clear()
     sandbox.train()
-    assert hub.ranges == [f"bytes={10 << 20}-"]
+    assert hub.sent <= SIZE + 3 * (64 << 10), "the last chunk of each part at most came twice"
 
 
 @pytest.mark.parametrize(
     ("header", "value", "message"),
     [
         ("ETag", '"' + "a" * 64 + '"', "the Hub announced sha256 aaaa"),
-        ("Content-Length", "24000081", "far/away/train.safetensors"),
+        ("Content-Length", str(SIZE + 1), f"announced size {SIZE + 1}, but {SIZE} bytes"),
     ],
 )
 def test_a_file_of_another_size_or_hash_is_refused(
@@ -80,3 +89,25 @@ def test_the_commit_of_downloaded_data_is_recorded_and_kept(sandbox: Sandbox, se
     done = run_script(*sandbox.command("tiny"))
     assert done.returncode == 2
     assert f"is at commit {'0' * 40}, but dataset_revision asks for {'1' * 40}" in done.stderr
+
+
+@pytest.mark.parametrize("xet", ["there", "lost", "disabled"])
+def test_hf_xet_is_used_where_the_hub_offers_it(sandbox: Sandbox, serve_hub, tmp_path, xet: str) -> None:
+    hf_xet = pytest.importorskip("hf_xet")
+    hub = far_run(sandbox, serve_hub, tmp_path)
+    content = tmp_path / "hub/far/away/train.safetensors"
+    store = (
+        f"local://{tmp_path}/store"  # the server of Xet's blocks as a folder, a feature of hf_xet's own tests
+    )
+    with hf_xet.XetSession().new_upload_commit(endpoint=store) as commit:
+        upload = commit.start_upload_file(str(content))
+    token = {"X-Xet-Access-Token": "token", "X-Xet-Token-Expiration": "9999999999"}
+    hub.answers["/token"] = 200, {**token, "X-Xet-Cas-Url": store + "s" * (xet == "lost")}
+    hub.headers |= {"X-Xet-Hash": upload.result().xet_info.hash, "X-Xet-Refresh-Route": f"{hub.url}/token"}
+    done = run_script(
+        *sandbox.command("tiny"), env=sandbox.env | {"HF_HUB_DISABLE_XET": str(int(xet == "disabled"))}
+    )
+    assert done.returncode == 0, done.stderr
+    assert (sandbox.datasets / "far/away/train.safetensors").read_bytes() == content.read_bytes()
+    assert (hub.sent == 0) == (xet == "there")
+    assert ("hf_xet failed" in done.stderr) == (xet == "lost")
