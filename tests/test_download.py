@@ -27,11 +27,10 @@ def come(folder: Path) -> int:
 
 def test_a_file_comes_over_several_connections(sandbox: Sandbox, serve_hub, tmp_path) -> None:
     hub = far_run(sandbox, serve_hub, tmp_path)
-    hub.stall.set()
-    hub.cuts += [1_000_000] * 3
+    hub.hold = 1_000_000
     process = sandbox.start()
     wait_for(lambda: len(hub.ranges) == 3 or process.has_ended, "three answers, none of which ends")
-    hub.stall.clear()
+    hub.hold = None
     assert process.wait().returncode == 0, process.stderr
     assert sorted(each.start for each in hub.ranges[:3]) == [0, 8 << 20, 16 << 20]
     assert hub.sent == SIZE, "what had come before the cuts was not asked for again"
@@ -42,14 +41,12 @@ def test_a_file_comes_over_several_connections(sandbox: Sandbox, serve_hub, tmp_
 
 def test_a_download_that_was_killed_goes_on_where_it_stopped(sandbox: Sandbox, serve_hub, tmp_path) -> None:
     hub = far_run(sandbox, serve_hub, tmp_path)
-    hub.cuts += [5_000_000] * 3
-    # The server stops in the midst of each part and keeps the connections.
-    hub.stall.set()
+    hub.hold = 5_000_000  # of each part
     process = sandbox.start()
     folder = sandbox.datasets / "far/away"
     wait_for(lambda: come(folder) >= 15_000_000 or process.has_ended, "most of each part")
     process.kill()
-    hub.stall.clear()
+    hub.hold = None
     sandbox.train()
     assert hub.sent <= SIZE + 3 * (64 << 10), "the last chunk of each part at most came twice"
 
@@ -91,23 +88,27 @@ def test_the_commit_of_downloaded_data_is_recorded_and_kept(sandbox: Sandbox, se
     assert f"is at commit {'0' * 40}, but dataset_revision asks for {'1' * 40}" in done.stderr
 
 
+def put_on_xet(file: Path, store: str) -> str:
+    """Upload a file; return its hash on Xet. While the session lives, no other process may open the store."""
+    hf_xet = pytest.importorskip("hf_xet")
+    with hf_xet.XetSession().new_upload_commit(endpoint=store) as commit:
+        upload = commit.start_upload_file(str(file))
+    return upload.result().xet_info.hash
+
+
 @pytest.mark.parametrize("xet", ["there", "lost", "disabled"])
 def test_hf_xet_is_used_where_the_hub_offers_it(sandbox: Sandbox, serve_hub, tmp_path, xet: str) -> None:
-    hf_xet = pytest.importorskip("hf_xet")
     hub = far_run(sandbox, serve_hub, tmp_path)
     content = tmp_path / "hub/far/away/train.safetensors"
     store = (
-        f"local://{tmp_path}/store"  # the server of Xet's blocks as a folder, a feature of hf_xet's own tests
+        f"local://{tmp_path}/store"  # a folder in place of Xet's server, which hf_xet has for its own tests
     )
-    with hf_xet.XetSession().new_upload_commit(endpoint=store) as commit:
-        upload = commit.start_upload_file(str(content))
     token = {"X-Xet-Access-Token": "token", "X-Xet-Token-Expiration": "9999999999"}
-    hub.answers["/token"] = 200, {**token, "X-Xet-Cas-Url": store + "s" * (xet == "lost")}
-    hub.headers |= {"X-Xet-Hash": upload.result().xet_info.hash, "X-Xet-Refresh-Route": f"{hub.url}/token"}
-    done = run_script(
-        *sandbox.command("tiny"), env=sandbox.env | {"HF_HUB_DISABLE_XET": str(int(xet == "disabled"))}
-    )
+    hub.answers["GET /token"] = 200, {**token, "X-Xet-Cas-Url": store + "s" * (xet == "lost")}
+    hub.headers |= {"X-Xet-Hash": put_on_xet(content, store), "X-Xet-Refresh-Route": f"{hub.url}/token"}
+    disable = {"HF_HUB_DISABLE_XET": "1"} if xet == "disabled" else {}
+    done = run_script(*sandbox.command("tiny"), env=sandbox.env | disable)
     assert done.returncode == 0, done.stderr
     assert (sandbox.datasets / "far/away/train.safetensors").read_bytes() == content.read_bytes()
-    assert (hub.sent == 0) == (xet == "there")
+    assert (hub.sent == 0) == (xet == "there"), done.stderr
     assert ("hf_xet failed" in done.stderr) == (xet == "lost")
