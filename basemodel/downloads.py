@@ -176,7 +176,7 @@ class _Line:
     def fetch(self, file: RemoteFile, path: Path) -> dict[str, Any]:
         """Download one file to `path` unless another process does; return its size and SHA-256."""
         incomplete = _incomplete(file, path)
-        with _locked(incomplete, self.stop) as handle:
+        with _locked(incomplete, file.url, self.stop) as handle:
             if path.exists():
                 incomplete.unlink()
                 self.progress.add(file.size or 0, fetched=False)
@@ -387,12 +387,12 @@ def _asked_wait(error: Exception) -> int:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, stop: threading.Event) -> Iterator[int]:
+def _locked(path: Path, url: str, stop: threading.Event) -> Iterator[int]:
     """A handle of a file, made if need be, that no other process holds; waits until that is so."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _lock(handle, path.name, stop)
+            _lock(handle, url, stop)
             # The process that held it may have renamed or removed it.
             found = path.stat() if path.exists() else None
             if found is not None and os.path.samestat(found, os.fstat(handle)):
@@ -402,14 +402,14 @@ def _locked(path: Path, stop: threading.Event) -> Iterator[int]:
             os.close(handle)
 
 
-def _lock(handle: int, name: str, stop: threading.Event) -> None:
+def _lock(handle: int, url: str, stop: threading.Event) -> None:
     waits = False
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not waits:
-                tqdm.write(f"Waiting for another process that is downloading {name}", file=sys.stderr)
+                tqdm.write(f"Waiting for another process that is downloading {url}", file=sys.stderr)
             waits = True
             if stop.wait(0.2):
                 raise _StoppedError from None
