@@ -24,7 +24,7 @@ from typing import Any
 
 import click
 
-from basemodel.command_line import require_repo_id, run_command
+from basemodel.command_line import FileSize, require_repo_id, run_command
 from basemodel.dataset_files import card, draw_lengths, write_dataset
 from basemodel.documents import FILE_TYPES, PYTHON_DOCS, Piece, cut_into_pieces, find_files, make_shards
 from basemodel.encoding import Settings, encode_all
@@ -32,6 +32,7 @@ from basemodel.errors import InputError
 from basemodel.files import fingerprint, sync
 from basemodel.hub import check_push, download, push
 from basemodel.json_config import read_json_object
+from basemodel.token_files import in_short, split_files
 from basemodel.tokenizer import get_tokenizer, set_up_engine
 
 
@@ -47,6 +48,13 @@ from basemodel.tokenizer import get_tokenizer, set_up_engine
 @click.option("--text-column", default="text", show_default=True, help="Of .parquet and .jsonl files.")
 @click.option("--files", metavar="PATTERN", help="Take the matching files of the Hub data set SOURCE.")
 @click.option("--revision", help="A commit, tag or branch of the Hub data set.")
+@click.option(
+    "--max-file-size",
+    type=FileSize(),
+    default="40GB",
+    show_default=True,
+    help="Above it, a split is cut.",
+)
 @click.option("--stats", is_flag=True, help="Also draw a histogram of document lengths.")
 @click.option("--push", "repo_id", metavar="OWNER/NAME", help="Then upload the data set to the Hub.")
 def main(
@@ -59,6 +67,7 @@ def main(
     text_column: str,
     files: str | None,
     revision: str | None,
+    max_file_size: int,
     repo_id: str | None,
     *,
     stats: bool,
@@ -84,7 +93,7 @@ def main(
         check_push(repo_id)
     settings = Settings(tokenizer, validation_fraction, text_column)
     if repo_id and (output_dir / "meta.json").exists():
-        check_prepared(output_dir, {"source": source, "files": files, **asdict(settings)})
+        check_prepared(output_dir, {"source": source, "files": files, **asdict(settings)}, max_file_size)
         print(f"{output_dir}: already prepared")
     else:
         require_empty(output_dir)
@@ -97,7 +106,7 @@ def main(
             finished.mkdir()
             description = "as tokens: one tensor 'tokens' per split, end-of-text after each document"
             meta = {"description": f"{source} {description}", "source": source, "files": files}
-            meta |= {"revision": commit, **write_dataset(finished, parts, settings)}
+            meta |= {"revision": commit, **write_dataset(finished, parts, settings, max_file_size)}
             if stats:
                 title = f"{output_dir.name}: document lengths"
                 print(draw_lengths(parts, finished / "document-lengths.png", title))
@@ -118,8 +127,9 @@ def require_empty(output_dir: Path) -> None:
         )
 
 
-def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
-    """Raise InputError unless the folder holds an undamaged data set made from `wanted`."""
+def check_prepared(folder: Path, wanted: dict[str, Any], max_file_size: int) -> None:
+    """Raise InputError unless the folder holds an undamaged data set made from `wanted`, and its token files
+    are of at most `max_file_size` bytes."""
     meta = read_json_object(folder / "meta.json")
     for key, value in wanted.items():
         if meta.get(key) != value:
@@ -127,6 +137,10 @@ def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
     for name, sha256 in meta.get("sha256", {}).items():
         if not (folder / name).exists() or fingerprint(folder / name)["sha256"] != sha256:
             raise InputError(f"{folder / name}: is damaged; remove {folder} and prepare it again")
+        if (folder / name).stat().st_size > max_file_size:
+            raise InputError(
+                f"{folder / name}: is larger than --max-file-size; remove {folder} and prepare it again"
+            )
 
 
 @contextlib.contextmanager
@@ -205,8 +219,8 @@ def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
     if meta["replaced"]:
         print(f"Invalid UTF-8 was replaced by {meta['replaced']:,} characters U+FFFD")
     for split, counts in meta["splits"].items():
-        path = output_dir / f"{split}.safetensors"
-        print(f"{path}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+        files = in_short(split_files(output_dir, split))
+        print(f"{files}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
 
 
 if __name__ == "__main__":

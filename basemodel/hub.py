@@ -18,6 +18,7 @@ from basemodel.command_line import require_inside, require_repo_id
 from basemodel.errors import InputError, RunError
 from basemodel.files import fingerprint, replace_text
 from basemodel.json_config import read_json_object
+from basemodel.token_files import PATTERNS, missing_files, names_among, split_files
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files
 
@@ -39,10 +40,9 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     folder = dataset_folder(datasets_dir, dataset)
     if datasets_dir.is_file():
         raise InputError(f"{datasets_dir}: is a file; DATASETS_DIR is the folder of the data sets")
-    names = [f"{split}.safetensors" for split in splits]
-    missing = [name for name in names if not (folder / name).exists()]
-    known = _known_fingerprints(folder)
-    commits = [known[name].get("revision") for name in names if name in known and name not in missing]
+    missing, known = missing_files(folder, splits), _known_fingerprints(folder)
+    names = [path.name for split in splits for path in split_files(folder, split) if path.exists()]
+    commits = [known[name].get("revision") for name in names if name in known]
     for commit in filter(None, commits):
         if revision is not None and len(revision) >= 40 and revision != commit:
             raise InputError(
@@ -55,30 +55,49 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
 
 def _download(folder: Path, dataset: str, revision: str | None, names: list[str]) -> None:
     """Download files, and meta.json if there is one, from one commit, which is recorded."""
-    from huggingface_hub.errors import EntryNotFoundError
-
-    for name in [*names, "meta.json"]:
-        try:
-            url = hub.hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
-            theirs = hub.get_hf_file_metadata(url)
-            revision = theirs.commit_hash or revision
+    announced: dict[str, Any] = {}
+    try:
+        for name in [*names, "meta.json"]:
+            announced |= _announced(dataset, name, revision)
+            revision = next((each.commit_hash for each in announced.values()), None) or revision
+        for name, theirs in announced.items():
             url = hub.hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
             found = download_file(url, folder / name, theirs)
             known = {**found, "mtime_ns": (folder / name).stat().st_mtime_ns, "revision": revision}
             _keep_fingerprints(folder, _known_fingerprints(folder) | {name: known})
-        except InputError:
+    except InputError:
+        raise
+    except Exception as error:  # network, proxy and Hub errors have many types
+        raise InputError(
+            f"{folder / name} is missing, and the Hub did not provide it ({reason(error)}); check the "
+            f"data set's name '{dataset}' and the network, or prepare it with prepare_datasets.py"
+        ) from None
+
+
+def _announced(dataset: str, name: str, revision: str | None) -> dict[str, Any]:
+    """What the Hub says of a file, by name: an HfFileMetadata.
+
+    Of several files where it has the split in several, of none where it lacks meta.json, as it may. The Hub
+    lists a data set's files only if asked for: mirrors and older data sets know single files alone.
+    """
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        url = hub.hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
+        return {name: hub.get_hf_file_metadata(url)}
+    except EntryNotFoundError:
+        if name == "meta.json":
+            return {}
+        found = hub.HfApi().dataset_info(dataset, revision=revision)
+        listed = (file.rfilename for file in found.siblings)
+        names = names_among(listed, name.removesuffix(".safetensors"), dataset)
+        if names in ([], [name]):
             raise
-        except Exception as error:  # network, proxy and Hub errors have many types
-            if name == "meta.json" and isinstance(error, EntryNotFoundError):
-                continue  # older data sets have none
-            raise InputError(
-                f"{folder / name} is missing, and the Hub did not provide it ({reason(error)}); check the "
-                f"data set's name '{dataset}' and the network, or prepare it with prepare_datasets.py"
-            ) from None
+    return {each: data for part in names for each, data in _announced(dataset, part, found.sha).items()}
 
 
-def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The size and SHA-256 of a data set's files, and the commit ("revision") they were downloaded from.
+def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The size and SHA-256 of the splits' files, and the commit ("revision") they were downloaded from.
 
     They are cached in the folder; a file is hashed again only if its size or modification time changed.
     Raises InputError if a hash differs from the one in the data set's meta.json.
@@ -87,6 +106,7 @@ def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str,
     promised = meta.get("sha256") if isinstance(meta.get("sha256"), dict) else {}
     before = _known_fingerprints(folder)
     known = dict(before)
+    names = [path.name for split in splits for path in split_files(folder, split)]
     for name in names:
         path, stat = folder / name, (folder / name).stat()
         seen = known.get(name, {})
@@ -103,12 +123,11 @@ def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str,
 
 def same_on_all_nodes(nodes: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """The fingerprints of one node if those of all nodes agree. Raises InputError if they differ."""
-    for name in nodes[0]:
-        hashes = {node[name]["sha256"] for node in nodes}
+    for name in sorted({name for node in nodes for name in node}):
+        hashes = {node[name]["sha256"] if name in node else None for node in nodes}
         if len(hashes) != 1:
-            raise InputError(
-                f"{name} is not the same on all nodes; delete the wrong one to download it again"
-            )
+            what = "on all nodes" if None in hashes else "the same on all nodes"
+            raise InputError(f"{name} is not {what}; delete the wrong files to download the data set again")
     return nodes[0]
 
 
@@ -212,12 +231,14 @@ def check_push(repo_id: str) -> None:
 def push(folder: Path, repo_id: str, message: str, **options: Any) -> str:
     """Upload a folder to a repository, created if need be, and return the commit's URL.
 
-    `options` are HfApi.create_repo's. Raises RunError; the same call then uploads only what is missing.
+    `options` are HfApi.create_repo's. Raises RunError; the same call then uploads only what is missing. A
+    data set's token files replace all that are there: others, of an earlier one, would be read with them.
     """
     api, kind = hub.HfApi(), options.get("repo_type")
+    files = {"folder_path": folder, "delete_patterns": PATTERNS if kind == "dataset" else None}
     try:
         api.create_repo(repo_id, exist_ok=True, **options)
-        done = api.upload_folder(repo_id=repo_id, repo_type=kind, folder_path=folder, commit_message=message)
+        done = api.upload_folder(repo_id=repo_id, repo_type=kind, commit_message=message, **files)
     except Exception as error:  # anything a network, a proxy or the Hub can raise
         raise RunError(
             f"{repo_id}: the upload failed ({reason(error)}); run the same command again to resume it"

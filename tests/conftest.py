@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: tes
 import contextlib
 import hashlib
 import http.server
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +77,9 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
             class Handler(http.server.BaseHTTPRequestHandler):
                 def do_HEAD(self) -> None:
                     hub.requests.append((self.command, self.path))
+                    if self.path.startswith("/api/datasets/"):
+                        self.list_files()
+                        return
                     prefix, _, tail = self.path.partition("/resolve/")
                     file = folder / prefix.removeprefix("/datasets/") / tail.partition("/")[2]
                     if not file.is_file():
@@ -109,6 +113,15 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
                         self.close_connection = True
 
                 do_GET = do_HEAD
+
+                def list_files(self) -> None:
+                    name = "/".join(self.path.split("/")[3:5])
+                    files = [{"rfilename": path.name} for path in folder.joinpath(name).glob("*")]
+                    answer = json.dumps({"id": name, "sha": "0" * 40, "siblings": files}).encode()
+                    self.send_response(200 if files else 404)
+                    self.send_header("Content-Length", str(len(answer)))
+                    self.end_headers()
+                    self.wfile.write(answer)
 
                 def log_message(self, *args: Any) -> None:
                     pass
