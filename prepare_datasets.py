@@ -32,7 +32,7 @@ from basemodel.errors import InputError
 from basemodel.files import fingerprint, sync
 from basemodel.hub import check_push, download, push
 from basemodel.json_config import read_json_object
-from basemodel.token_files import in_short, split_files
+from basemodel.token_files import as_one_path, split_files
 from basemodel.tokenizer import get_tokenizer, set_up_engine
 
 
@@ -219,7 +219,7 @@ def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
     if meta["replaced"]:
         print(f"Invalid UTF-8 was replaced by {meta['replaced']:,} characters U+FFFD")
     for split, counts in meta["splits"].items():
-        files = in_short(split_files(output_dir, split))
+        files = as_one_path(split_files(output_dir, split))
         print(f"{files}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
 
 

@@ -35,7 +35,7 @@ def write_dataset(folder: Path, parts: list[Part], settings: Settings, max_file_
     tokenizer = get_tokenizer(settings.tokenizer)
     sha256 = {}
     for split, (_, segments) in splits.items():
-        files = share_out(segments, tokens_within(max_file_size))
+        files = cut_segments(segments, capacity(max_file_size))
         for name, own in zip(split_names(split, len(files)), files, strict=True):
             sha256[name] = join_segments(own, folder / name)
     return {
@@ -78,8 +78,8 @@ def lay_out(parts: list[Part], fraction: float) -> dict[str, tuple[list[int], li
     return {split: (sizes[split].tolist(), segments[split]) for split in SPLITS}
 
 
-def share_out(segments: list[Segment], most: int) -> list[list[Segment]]:
-    """The segments of each of several files: all but the last hold `most` tokens."""
+def cut_segments(segments: list[Segment], most: int) -> list[list[Segment]]:
+    """Distribute segments over files of `most` tokens each; the last one may hold fewer."""
     files: list[list[Segment]] = [[]]
     room = most
     for path, start, stop in segments:
@@ -92,8 +92,8 @@ def share_out(segments: list[Segment], most: int) -> list[list[Segment]]:
     return files
 
 
-def tokens_within(size: int) -> int:
-    """How many tokens a file of `size` bytes holds."""
+def capacity(size: int) -> int:
+    """How many tokens fit into a file of `size` bytes."""
     return (size - len(_header(size // 2))) // 2
 
 

@@ -18,7 +18,7 @@ from basemodel.command_line import require_inside, require_repo_id
 from basemodel.errors import InputError, RunError
 from basemodel.files import fingerprint, replace_text
 from basemodel.json_config import read_json_object
-from basemodel.token_files import PATTERNS, missing_files, names_among, split_files
+from basemodel.token_files import PATTERNS, missing_files, split_files, whole_set
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files
 
@@ -49,12 +49,15 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
                 f"{folder}: is at commit {commit}, but dataset_revision asks for {revision}; move it away"
             )
     if missing:
-        _download(folder, dataset, revision or next(filter(None, commits), None), missing)
+        _download(folder, dataset, next(filter(None, commits), revision), missing)
     return folder
 
 
 def _download(folder: Path, dataset: str, revision: str | None, names: list[str]) -> None:
-    """Download files, and meta.json if there is one, from one commit, which is recorded."""
+    """Download files, and meta.json if there is one, from one commit, which is recorded.
+
+    Raises InputError, naming the file that failed.
+    """
     announced: dict[str, Any] = {}
     try:
         for name in [*names, "meta.json"]:
@@ -75,10 +78,10 @@ def _download(folder: Path, dataset: str, revision: str | None, names: list[str]
 
 
 def _announced(dataset: str, name: str, revision: str | None) -> dict[str, Any]:
-    """What the Hub says of a file, by name: an HfFileMetadata.
+    """What the Hub announces for a file: an HfFileMetadata under its name.
 
-    Of several files where it has the split in several, of none where it lacks meta.json, as it may. The Hub
-    lists a data set's files only if asked for: mirrors and older data sets know single files alone.
+    If the Hub has the split in several files instead, they are all announced; if it lacks meta.json, as older
+    data sets do, nothing is. The list of files is asked for only then: not every mirror has one.
     """
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -90,7 +93,7 @@ def _announced(dataset: str, name: str, revision: str | None) -> dict[str, Any]:
             return {}
         found = hub.HfApi().dataset_info(dataset, revision=revision)
         listed = (file.rfilename for file in found.siblings)
-        names = names_among(listed, name.removesuffix(".safetensors"), dataset)
+        names = whole_set(listed, name.removesuffix(".safetensors"), dataset)
         if names in ([], [name]):
             raise
     return {each: data for part in names for each, data in _announced(dataset, part, found.sha).items()}

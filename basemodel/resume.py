@@ -19,7 +19,7 @@ import checkpointing
 from basemodel.errors import InputError
 from basemodel.run import Run
 from basemodel.run_folder import read_status
-from basemodel.token_files import names_among
+from basemodel.token_files import whole_set
 
 # Keys of train.json that may change when a run goes on: they say how the same work is split, kept, checked or
 # shown.
@@ -123,9 +123,9 @@ def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[
 def _changed_data(theirs: dict[str, dict[str, Any]], run: Run) -> list[str]:
     dataset, changed = run.config.dataset, []
     for split in run.config.splits:
-        before, now = (names_among(files, split, dataset) for files in (theirs, run.files))
+        before, now = (whole_set(files, split, dataset) for files in (theirs, run.files))
         if before and now and before != now:  # without validation before, there is nothing to compare
-            changed.append(f"the {split} tokens of {dataset} were in {before[-1]}, are in {now[-1]}")
+            changed.append(f"the {split} tokens of {dataset} were in {before[-1]}, are now in {now[-1]}")
     for name in sorted(run.files.keys() & theirs.keys()):
         before, now = theirs[name]["sha256"], run.files[name]["sha256"]
         if before != now:

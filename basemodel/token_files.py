@@ -1,8 +1,8 @@
-"""The token files of a data set: how they are called, and several of them read as one.
+"""The token files of a data set: their names, and reading several of them as one.
 
 A split is one file, train.safetensors, or several, train-00000-of-00003.safetensors and so on, each with one
-1-D uint16 tensor named `tokens`. The last token of a file is followed by the first of the next: documents and
-sequences may begin in one and end in another.
+1-D uint16 tensor named `tokens`. The last token of a file is followed by the first of the next, so documents
+and sequences may begin in one and end in another.
 """
 
 import re
@@ -29,10 +29,10 @@ def _numbered(split: str, count: int) -> list[str]:
     return [f"{split}-{index:05d}-of-{count:05d}.safetensors" for index in range(count)]
 
 
-def names_among(listed: Iterable[str], split: str, where: object) -> list[str]:
-    """The names of all files of the split to which some of the `listed` ones belong; [] if none does.
+def whole_set(listed: Iterable[str], split: str, where: object) -> list[str]:
+    """The names of all files of the split, in order, if at least one of them is `listed`; otherwise [].
 
-    Raises InputError, which says `where` they are, if they do not belong together.
+    Raises InputError, which says `where` they are, if the listed ones do not belong together.
     """
     pattern = re.compile(rf"{split}(-\d{{5,}}-of-(\d{{5,}}))?\.safetensors")
     found = sorted(name for name in listed if pattern.fullmatch(name))
@@ -42,7 +42,7 @@ def names_among(listed: Iterable[str], split: str, where: object) -> list[str]:
     names = _numbered(split, int(count)) if count else split_names(split, 1)
     strays = sorted(set(found) - set(names))
     if found[0] in strays:
-        raise InputError(f"{where}: {found[0]} is misnamed: sets like this are numbered from 00000")
+        raise InputError(f"{where}: {found[0]} is misnamed; files are numbered from 00000")
     if strays:
         raise InputError(
             f"{where}: {found[0]} and {strays[0]} do not belong together; move one of the two sets away"
@@ -56,7 +56,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
     Raises InputError if the files there do not belong together.
     """
     listed = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return [folder / name for name in names_among(listed, split, folder) or split_names(split, 1)]
+    return [folder / name for name in whole_set(listed, split, folder) or split_names(split, 1)]
 
 
 def missing_files(folder: Path, splits: Iterable[str]) -> list[str]:
@@ -65,7 +65,7 @@ def missing_files(folder: Path, splits: Iterable[str]) -> list[str]:
     return [path.name for path in files if not path.exists()]
 
 
-def in_short(files: list[Path]) -> str:
+def as_one_path(files: list[Path]) -> str:
     """A split's files as one path: FOLDER/train.safetensors, or FOLDER/train-*-of-00003.safetensors."""
     first = files[0]
     return str(first.with_name(first.name.replace("-00000-", "-*-")))
@@ -121,7 +121,7 @@ class TokenFiles:
 
     def __init__(self, folder: Path, split: str) -> None:
         paths = split_files(folder, split)
-        self._name = in_short(paths)
+        self._name = as_one_path(paths)
         # safetensors does not slice an empty tensor.
         self._files = [file for file in map(TokenFile, paths) if file.count]
         # Where each file begins in the whole.

@@ -113,11 +113,11 @@ def test_each_file_is_checked_and_named(tmp_path: Path) -> None:
         ([*THREE, "train-00003-of-00003.safetensors"], "train-00003-of-00003.safetensors do not belong"),
         (
             ["train-00003-of-00003.safetensors"],
-            "is misnamed: sets like this are numbered from 00000",
+            "is misnamed; files are numbered from 00000",
         ),
         (
             ["train-00000-of-00000.safetensors"],
-            "is misnamed: sets like this are numbered from 00000",
+            "is misnamed; files are numbered from 00000",
         ),
         ([THREE[0], THREE[2]], f"{THREE[1]}: no such file"),
         (THREE[:1], f"{THREE[1]}: no such file"),
@@ -125,7 +125,7 @@ def test_each_file_is_checked_and_named(tmp_path: Path) -> None:
         (["train-0-of-3.safetensors", ".incomplete-train.safetensors-0"], "train.safetensors: no such file"),
     ],
 )
-def test_files_that_are_no_set(tmp_path: Path, names: list[str], message: str) -> None:
+def test_files_that_do_not_belong_together(tmp_path: Path, names: list[str], message: str) -> None:
     for name in names:
         save_file({"tokens": random_tokens(100)}, tmp_path / name)
     (tmp_path / "validation.safetensors").touch()
@@ -175,7 +175,7 @@ def test_a_data_set_that_is_cut_otherwise_is_another_unless_allowed(sandbox: San
     shutil.rmtree(sandbox.checkpoints()[-1])
     cut(sandbox.datasets / "test/tokens", 1000)
     error = refused(*sandbox.command("tiny", "--resume"))
-    names = "in train.safetensors, are in train-00001-of-00002.safetensors"
+    names = "in train.safetensors, are now in train-00001-of-00002.safetensors"
     changed = f"the train tokens of test/tokens were {names}"
     assert f"-iteration-4 belongs to another run: {changed}; undo that" in error
     # Without validation until now, there is nothing to compare with.
@@ -278,7 +278,7 @@ def test_a_file_exactly_as_large_as_allowed_stays_whole(tmp_path: Path) -> None:
         ("40GBytes", "'40GBytes' is not a size"),
     ],
 )
-def test_a_file_size_that_is_none(tmp_path: Path, size: str, message: str) -> None:
+def test_bad_file_sizes(tmp_path: Path, size: str, message: str) -> None:
     error = refused("prepare_datasets.py", tmp_path, tmp_path / "out", "--max-file-size", size)
     assert f"Invalid value for '--max-file-size': {message}" in error
 
@@ -317,7 +317,8 @@ def test_several_files_are_fetched_and_the_hub_is_not_asked_again(sandbox: Sandb
 
 
 def test_what_is_missing_of_a_set_is_fetched_from_the_same_commit(sandbox: Sandbox, far: Hub) -> None:
-    """As after a kill between two files."""
+    """As after a kill between two files; the branch may have moved on since."""
+    sandbox.write_run(train={"dataset": "far/away", "dataset_revision": "main"})
     sandbox.train()
     fetched = sandbox.datasets / "far/away"
     (fetched / THREE[1]).unlink()
@@ -325,6 +326,7 @@ def test_what_is_missing_of_a_set_is_fetched_from_the_same_commit(sandbox: Sandb
     sandbox.train()
     paths = [path for method, path in far.requests if method == "GET" and "/datasets/" in path]
     assert paths == [f"/datasets/far/away/resolve/{'0' * 40}/{THREE[1]}"], "not even the Hub's list of files"
+    assert not any("/resolve/main/" in path for _, path in far.requests)
     # Where the Hub does not have it either, the error says which.
     for folder in (fetched, sandbox.path / "hub/far/away"):
         (folder / THREE[1]).unlink()
