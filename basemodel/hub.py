@@ -186,6 +186,11 @@ def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Pat
     return [folder / name for name in sorted(filter_repo_objects(names, allow_patterns=pattern))], folder.name
 
 
+def download_files(dataset: str, names: list[str], commit: str) -> list[Path]:
+    """The files of a Hub data set with these names, in the Hub's own cache. Raises InputError."""
+    return [download(dataset, name, commit)[0][0] for name in names]
+
+
 def download_file(url: str, path: Path, metadata: Any) -> dict[str, Any]:
     """Download one file, resuming an earlier attempt; return its size and SHA-256.
 

@@ -286,7 +286,7 @@ def test_a_revision_is_pinned(hub: FakeHub, tmp_path: Path) -> None:
 
 def test_what_the_hub_does_not_have(hub: FakeHub, tmp_path: Path) -> None:
     error = refused(start(hub, tmp_path / "out", files="smaple/*", home=tmp_path / "home").wait())
-    assert "test/texts: has no .parquet, .jsonl" in error and "that match --files 'smaple/*'" in error
+    assert "test/texts: has no .parquet, .arrow" in error and "that match --files 'smaple/*'" in error
     command = ["prepare_datasets.py", "test/nothing", str(tmp_path / "out"), "--files", "*"]
     command += ["--tokenizer", "bytes"]
     error = refused(Script(command, hub.env(tmp_path / "home")).wait())

@@ -19,11 +19,11 @@ SMALL_SHARDS = "from basemodel import documents; documents.SHARD_BYTES = 20_000"
 SLOW_SHARDS = """
 import time
 from basemodel import encoding
-encode = encoding.encode_documents
+write = encoding.write_part
 def slow(*arguments):
     time.sleep(0.1)
-    return encode(*arguments)
-encoding.encode_documents = slow
+    return write(*arguments)
+encoding.write_part = slow
 """
 
 
@@ -62,8 +62,8 @@ def finish(corpus: Path, output: Path, texts: list[str], *options: str, fraction
 
 def parts(output: Path) -> list[Path]:
     """The folders of finished shards, which have their final names, and whole records."""
-    folders = output.with_name(output.name + ".incomplete").glob("parts/[0-9]*[0-9]")
-    return [path for path in folders if path.name.isdigit() and (path / "record.json").exists()]
+    folders = output.with_name(output.name + ".incomplete").glob("parts/??????-????")
+    return [path for path in folders if (path / "record.json").exists()]
 
 
 def wait_for_parts(script: Script, output: Path, count: int) -> None:
