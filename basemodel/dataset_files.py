@@ -16,6 +16,7 @@ from basemodel.token_files import split_names
 from basemodel.tokenizer import get_tokenizer, token_byte_lengths
 
 CONTEXT_LENGTH = 1024  # GPT-2's, for the histogram
+DOCUMENTS_AT_ONCE = 4_000_000  # whose hashes are in memory
 Segment = tuple[Path, int, int]  # a file of raw tokens, and the range of its tokens
 Layout = dict[str, tuple[list[int], list[Segment]]]  # of each split: its size, and where its tokens are
 
@@ -121,7 +122,7 @@ def count_duplicates(parts: list[Part]) -> int:
     """
     files = [part.folder / "hashes" for part in parts]
     documents = sum(path.stat().st_size for path in files) // 8
-    passes, distinct = 1 + documents // 4_000_000, 0
+    passes, distinct = 1 + documents // DOCUMENTS_AT_ONCE, 0
     for number in range(passes):
         mine = [hashes[hashes % passes == number] for hashes in (np.fromfile(path, "<u8") for path in files)]
         distinct += len(np.unique(np.concatenate(mine)))
