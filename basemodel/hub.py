@@ -1,12 +1,8 @@
-"""Data sets from the Hugging Face Hub, identified by the SHA-256 of their files, and uploads to it.
-
-An interrupted download resumes, even after a kill: the Hub's own client would start over.
-"""
+"""Data sets from the Hugging Face Hub, identified by the SHA-256 of their files, and uploads to it."""
 
 import contextlib
-import fcntl
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,8 +11,9 @@ import huggingface_hub as hub  # loads its parts, and the network's, when they a
 from tqdm import tqdm
 
 from basemodel.command_line import require_inside, require_repo_id
+from basemodel.downloads import RemoteFile, fetch, look_up, look_up_all
 from basemodel.errors import InputError, RunError
-from basemodel.files import fingerprint, replace_text
+from basemodel.files import DISK_FULL, fingerprint, replace_text
 from basemodel.json_config import read_json_object
 from basemodel.token_files import PATTERNS, missing_files, split_files, whole_set
 
@@ -54,49 +51,54 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
 
 
 def _download(folder: Path, dataset: str, revision: str | None, names: list[str]) -> None:
-    """Download files, and meta.json if there is one, from one commit, which is recorded.
-
-    Raises InputError, naming the file that failed.
-    """
-    announced: dict[str, Any] = {}
+    """Download files, and meta.json if there is one, from one commit, which is recorded."""
     try:
-        for name in [*names, "meta.json"]:
-            announced |= _announced(dataset, name, revision)
-            revision = next((each.commit_hash for each in announced.values()), None) or revision
-        for name, theirs in announced.items():
-            url = hub.hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
-            found = download_file(url, folder / name, theirs)
-            known = {**found, "mtime_ns": (folder / name).stat().st_mtime_ns, "revision": revision}
-            _keep_fingerprints(folder, _known_fingerprints(folder) | {name: known})
+        files = _look_up_with_meta(dataset, revision, names)
+        for path, found in fetch({folder / name: file for name, file in files.items()}, dataset):
+            commit = files[path.name].commit
+            known = {**found, "mtime_ns": path.stat().st_mtime_ns, "revision": commit}
+            _keep_fingerprints(folder, _known_fingerprints(folder) | {path.name: known})
     except InputError:
         raise
     except Exception as error:  # network, proxy and Hub errors have many types
+        missing = next((name for name in names if not (folder / name).exists()), names[0])
+        fix = advice(error, dataset) or (
+            f"check the data set's name '{dataset}' and the network, or prepare it with prepare_datasets.py"
+        )
         raise InputError(
-            f"{folder / name} is missing, and the Hub did not provide it ({reason(error)}); check the "
-            f"data set's name '{dataset}' and the network, or prepare it with prepare_datasets.py"
+            f"{folder / missing} is missing, and the Hub did not provide it ({reason(error)}); {fix}"
         ) from None
 
 
-def _announced(dataset: str, name: str, revision: str | None) -> dict[str, Any]:
-    """What the Hub announces for a file: an HfFileMetadata under its name.
+def _look_up_with_meta(dataset: str, revision: str | None, names: list[str]) -> dict[str, RemoteFile]:
+    """What the Hub has for these names, and of meta.json, at one commit."""
+    from huggingface_hub.errors import EntryNotFoundError
 
-    If the Hub has the split in several files instead, they are all announced; if it lacks meta.json, as older
-    data sets do, nothing is. The list of files is asked for only then: not every mirror has one.
+    files: dict[str, RemoteFile] = {}
+    for name in names:
+        files |= _look_up_split(dataset, name, revision)
+        revision = next(iter(files.values())).commit
+    with contextlib.suppress(EntryNotFoundError):  # older data sets have none
+        files["meta.json"] = look_up(dataset, "meta.json", revision)
+    return files
+
+
+def _look_up_split(dataset: str, name: str, revision: str | None) -> dict[str, RemoteFile]:
+    """What the Hub has under a file's name, or the several files in which it has the split instead.
+
+    The list of the Hub's files is asked for only then: not every mirror has one.
     """
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        url = hub.hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
-        return {name: hub.get_hf_file_metadata(url)}
+        return {name: look_up(dataset, name, revision)}
     except EntryNotFoundError:
-        if name == "meta.json":
-            return {}
         found = hub.HfApi().dataset_info(dataset, revision=revision)
-        listed = (file.rfilename for file in found.siblings)
+        listed = (file.rfilename for file in found.siblings or [])
         names = whole_set(listed, name.removesuffix(".safetensors"), dataset)
         if names in ([], [name]):
             raise
-    return {each: data for part in names for each, data in _announced(dataset, part, found.sha).items()}
+    return dict(zip(names, look_up_all(dataset, names, found.sha), strict=True))
 
 
 def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -153,74 +155,88 @@ def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Pat
     They are kept in the Hub's own cache, shared by all processes; when all are there, the Hub is not asked.
     Raises InputError, naming the data set, on any failure.
     """
-    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.file_download import repo_folder_name
     from huggingface_hub.utils import filter_repo_objects
 
     options = {"repo_type": "dataset", "revision": revision, "allow_patterns": pattern}
-    try:
+    with _failures_named(dataset, f"'{pattern}'"):
         try:
             folder = Path(hub.snapshot_download(dataset, local_files_only=True, **options))
         except LocalEntryNotFoundError:
             commit = hub.HfApi().dataset_info(dataset, revision=revision or "main").sha
             names = hub.HfApi().list_repo_files(dataset, repo_type="dataset", revision=commit)
-            blobs = Path(HF_HUB_CACHE, repo_folder_name(repo_id=dataset, repo_type="dataset"), "blobs")
-
-            def fetch(name: str) -> None:
-                url = hub.hf_hub_url(dataset, name, repo_type="dataset", revision=commit)
-                announced = hub.get_hf_file_metadata(url)
-                if not (blobs / announced.etag).exists():
-                    download_file(url, blobs / announced.etag, announced)
-
-            with ThreadPoolExecutor(8) as pool:
-                list(pool.map(fetch, filter_repo_objects(names, allow_patterns=pattern)))
-            # Finds these files in the cache, and links them to their names.
+            _bring_into_cache(dataset, list(filter_repo_objects(names, allow_patterns=pattern)), commit)
+            # Finds all files in the cache, and notes there that they are all.
             folder = Path(hub.snapshot_download(dataset, **options))
-    except Exception as error:  # anything a network, a proxy or the Hub can raise
-        raise InputError(
-            f"{dataset}: could not download '{pattern}' from the Hub ({reason(error)}); check the name, "
-            "--files, --revision and the network, and run the same command again: finished files are kept"
-        ) from None
     names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return [folder / name for name in sorted(filter_repo_objects(names, allow_patterns=pattern))], folder.name
 
 
 def download_files(dataset: str, names: list[str], commit: str) -> list[Path]:
-    """The files of a Hub data set with these names, in the Hub's own cache. Raises InputError."""
-    return [download(dataset, name, commit)[0][0] for name in names]
+    """The paths of a Hub data set's files at a commit, in the Hub's own cache, shared by all processes.
 
-
-def download_file(url: str, path: Path, metadata: Any) -> dict[str, Any]:
-    """Download one file, resuming an earlier attempt; return its size and SHA-256.
-
-    An incomplete file has another name beside `path`; of several processes one downloads, the others wait.
-    Raises InputError if the file differs from what its HfFileMetadata announced (a large file's `etag` is its
-    SHA-256), and whatever the Hub's client raises.
+    The Hub is asked only for those that are missing. Raises InputError, naming the data set, on any failure.
     """
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    with _failures_named(dataset, names[0] if len(names) == 1 else f"{len(names)} files"):
+        return _bring_into_cache(dataset, names, commit)
 
-    size, etag = metadata.size, metadata.etag or ""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".incomplete-{path.name}-{etag[:16]}")
-    with partial.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if path.exists():
-            partial.unlink(missing_ok=True)
-            return fingerprint(path)
-        http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size)
-        file.flush()
-        found = fingerprint(partial)
-        for what, announced in (("size", size), ("sha256", etag if len(etag) == 64 else None)):
-            if announced not in (None, found[what]):
-                partial.unlink()
-                raise InputError(
-                    f"{path}: the Hub announced {what} {announced} but sent {found[what]}; the file was "
-                    "removed, run the same command again to download it"
-                )
-        partial.replace(path)
-    return found
+
+def _bring_into_cache(dataset: str, names: list[str], commit: str) -> list[Path]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    at = {"repo_type": "dataset", "revision": commit}
+    paths = {name: hub.try_to_load_from_cache(dataset, name, **at) for name in names}
+    missing = [name for name, path in paths.items() if not isinstance(path, str)]
+    if missing:
+        blobs = Path(HF_HUB_CACHE, repo_folder_name(repo_id=dataset, repo_type="dataset"), "blobs")
+        files = {blobs / file.etag: file for file in look_up_all(dataset, missing, commit)}
+        for _ in fetch({path: file for path, file in files.items() if not path.exists()}, dataset):
+            pass
+        with ThreadPoolExecutor(8) as pool:  # finds them in the cache, and links their names to them
+            linked = pool.map(lambda name: hub.hf_hub_download(dataset, name, **at), missing)
+            paths |= zip(missing, linked, strict=True)
+    return [Path(paths[name]) for name in names]
+
+
+@contextlib.contextmanager
+def _failures_named(dataset: str, what: str) -> Iterator[None]:
+    """Turn whatever a network, a proxy, a disk or the Hub can raise into one line."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{dataset}: could not download {what} from the Hub ({error})") from None
+    except Exception as error:
+        fix = advice(error, dataset) or "check the name, --files, --revision and the network"
+        raise InputError(
+            f"{dataset}: could not download {what} from the Hub ({reason(error)}); {fix}, and run the same "
+            "command again: finished files are kept"
+        ) from None
+
+
+def advice(error: Exception, dataset: str) -> str:
+    """What to do about an error of the Hub or the disk; empty where its message must do."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/datasets/{dataset}"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.GatedRepoError):
+        return f"log in with `hf auth login` and accept the terms at {page}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"give a commit, branch or tag of {page} as --revision or dataset_revision"
+    if isinstance(error, errors.EntryNotFoundError) and status == 404:
+        return f"{page} has no such file; check the name and the revision"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"check the name '{dataset}', or, if the data set is private, log in with `hf auth login`"
+    if status == 401:
+        return "the Hub does not know your token: check HF_TOKEN, or log in with `hf auth login`"
+    if status == 403:
+        return f"your token must not read {page}: give it that right, or log in with `hf auth login`"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "unset HF_HUB_OFFLINE"
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return "free some space"
+    return ""
 
 
 def check_push(repo_id: str) -> None:

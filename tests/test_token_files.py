@@ -294,9 +294,18 @@ def far(sandbox: Sandbox, serve_hub: Callable[[Path], Hub]) -> Hub:
     folder = write_dataset(sandbox.path / "hub/far/away", meta={"description": "tokens"})
     cut(folder, 1000, 3000)
     hub = serve_hub(sandbox.path / "hub")
+    list_files(hub, folder)
     sandbox.env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(sandbox.path / "home")}
     sandbox.write_run(train={"dataset": "far/away", "validation_interval": 8, "validation_batches": 1})
     return hub
+
+
+def list_files(hub: Hub, folder: Path) -> None:
+    """Have the Hub's API list a folder as far/away."""
+    files = [{"rfilename": path.name} for path in folder.iterdir()]
+    listing = json.dumps({"id": "far/away", "sha": "0" * 40, "siblings": files}).encode()
+    for revision in ("", "/revision/main"):
+        hub.answers[f"GET /api/datasets/far/away{revision}"] = 200, {}, listing
 
 
 def test_several_files_are_fetched_and_the_hub_is_not_asked_again(sandbox: Sandbox, far: Hub) -> None:
@@ -339,6 +348,7 @@ def test_what_is_missing_of_a_set_is_fetched_from_the_same_commit(sandbox: Sandb
 
 def test_a_hub_that_has_two_sets_is_not_guessed_at(sandbox: Sandbox, far: Hub) -> None:
     (sandbox.path / "hub/far/away/train-00000-of-00001.safetensors").touch()
+    list_files(far, sandbox.path / "hub/far/away")
     error = refused(*sandbox.command("tiny"), env=sandbox.env)
     assert "far/away: train-00000-of-00001.safetensors and train-00000-of-00003.safetensors do not" in error
     assert not list(sandbox.datasets.glob("far/away/*.safetensors"))
