@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 
-from basemodel.command_line import run_command
+from basemodel.command_line import FileSize, run_command
 from basemodel.dataset_files import Layout, card, count_passed_over, draw_lengths, lay_out, write_dataset
 from basemodel.documents import Piece, make_shards
 from basemodel.encoding import Settings, encode_all, sample_texts
@@ -36,6 +36,7 @@ from basemodel.json_config import read_json_object
 from basemodel.nanogpt import lay_out_bins
 from basemodel.readers import cut_into_pieces
 from basemodel.sources import Request, Source, find_source
+from basemodel.token_files import as_one_path, split_files
 from basemodel.tokenizer import GigatokenEncoder, get_tokenizer, set_up_engine
 from basemodel.trained_tokenizer import (
     FEWEST_TOKENS,
@@ -68,6 +69,9 @@ from basemodel.trained_tokenizer import (
 @click.option("--split", default="train", show_default=True, help="What to train on.")
 @click.option("--files", metavar="PATTERN", help="Take only the matching files, such as 'sample/10BT/*'.")
 @click.option("--revision", help="A commit, tag or branch of the Hub data set.")
+@click.option(
+    "--max-file-size", type=FileSize(), default="40GB", show_default=True, help="Cut what is larger."
+)
 @click.option("--stats", is_flag=True, help="Also draw a histogram of document lengths.")
 @click.option("--push", "repo_id", metavar="OWNER/NAME", help="Then upload the data set to the Hub.")
 def main(
@@ -79,6 +83,7 @@ def main(
     workers: int,
     engine: str,
     text_column: str,
+    max_file_size: int,
     repo_id: str | None,
     *,
     stats: bool,
@@ -104,7 +109,7 @@ def main(
     if repo_id:
         check_push(repo_id)
     if repo_id and (output_dir / "meta.json").exists():
-        check_prepared(output_dir, {**asdict(wanted), **settings.identity()})
+        check_prepared(output_dir, {**asdict(wanted), **settings.identity()}, max_file_size)
         print(f"{output_dir}: already prepared")
     else:
         require_empty(output_dir)
@@ -121,7 +126,7 @@ def main(
             layout, found = lay_out_text(text, folder / "parts", settings, gigatoken, workers)
             description = "as tokens: one tensor 'tokens' per split, end-of-text after each document"
             meta = {"description": f"{source} {description}", **asdict(wanted), **found}
-            meta |= write_dataset(finished, layout, settings)
+            meta |= write_dataset(finished, layout, settings, max_file_size)
             if stats:
                 title = f"{output_dir.name}: document lengths"
                 print(draw_lengths(layout, meta["end_of_text"], finished / "document-lengths.png", title))
@@ -211,8 +216,9 @@ def require_empty(output_dir: Path) -> None:
         )
 
 
-def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
-    """Raise InputError unless the folder holds an undamaged data set made from `wanted`."""
+def check_prepared(folder: Path, wanted: dict[str, Any], max_file_size: int) -> None:
+    """Raise InputError unless the folder holds an undamaged data set made from `wanted`, and its token files
+    are of at most `max_file_size` bytes."""
     meta = read_json_object(folder / "meta.json")
     for key, value in wanted.items():
         if key != "revision" and meta.get(key) != value:  # of which meta.json has the commit
@@ -220,6 +226,10 @@ def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
     for name, sha256 in meta.get("sha256", {}).items():
         if not (folder / name).exists() or fingerprint(folder / name)["sha256"] != sha256:
             raise InputError(f"{folder / name}: is damaged; remove {folder} and prepare it again")
+        if name != TOKENIZER_FILE and (folder / name).stat().st_size > max_file_size:
+            raise InputError(
+                f"{folder / name}: is larger than --max-file-size; remove {folder} and prepare it again"
+            )
 
 
 @contextlib.contextmanager
@@ -276,21 +286,26 @@ def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
     shutil.rmtree(finished.parent, ignore_errors=True)
     print(summary(meta))
     for split, counts in meta["splits"].items():
-        path = output_dir / f"{split}.safetensors"
-        print(f"{path}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+        files = as_one_path(split_files(output_dir, split))
+        print(f"{files}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
 
 
 def summary(meta: dict[str, Any]) -> str:
     """What was read, and what was not as one might expect."""
     skipped = ", ".join(f"{count:,} {why}" for why, count in meta["files_skipped"].items() if count)
-    lines = [f"Read {meta['files_read']:,} files" + (f"; skipped: {skipped}" if skipped else "")]
+    lines = [f"Read {_several(meta['files_read'], 'file')}" + (f"; skipped: {skipped}" if skipped else "")]
     if meta.get("empty") or meta.get("null"):
-        lines.append(f"Skipped {meta['empty']:,} empty documents and {meta['null']:,} nulls")
+        empty, null = _several(meta["empty"], "empty document"), _several(meta["null"], "null")
+        lines.append(f"Skipped {empty} and {null}")
     if meta.get("replaced"):
-        lines.append(f"Invalid UTF-8 was replaced by {meta['replaced']:,} characters U+FFFD")
+        lines.append(f"Invalid UTF-8: {_several(meta['replaced'], 'character')} became U+FFFD")
     if meta.get("duplicates"):
-        lines.append(f"{meta['duplicates']:,} documents are copies of others")
+        lines.append(f"Duplicates: {_several(meta['duplicates'], 'document')}, each a copy of another")
     return "\n".join(lines)
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}" + "s" * (count != 1)
 
 
 if __name__ == "__main__":

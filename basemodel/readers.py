@@ -42,7 +42,7 @@ def cut_into_pieces(path: Path, split: str | None, text_column: str) -> Iterator
         if kind == "json" and _has_an_object_per_line(path):
             kind = "jsonl"
         if kind == "csv":
-            _delimiter(path, text_column)  # a misspelt column is an error before anything slow
+            _header(path, text_column)  # a misspelt column is an error before anything slow
         if kind == "parquet" and not compression(path):
             yield from _row_groups(Piece(path, kind, size, split=split), text_column)
         elif kind == "jsonl" and not compression(path) and not _marked_encoding(path):
@@ -190,15 +190,16 @@ def _csv_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
             path = Path(folder, "plain.csv")
             with open_utf8(piece.path) as file, path.open("wb") as out:
                 shutil.copyfileobj(file, out)
+        delimiter, columns = _header(path, text_column)
         rows = datasets.load_dataset(
             "csv",
             data_files=glob.escape(str(path.resolve())),
             split="train",
             streaming=True,
             cache_dir=folder,
-            sep=_delimiter(path, text_column),
-            usecols=[text_column],
-            features=datasets.Features({text_column: datasets.Value("string")}),
+            sep=delimiter,
+            # All columns as they stand: with some of them left out, pandas drops what a row has too many.
+            features=datasets.Features({name: datasets.Value("string") for name in columns}),
             keep_default_na=False,  # the word "null" is text
             encoding_errors="replace",
         )
@@ -207,18 +208,18 @@ def _csv_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
                 yield replace(text, replaced=text.content.count("\ufffd".encode())) if text else None
 
 
-def _delimiter(path: Path, text_column: str) -> str:
-    """What separates the columns of a .csv: comma, tab, or the semicolon of many countries' spreadsheets.
+def _header(path: Path, text_column: str) -> tuple[str, list[str]]:
+    """A .csv's delimiter (comma, tab, or the semicolon of many countries' spreadsheets) and its column names.
 
-    Raises InputError if the first line does not name the column.
+    Raises InputError if none of them is the text column.
     """
     with io.TextIOWrapper(open_utf8(path), "utf-8", errors="replace", newline="") as file:
-        header = file.readline(100_000)
-    for delimiter in ",;\t":
-        if text_column in next(csv.reader([header], delimiter=delimiter), []):
-            return delimiter
-    names = next(csv.reader([header]), [])
-    raise InputError(f"{path}: has no column '{text_column}'; --text-column is one of {names}")
+        line = file.readline(100_000)
+    names = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in ",;\t"}
+    for delimiter, columns in names.items():
+        if text_column in columns:
+            return delimiter, columns
+    raise InputError(f"{path}: has no column '{text_column}'; --text-column is one of {names[',']}")
 
 
 # ------------------------------------------------------------------------------------------------------------

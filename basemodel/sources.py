@@ -150,7 +150,8 @@ def splits_by_name(folder: Path) -> dict[str, list[str]]:
     from datasets.data_files import DataFilesDict, get_data_patterns
 
     base = glob.escape(str(folder.absolute()))
-    return dict(DataFilesDict.from_patterns(get_data_patterns(base), base_path=base))
+    found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+    return {str(split): list(files) for split, files in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], str]
         builder = datasets.load_dataset_builder(request.source, request.name, revision=request.revision)
     except Exception as error:  # network, proxy, Hub and `datasets` have errors of many types
         raise _why_not(request, error) from None
-    found = builder.config.data_files or {}
+    found = {str(split): files for split, files in (builder.config.data_files or {}).items()}
     if request.split not in found:
         raise InputError(f"{request.source}: has no split '{request.split}'; --split is one of {list(found)}")
     validation = next((name for name in found if VALIDATION.fullmatch(name) and name != request.split), None)
@@ -190,21 +191,17 @@ def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], str]
 def _why_not(request: Request, error: Exception) -> InputError:
     """What `datasets` raised, as one line that says what to do."""
     import datasets
-    from huggingface_hub.errors import GatedRepoError
 
-    chain = [error]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)
-    dataset = request.source
-    if any(isinstance(cause, GatedRepoError) for cause in chain):
+    dataset, message = request.source, str(error)
+    if "gated dataset" in message:
         page = f"{datasets.config.HF_ENDPOINT}/datasets/{dataset}"
         return InputError(f"{dataset}: is gated; accept its terms at {page} and log in with: hf auth login")
-    if "doesn't exist on the Hub" in str(error):
+    if "doesn't exist on the Hub" in message:
         return InputError(
             f"{dataset}: no such file or folder here, and no such data set on the Hub; if it is private, log "
             "in with: hf auth login"
         )
-    if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
+    if "Config name is missing" in message or "BuilderConfig" in message:
         names = datasets.get_dataset_config_names(dataset, revision=request.revision)
         return InputError(f"{dataset}: has several configurations; --name is one of {', '.join(names)}")
     return InputError(

@@ -53,8 +53,8 @@ def test_every_document_is_encoded_as_tiktoken_does(tmp_path: Path, gpt2: Any, e
     texts = write_corpus(tmp_path / "in")
     options = ["--tokenizer", "bytes"] if engine == "bytes" else ["--engine", engine]
     said = prepare(tmp_path / "in", tmp_path / "out", "--validation-fraction", "0.2", *options)
-    assert "Invalid UTF-8 was replaced by 4 characters U+FFFD" in said
-    assert "Skipped 1 empty documents and 2 nulls" in said
+    assert "Invalid UTF-8: 4 characters became U+FFFD" in said
+    assert "Skipped 1 empty document and 2 nulls" in said
     assert ("with gigatoken" in said) == (engine in ("auto", "gigatoken"))
     assert "differently" not in said
     encoding = get_tokenizer("bytes") if engine == "bytes" else gpt2
@@ -187,3 +187,95 @@ def test_texts_that_turn_out_to_be_no_good(tmp_path: Path) -> None:
         assert message in error
         if not before:
             assert not list(tmp_path.glob("out*")), "nothing half written is left"
+
+
+def tokens_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of text that each split holds, with \\0 for end-of-text."""
+    tokens = {
+        split: load_file(folder / f"{split}.safetensors")["tokens"] for split in ("train", "validation")
+    }
+    return {split: bytes(np.where(some == 256, 0, some).astype(np.uint8)) for split, some in tokens.items()}
+
+
+BOOK = "".join(f"line {i} of the book\n" for i in range(1200))
+
+
+@pytest.mark.parametrize(
+    ("files", "kept"),
+    [
+        (["", BOOK], [BOOK]),
+        ([BOOK, "", "short"], [BOOK, "short"]),
+        (["a", "b", BOOK], ["a", "b", BOOK]),
+        ([BOOK, BOOK], [BOOK]),
+        ([BOOK, "other", BOOK], [BOOK, "other"]),
+    ],
+)
+def test_where_no_text_falls_to_validation_its_end_does(
+    tmp_path: Path, files: list[str], kept: list[str]
+) -> None:
+    """The fraction that was asked for, of the tokens; and nothing of it is in training data too."""
+    assert split_texts(kept)["validation"] == []
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(files):
+        (tmp_path / f"in/{i}.txt").write_text(text)
+    said = prepare(tmp_path / "in", tmp_path / "out", "--tokenizer", "bytes")
+    assert ("Duplicates: 1 document, each a copy of another" in said) == (len(set(files)) < len(files))
+    assert ("Skipped 1 empty document and 0 nulls" in said) == ("" in files)
+    found = tokens_of(tmp_path / "out")
+    whole = "".join(f"{text}\0" for text in kept).encode()
+    assert found["train"] + found["validation"] == whole
+    assert len(found["validation"]) == int(0.01 * len(whole))
+    splits = json.loads((tmp_path / "out/meta.json").read_text())["splits"]
+    assert splits["train"] == {
+        "documents": len(kept),
+        "tokens": len(found["train"]),
+        "bytes": len(found["train"].replace(b"\0", b"")),
+    }
+    assert splits["validation"]["bytes"] == len(found["validation"].replace(b"\0", b""))
+
+
+def test_copies_are_counted_and_lie_on_one_side(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    texts = [f"text {rng.randrange(300)}" for _ in range(1000)]
+    said = prepare(
+        write_jsonl(tmp_path / "in.jsonl", texts),
+        tmp_path / "out",
+        "--tokenizer",
+        "bytes",
+        "--validation-fraction",
+        "0.3",
+        before="from basemodel import dataset_files; dataset_files.DOCUMENTS_AT_ONCE = 100",
+    )
+    assert f"Duplicates: {len(texts) - len(set(texts))} documents, each a copy of another" in said
+    sides = [set(text.split(b"\0")[:-1]) for text in tokens_of(tmp_path / "out").values()]
+    assert all(sides) and not sides[0] & sides[1]
+    assert sides[0] | sides[1] == {text.encode() for text in texts}
+
+
+def test_a_validation_split_of_its_own(tmp_path: Path) -> None:
+    for split, texts in (("train", ["a", "b", "both"]), ("validation", ["c", "both"])):
+        (tmp_path / f"in/{split}").mkdir(parents=True)
+        write_jsonl(tmp_path / f"in/{split}/texts.jsonl", texts)
+    prepare(tmp_path / "in", tmp_path / "out", "--tokenizer", "bytes")
+    assert tokens_of(tmp_path / "out") == {"train": b"a\0b\0both\0", "validation": b"c\0both\0"}
+
+
+def test_tokens_of_nanogpt(tmp_path: Path, gpt2: Any) -> None:
+    texts = {"train": ["a text", "another one"], "val": ["a third"]}
+    (tmp_path / "in").mkdir()
+    for name, some in texts.items():
+        tokens = [token for text in some for token in (*gpt2.encode_ordinary(text), gpt2.eot_token)]
+        np.array(tokens, np.uint16).tofile(tmp_path / f"in/{name}.bin")
+    (tmp_path / "in/input.txt").write_text("what they were made from")
+    said = prepare(tmp_path / "in", tmp_path / "out", "--stats")
+    assert_holds(tmp_path / "out", {"train": texts["train"], "validation": texts["val"]}, gpt2)
+    assert "mean" in said
+    command = ("prepare_datasets.py", tmp_path / "in", tmp_path / "out2")
+    np.array([5, 60_000], np.uint16).tofile(tmp_path / "in/val.bin")
+    assert "in/val.bin: token 60000 at index 1 is outside the vocabulary" in refused(*command)
+    (tmp_path / "in/val.bin").write_bytes(b"odd")
+    assert "in/val.bin: damaged: not a whole number of uint16" in refused(*command)
+    (tmp_path / "in/val.bin").unlink()
+    assert "in/val.bin: is missing" in refused(*command)
+    (tmp_path / "in/meta.pkl").write_bytes(b"")
+    assert "meta.pkl says that its tokens are nanoGPT's own for single characters" in refused(*command)

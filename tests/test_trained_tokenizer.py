@@ -284,7 +284,7 @@ def test_a_data_set_is_encoded_with_the_tokenizer_trained_on_it(tmp_path: Path) 
     prepare(source, tmp_path / "three", *option, before=small)
     assert_holds(tmp_path / "three", splits, tokenizer)
     assert (
-        fingerprint_files(tmp_path / "three", ["train.safetensors"])["tokenizer.json"]["sha256"]
+        fingerprint_files(tmp_path / "three", ["train"])["tokenizer.json"]["sha256"]
         == (meta["sha256"]["tokenizer.json"])
     )
 
