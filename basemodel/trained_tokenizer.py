@@ -113,7 +113,10 @@ def _checked_model(content: dict[str, Any]) -> dict[str, Any]:
     splitting |= _object(content.get("pre_tokenizer"))
     if [splitting[key] for key in ("type", "add_prefix_space", "use_regex")] != ["ByteLevel", False, True]:
         raise InputError("has another pre_tokenizer than GPT-2's: ByteLevel, its regex, no prefix space")
-    if _object(content.get("post_processor")).get("type", "ByteLevel") != "ByteLevel":
+    processor = _object(content.get("post_processor"))
+    if processor.get("type") == "TemplateProcessing" and processor.get("special_tokens") == {}:
+        processor = {}  # transformers writes a template that adds nothing
+    if processor.get("type", "ByteLevel") != "ByteLevel":
         raise InputError("has a post_processor that adds tokens, which must be null")
     return model
 

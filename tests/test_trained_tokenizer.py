@@ -23,7 +23,13 @@ from basemodel.hub import fetch_dataset, fingerprint_files
 from basemodel.loss import NextTokenLoss
 from basemodel.readers import cut_into_pieces
 from basemodel.tokenizer import MarkingEncoder, encode, get_tokenizer
-from basemodel.trained_tokenizer import byte_characters, merges, read_tokenizer, train_tokenizer
+from basemodel.trained_tokenizer import (
+    byte_characters,
+    merges,
+    read_tokenizer,
+    same_tokenizer,
+    train_tokenizer,
+)
 from gpt import GPTConfig, GPTModel
 
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -407,6 +413,7 @@ def test_the_tokenizer_goes_with_the_model(sandbox: Sandbox, trained: Path) -> N
         if "<|endoftext|>" not in text:
             assert theirs(text)["input_ids"] == ours.encode_ordinary(text)
     assert theirs.eos_token_id == 0
+    assert same_tokenizer(read_tokenizer(sandbox.path / "exported/tokenizer.json"), ours)
     (moved / "tokenizer.json").unlink()
     message = refused("test_smoke.py", *model)
     assert message.startswith(f"{moved / 'tokenizer.json'}: no such file; ")
