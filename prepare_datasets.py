@@ -225,14 +225,19 @@ def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
 def summary(meta: dict[str, Any]) -> str:
     """What was read, and what was not as one might expect."""
     skipped = ", ".join(f"{count:,} {why}" for why, count in meta["files_skipped"].items() if count)
-    lines = [f"Read {meta['files_read']:,} files" + (f"; skipped: {skipped}" if skipped else "")]
+    lines = [f"Read {_several(meta['files_read'], 'file')}" + (f"; skipped: {skipped}" if skipped else "")]
     if meta.get("empty") or meta.get("null"):
-        lines.append(f"Skipped {meta['empty']:,} empty documents and {meta['null']:,} nulls")
+        empty, null = _several(meta["empty"], "empty document"), _several(meta["null"], "null")
+        lines.append(f"Skipped {empty} and {null}")
     if meta.get("replaced"):
-        lines.append(f"Invalid UTF-8 was replaced by {meta['replaced']:,} characters U+FFFD")
+        lines.append(f"Invalid UTF-8: {_several(meta['replaced'], 'character')} became U+FFFD")
     if meta.get("duplicates"):
-        lines.append(f"{meta['duplicates']:,} documents are copies of others")
+        lines.append(f"Duplicates: {_several(meta['duplicates'], 'document')}, each a copy of another")
     return "\n".join(lines)
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}" + "s" * (count != 1)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def test_every_document_is_encoded_as_tiktoken_does(tmp_path: Path, gpt2: Any, e
     texts = write_corpus(tmp_path / "in")
     options = ["--tokenizer", "bytes"] if engine == "bytes" else ["--engine", engine]
     said = prepare(tmp_path / "in", tmp_path / "out", "--validation-fraction", "0.2", *options)
-    assert "Invalid UTF-8 was replaced by 4 characters U+FFFD" in said
-    assert "Skipped 1 empty documents and 2 nulls" in said
+    assert "Invalid UTF-8: 4 characters became U+FFFD" in said
+    assert "Skipped 1 empty document and 2 nulls" in said
     assert ("with gigatoken" in said) == (engine in ("auto", "gigatoken"))
     assert "differently" not in said
     encoding = get_tokenizer("bytes") if engine == "bytes" else gpt2
@@ -219,8 +219,8 @@ def test_where_no_text_falls_to_validation_its_end_does(
     for i, text in enumerate(files):
         (tmp_path / f"in/{i}.txt").write_text(text)
     said = prepare(tmp_path / "in", tmp_path / "out", "--tokenizer", "bytes")
-    assert ("1 documents are copies of others" in said) == (len(set(files)) < len(files))
-    assert ("Skipped 1 empty documents" in said) == ("" in files)
+    assert ("Duplicates: 1 document, each a copy of another" in said) == (len(set(files)) < len(files))
+    assert ("Skipped 1 empty document and 0 nulls" in said) == ("" in files)
     found = tokens_of(tmp_path / "out")
     whole = "".join(f"{text}\0" for text in kept).encode()
     assert found["train"] + found["validation"] == whole
@@ -246,7 +246,7 @@ def test_copies_are_counted_and_lie_on_one_side(tmp_path: Path) -> None:
         "0.3",
         before="from basemodel import dataset_files; dataset_files.DOCUMENTS_AT_ONCE = 100",
     )
-    assert f"{len(texts) - len(set(texts))} documents are copies of others" in said
+    assert f"Duplicates: {len(texts) - len(set(texts))} documents, each a copy of another" in said
     sides = [set(text.split(b"\0")[:-1]) for text in tokens_of(tmp_path / "out").values()]
     assert all(sides) and not sides[0] & sides[1]
     assert sides[0] | sides[1] == {text.encode() for text in texts}
