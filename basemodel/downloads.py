@@ -27,8 +27,7 @@ from tqdm import tqdm
 from basemodel.errors import InputError
 from basemodel.files import fingerprint
 
-CONNECTIONS = 16  # at once, shared by all files
-FILES = 8  # at once
+CONNECTIONS = 8  # at once, over all files: more would be faster than this process can read
 PART_BYTES = 8 << 20, 64 << 20  # the least and the most that one request asks for
 WAITS = (0.5, 1, 2, 4, 8, 16)  # seconds between tries that bring nothing; then the download fails
 PASSING = (408, 429, 500, 502, 503, 504)  # HTTP statuses that another try may not meet
@@ -158,7 +157,7 @@ class _Downloader:
         self.headers = build_hf_headers(headers={"Accept-Encoding": "identity"})
         self.progress = progress
         self.stop = threading.Event()
-        self.files, self.connections = ThreadPoolExecutor(FILES), ThreadPoolExecutor(CONNECTIONS)
+        self.files, self.connections = ThreadPoolExecutor(CONNECTIONS), ThreadPoolExecutor(CONNECTIONS)
 
     def __enter__(self) -> "_Downloader":
         return self
