@@ -24,7 +24,7 @@ from typing import Any
 
 import click
 
-from basemodel.command_line import run_command
+from basemodel.command_line import FileSize, run_command
 from basemodel.dataset_files import Layout, card, count_passed_over, draw_lengths, lay_out, write_dataset
 from basemodel.documents import Piece, make_shards
 from basemodel.encoding import Settings, encode_all
@@ -35,6 +35,7 @@ from basemodel.json_config import read_json_object
 from basemodel.nanogpt import lay_out_bins
 from basemodel.readers import cut_into_pieces
 from basemodel.sources import Request, Source, find_source
+from basemodel.token_files import as_one_path, split_files
 from basemodel.tokenizer import GigatokenEncoder, get_tokenizer, set_up_engine
 
 
@@ -52,6 +53,9 @@ from basemodel.tokenizer import GigatokenEncoder, get_tokenizer, set_up_engine
 @click.option("--split", default="train", show_default=True, help="What to train on.")
 @click.option("--files", metavar="PATTERN", help="Take only the matching files, such as 'sample/10BT/*'.")
 @click.option("--revision", help="A commit, tag or branch of the Hub data set.")
+@click.option(
+    "--max-file-size", type=FileSize(), default="40GB", show_default=True, help="Cut what is larger."
+)
 @click.option("--stats", is_flag=True, help="Also draw a histogram of document lengths.")
 @click.option("--push", "repo_id", metavar="OWNER/NAME", help="Then upload the data set to the Hub.")
 def main(
@@ -62,6 +66,7 @@ def main(
     workers: int,
     engine: str,
     text_column: str,
+    max_file_size: int,
     repo_id: str | None,
     *,
     stats: bool,
@@ -85,7 +90,7 @@ def main(
     if repo_id:
         check_push(repo_id)
     if repo_id and (output_dir / "meta.json").exists():
-        check_prepared(output_dir, {**asdict(wanted), **asdict(settings)})
+        check_prepared(output_dir, {**asdict(wanted), **asdict(settings)}, max_file_size)
         print(f"{output_dir}: already prepared")
     else:
         require_empty(output_dir)
@@ -97,7 +102,7 @@ def main(
             layout, found = lay_out_text(fetch(), folder / "parts", settings, gigatoken, workers)
             description = "as tokens: one tensor 'tokens' per split, end-of-text after each document"
             meta = {"description": f"{source} {description}", **asdict(wanted), **found}
-            meta |= write_dataset(finished, layout, settings)
+            meta |= write_dataset(finished, layout, settings, max_file_size)
             if stats:
                 title = f"{output_dir.name}: document lengths"
                 print(draw_lengths(layout, meta["end_of_text"], finished / "document-lengths.png", title))
@@ -153,8 +158,9 @@ def require_empty(output_dir: Path) -> None:
         )
 
 
-def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
-    """Raise InputError unless the folder holds an undamaged data set made from `wanted`."""
+def check_prepared(folder: Path, wanted: dict[str, Any], max_file_size: int) -> None:
+    """Raise InputError unless the folder holds an undamaged data set made from `wanted`, and its token files
+    are of at most `max_file_size` bytes."""
     meta = read_json_object(folder / "meta.json")
     for key, value in wanted.items():
         if key != "revision" and meta.get(key) != value:  # of which meta.json has the commit
@@ -162,6 +168,10 @@ def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
     for name, sha256 in meta.get("sha256", {}).items():
         if not (folder / name).exists() or fingerprint(folder / name)["sha256"] != sha256:
             raise InputError(f"{folder / name}: is damaged; remove {folder} and prepare it again")
+        if (folder / name).stat().st_size > max_file_size:
+            raise InputError(
+                f"{folder / name}: is larger than --max-file-size; remove {folder} and prepare it again"
+            )
 
 
 @contextlib.contextmanager
@@ -218,8 +228,8 @@ def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
     shutil.rmtree(finished.parent, ignore_errors=True)
     print(summary(meta))
     for split, counts in meta["splits"].items():
-        path = output_dir / f"{split}.safetensors"
-        print(f"{path}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+        files = as_one_path(split_files(output_dir, split))
+        print(f"{files}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
 
 
 def summary(meta: dict[str, Any]) -> str:

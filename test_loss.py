@@ -21,11 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from basemodel.command_line import run_command
-from basemodel.data import Sequences, TokenFile, check_tokenizer
+from basemodel.data import Sequences, check_tokenizer
 from basemodel.errors import InputError, RunError
 from basemodel.hub import fetch_dataset
 from basemodel.loss import document_features
 from basemodel.measured_loss import MeasuredLoss, write_test_loss
+from basemodel.token_files import TokenFiles
 from basemodel.tokenizer import get_tokenizer
 from basemodel.weights import load_model
 from checkpointing import META_FILE
@@ -61,7 +62,7 @@ def main(
     configs = [model.config for model in loaded]
     length = choose_length(configs, context_length)
     folder = fetch_dataset(datasets_dir, dataset, None, [split])
-    sequences = Sequences(TokenFile(folder / f"{split}.safetensors"), start_token, length, seed=0)
+    sequences = Sequences(TokenFiles(folder, split), start_token, length, seed=0)
     count = check_data(sequences, tokens, configs)
     for config in configs:
         check_tokenizer(folder, config)
@@ -91,7 +92,7 @@ def main(
         results.append(result)
         if (weights.parent / META_FILE).exists():  # a checkpoint of this project
             write_test_loss(weights.parent, result)
-    print(f"{count:,} sequences of {length:,} tokens from {sequences.tokens.path}")
+    print(f"{count:,} sequences of {length:,} tokens from {sequences.tokens}")
     if len(results) > 1:
         print_table([weights for _, weights in pairs], results, losses, no_bytes)
     else:
@@ -120,16 +121,16 @@ def check_data(sequences: Sequences, tokens: int, configs: list[GPTConfig]) -> i
     them."""
     if len({config.tokenizer for config in configs}) > 1:
         raise InputError("the models' tokenizers differ; measure each on a data set of its own")
-    file, start, length = sequences.tokens, sequences.start, sequences.length
+    split, start, length = sequences.tokens, sequences.start, sequences.length
     count = tokens // length
     if not 0 < count <= sequences.count:
         hint = "; --start-token 0 begins at the start" if start else ""
         raise InputError(
-            f"{file.path}: has {file.count:,} tokens, which make {sequences.count} sequences of {length} "
+            f"{split}: has {split.count:,} tokens, which make {sequences.count} sequences of {length} "
             f"after --start-token {start}; --tokens {tokens} asks for {count}{hint}"
         )
     smallest = min(config.vocab_size for config in configs)
-    file.check_vocabulary(start, start + count * length + 1, smallest)
+    split.check_vocabulary(start, start + count * length + 1, smallest)
     return count
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from basemodel.encoding import COUNTED, SPLITS, Part, Settings
 from basemodel.errors import InputError, RunError
+from basemodel.token_files import split_names
 from basemodel.tokenizer import get_tokenizer, token_byte_lengths
 
 CONTEXT_LENGTH = 1024  # GPT-2's, for the histogram
@@ -20,15 +21,18 @@ Segment = tuple[Path, int, int]  # a file of raw tokens, and the range of its to
 Layout = dict[str, tuple[list[int], list[Segment]]]  # of each split: its size, and where its tokens are
 
 
-def write_dataset(folder: Path, layout: Layout, settings: Settings) -> dict[str, Any]:
-    """Write the token files of both splits and return what meta.json says about them.
+def write_dataset(folder: Path, layout: Layout, settings: Settings, max_file_size: int) -> dict[str, Any]:
+    """Write the token files of both splits, none above `max_file_size` bytes; return what meta.json says
+    about them.
 
     Raises RunError if a part is damaged.
     """
     tokenizer = get_tokenizer(settings.tokenizer)
     sha256 = {}
     for split, (_, segments) in layout.items():
-        sha256[f"{split}.safetensors"] = join_segments(segments, folder / f"{split}.safetensors")
+        files = cut_segments(segments, capacity(max_file_size))
+        for name, own in zip(split_names(split, len(files)), files, strict=True):
+            sha256[name] = join_segments(own, folder / name)
     return {
         **asdict(settings),
         "vocab_size": tokenizer.n_vocab,
@@ -125,13 +129,36 @@ def count_duplicates(parts: list[Part]) -> int:
     return documents - distinct
 
 
-def join_segments(segments: list[Segment], path: Path) -> str:
-    """Stream segments into one safetensors file, return its SHA-256. Raises RunError if one is cut off."""
-    size = 2 * sum(stop - start for _, start, stop in segments)
-    description = {"tokens": {"dtype": "U16", "shape": [size // 2], "data_offsets": [0, size]}}
+def cut_segments(segments: list[Segment], most: int) -> list[list[Segment]]:
+    """Distribute segments over files of `most` tokens each; the last one may hold fewer."""
+    files: list[list[Segment]] = [[]]
+    room = most
+    for path, start, stop in segments:
+        while stop - start > room:
+            files[-1].append((path, start, start + room))
+            files.append([])
+            start, room = start + room, most
+        files[-1].append((path, start, stop))
+        room -= stop - start
+    return files
+
+
+def capacity(size: int) -> int:
+    """How many tokens fit into a file of `size` bytes."""
+    return (size - len(_header(size // 2))) // 2
+
+
+def _header(count: int) -> bytes:
+    """What a safetensors file of `count` tokens begins with."""
+    description = {"tokens": {"dtype": "U16", "shape": [count], "data_offsets": [0, 2 * count]}}
     header = json.dumps(description, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the format aligns the data that follows
-    header = len(header).to_bytes(8, "little") + header
+    return len(header).to_bytes(8, "little") + header
+
+
+def join_segments(segments: list[Segment], path: Path) -> str:
+    """Stream segments into one safetensors file, return its SHA-256. Raises RunError if one is cut off."""
+    header = _header(sum(stop - start for _, start, stop in segments))
     digest = hashlib.sha256(header)
     with path.open("wb") as out:
         out.write(header)
@@ -194,10 +221,10 @@ def card(name: str, meta: dict[str, Any]) -> str:
     )
     revision = f" at revision `{meta['revision']}`" if meta["revision"] else ""
     rows = "".join(
-        f"| {split} | {counts['documents']:,} | {counts['tokens']:,} | {counts['bytes']:,} | "
-        f"`{meta['sha256'][f'{split}.safetensors']}` |\n"
+        f"| {split} | {counts['documents']:,} | {counts['tokens']:,} | {counts['bytes']:,} |\n"
         for split, counts in meta["splits"].items()
     )
+    files = "".join(f"| {file} | `{sha256}` |\n" for file, sha256 in meta["sha256"].items())
     return f"""---
 {header.to_yaml()}
 ---
@@ -207,16 +234,23 @@ def card(name: str, meta: dict[str, Any]) -> str:
 {meta["description"]}. The source is `{meta["source"]}`{revision}, the tokenizer `{meta["tokenizer"]}` with a
 vocabulary of {meta["vocab_size"]:,}.
 
-| split | documents | tokens | bytes of text | SHA-256 of the file |
-| --- | --- | --- | --- | --- |
+| split | documents | tokens | bytes of text |
+| --- | --- | --- | --- |
 {rows}
+| file | SHA-256 |
+| --- | --- |
+{files}
 Each file holds one 1-D uint16 tensor named `tokens`: documents one after another, each followed by
 `<|endoftext|>`, token {meta["end_of_text"]}. A document goes to validation if the checksum of its text is in
 the lowest {meta["validation_fraction"]:.3g} of the range. `meta.json` has this in machine-readable form.
 
 ```python
+from pathlib import Path
+
+import numpy as np
 from safetensors.numpy import load_file
 
-tokens = load_file("train.safetensors")["tokens"]
+files = sorted(Path().glob("train*.safetensors"))  # read as one: each goes on where the one before ends
+tokens = np.concatenate([load_file(file)["tokens"] for file in files])
 ```
 """

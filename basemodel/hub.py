@@ -15,6 +15,7 @@ from basemodel.downloads import RemoteFile, fetch, look_up, look_up_all
 from basemodel.errors import InputError, RunError
 from basemodel.files import DISK_FULL, fingerprint, replace_text
 from basemodel.json_config import read_json_object
+from basemodel.token_files import PATTERNS, missing_files, split_files, whole_set
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files
 
@@ -36,17 +37,16 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     folder = dataset_folder(datasets_dir, dataset)
     if datasets_dir.is_file():
         raise InputError(f"{datasets_dir}: is a file; DATASETS_DIR is the folder of the data sets")
-    names = [f"{split}.safetensors" for split in splits]
-    missing = [name for name in names if not (folder / name).exists()]
-    known = _known_fingerprints(folder)
-    commits = [known[name].get("revision") for name in names if name in known and name not in missing]
+    missing, known = missing_files(folder, splits), _known_fingerprints(folder)
+    names = [path.name for split in splits for path in split_files(folder, split) if path.exists()]
+    commits = [known[name].get("revision") for name in names if name in known]
     for commit in filter(None, commits):
         if revision is not None and len(revision) >= 40 and revision != commit:
             raise InputError(
                 f"{folder}: is at commit {commit}, but dataset_revision asks for {revision}; move it away"
             )
     if missing:
-        _download(folder, dataset, revision or next(filter(None, commits), None), missing)
+        _download(folder, dataset, next(filter(None, commits), revision), missing)
     return folder
 
 
@@ -71,19 +71,38 @@ def _download(folder: Path, dataset: str, revision: str | None, names: list[str]
 
 
 def _look_up_with_meta(dataset: str, revision: str | None, names: list[str]) -> dict[str, RemoteFile]:
-    """What the Hub has of these names, and of meta.json, at one commit."""
+    """What the Hub has for these names, and of meta.json, at one commit."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    files = {names[0]: look_up(dataset, names[0], revision)}
-    commit = files[names[0]].commit
-    files |= zip(names[1:], look_up_all(dataset, names[1:], commit), strict=True)
+    files: dict[str, RemoteFile] = {}
+    for name in names:
+        files |= _look_up_split(dataset, name, revision)
+        revision = next(iter(files.values())).commit
     with contextlib.suppress(EntryNotFoundError):  # older data sets have none
-        files["meta.json"] = look_up(dataset, "meta.json", commit)
+        files["meta.json"] = look_up(dataset, "meta.json", revision)
     return files
 
 
-def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The size and SHA-256 of a data set's files, and the commit ("revision") they were downloaded from.
+def _look_up_split(dataset: str, name: str, revision: str | None) -> dict[str, RemoteFile]:
+    """What the Hub has under a file's name, or the several files in which it has the split instead.
+
+    The list of the Hub's files is asked for only then: not every mirror has one.
+    """
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return {name: look_up(dataset, name, revision)}
+    except EntryNotFoundError:
+        found = hub.HfApi().dataset_info(dataset, revision=revision)
+        listed = (file.rfilename for file in found.siblings or [])
+        names = whole_set(listed, name.removesuffix(".safetensors"), dataset)
+        if names in ([], [name]):
+            raise
+    return dict(zip(names, look_up_all(dataset, names, found.sha), strict=True))
+
+
+def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The size and SHA-256 of the splits' files, and the commit ("revision") they were downloaded from.
 
     They are cached in the folder; a file is hashed again only if its size or modification time changed.
     Raises InputError if a hash differs from the one in the data set's meta.json.
@@ -92,6 +111,7 @@ def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str,
     promised = meta.get("sha256") if isinstance(meta.get("sha256"), dict) else {}
     before = _known_fingerprints(folder)
     known = dict(before)
+    names = [path.name for split in splits for path in split_files(folder, split)]
     for name in names:
         path, stat = folder / name, (folder / name).stat()
         seen = known.get(name, {})
@@ -108,12 +128,11 @@ def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str,
 
 def same_on_all_nodes(nodes: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """The fingerprints of one node if those of all nodes agree. Raises InputError if they differ."""
-    for name in nodes[0]:
-        hashes = {node[name]["sha256"] for node in nodes}
+    for name in sorted({name for node in nodes for name in node}):
+        hashes = {node[name]["sha256"] if name in node else None for node in nodes}
         if len(hashes) != 1:
-            raise InputError(
-                f"{name} is not the same on all nodes; delete the wrong one to download it again"
-            )
+            what = "on all nodes" if None in hashes else "the same on all nodes"
+            raise InputError(f"{name} is not {what}; delete the wrong files to download the data set again")
     return nodes[0]
 
 
@@ -236,12 +255,14 @@ def check_push(repo_id: str) -> None:
 def push(folder: Path, repo_id: str, message: str, **options: Any) -> str:
     """Upload a folder to a repository, created if need be, and return the commit's URL.
 
-    `options` are HfApi.create_repo's. Raises RunError; the same call then uploads only what is missing.
+    `options` are HfApi.create_repo's. Raises RunError; the same call then uploads only what is missing. A
+    data set's token files replace all that are there: others, of an earlier one, would be read with them.
     """
     api, kind = hub.HfApi(), options.get("repo_type")
+    files = {"folder_path": folder, "delete_patterns": PATTERNS if kind == "dataset" else None}
     try:
         api.create_repo(repo_id, exist_ok=True, **options)
-        done = api.upload_folder(repo_id=repo_id, repo_type=kind, folder_path=folder, commit_message=message)
+        done = api.upload_folder(repo_id=repo_id, repo_type=kind, commit_message=message, **files)
     except Exception as error:  # anything a network, a proxy or the Hub can raise
         raise RunError(
             f"{repo_id}: the upload failed ({reason(error)}); run the same command again to resume it"

@@ -37,8 +37,8 @@ class Hub:
     hold: int | None = None  # bytes after which those then stay open, and silent, until this is None
     has_ranges: bool = True
     sent: int = 0  # bytes of files
-    # What is answered in place of a file, by method and path: status and headers.
-    answers: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
+    # What is answered in place of a file, by method and path: status, headers, and the body if there is one.
+    answers: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     # Links to another server, each of which works once; with None, files come from this one.
     links: set[str] | None = None
 

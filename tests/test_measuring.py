@@ -10,9 +10,10 @@ import torch
 from click.testing import CliRunner
 from helpers import MODEL, Sandbox, option_defaults, run_script, write_dataset, write_model
 
-from basemodel.data import Sequences, TokenFile
+from basemodel.data import Sequences
 from basemodel.errors import InputError
 from basemodel.measured_loss import read_test_loss
+from basemodel.token_files import TokenFiles
 from basemodel.tokenizer import get_tokenizer
 from gpt import GPTConfig, GPTModel
 from test_loss import main, sequence_losses
@@ -109,7 +110,7 @@ def test_one_pass_reads_the_data_once(sandbox: Sandbox) -> None:
             reads.append((first, count))
             return super().read(first, count)
 
-    sequences = Counted(TokenFile(sandbox.datasets / "test/texts/validation.safetensors"), 0, 16, 0)
+    sequences = Counted(TokenFiles(sandbox.datasets / "test/texts", "validation"), 0, 16, 0)
     torch.manual_seed(0)
     models = [GPTModel(GPTConfig(**{**MODEL, "vocab_size": 257})).eval() for _ in range(3)]
     losses = sequence_losses(models, sequences, 10, batch_size=4, document_masking=False)

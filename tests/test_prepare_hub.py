@@ -104,8 +104,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.answer({"id": "test/texts", "sha": commit, "siblings": []})
             else:
                 self.answer({"error": "Invalid rev id"}, 404, X_Error_Code="RevisionNotFound")
-        elif found := re.fullmatch(r"/api/datasets/test/texts/tree/(.+)", path):
-            listing = FILES[found[1]].items()
+        elif found := re.fullmatch(r"/api/datasets/(test/texts|me/mine)/tree/(.+)", path):
+            listing = (self.hub.committed if found[1] == "me/mine" else FILES[found[2]]).items()
             blobs = ((name, data, hashlib.sha1(data).hexdigest()) for name, data in listing)
             self.answer([{"type": "file", "path": n, "size": len(d), "oid": oid} for n, d, oid in blobs])
         elif found := re.fullmatch(r"/datasets/test/texts/resolve/(\w+)/(.+)", path):
@@ -165,6 +165,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self.hub.committed[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     self.hub.committed[value["path"]] = self.hub.stored[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del self.hub.committed[value["path"]]
             url = f"{self.hub.url}/datasets/me/mine/commit/{'c' * 40}"
             self.answer({"success": True, "commitOid": "c" * 40, "commitUrl": url, "hookOutput": ""})
         else:
@@ -322,6 +324,21 @@ def test_a_data_set_is_uploaded(hub: FakeHub, tmp_path: Path) -> None:
     assert sum(method == "PUT" for method, _, _ in hub.requests) == 1, "what was there is not sent again"
     assert hub.committed == {path.name: path.read_bytes() for path in output.iterdir()}
     assert DatasetCard(hub.committed["README.md"].decode()).data.source_datasets == ["test/texts"]
+
+
+def test_an_uploaded_data_set_replaces_the_one_before(hub: FakeHub, tmp_path: Path) -> None:
+    """Token files of another cut would be found beside its own; what else is there stays."""
+    old = ("train.safetensors", "train-00001-of-00002.safetensors", "validation.safetensors")
+    hub.committed |= dict.fromkeys((*old, "trainer.safetensors", "notes.md"), b"before")
+    output, home = tmp_path / "mine", tmp_path / "home"
+    options = ("--push", "me/mine", "--max-file-size", "15kB")
+    done = start(hub, output, *options, home=home).wait()
+    assert done.returncode == 0, done.stderr
+    ours = {path.name: path.read_bytes() for path in output.iterdir()}
+    assert {"train-00000-of-00002.safetensors", "train-00001-of-00002.safetensors"} < ours.keys()
+    assert hub.committed == {"trainer.safetensors": b"before", "notes.md": b"before", **ours}
+    error = refused(start(hub, output, *options[:2], "--max-file-size", "10kB", home=home).wait())
+    assert f"{output}/train-00000-of-00002.safetensors: is larger than --max-file-size" in error
 
 
 def test_an_upload_needs_a_token_before_anything_is_prepared(hub: FakeHub, tmp_path: Path) -> None:
