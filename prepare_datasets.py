@@ -5,7 +5,7 @@
     python prepare_datasets.py my-texts/ datasets/me/my-texts --stats        any text files
     python prepare_datasets.py roneneldan/TinyStories datasets/me/tiny-stories           a data set on the Hub
     python prepare_datasets.py HuggingFaceFW/fineweb datasets/me/fineweb-10b --name sample-10BT
-    python prepare_datasets.py german-texts/ datasets/me/german --train-tokenizer 16384      other languages, code
+    python prepare_datasets.py german-texts/ datasets/me/german --train-tokenizer 16384   other languages
 
 The input is cut into shards of about 64 MB of text. Workers encode each shard straight to disk, and the
 results are joined in the order of the input. So the same text gives the same bytes whatever the number of
