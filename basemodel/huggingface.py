@@ -15,6 +15,7 @@ from basemodel.config import optimizer_in_words
 from basemodel.errors import InputError, RunError
 from basemodel.json_config import read_json_object
 from basemodel.measured_loss import read_test_loss
+from basemodel.model_config import gelu_name
 from basemodel.weights import save_tensors, to_huggingface
 from checkpointing import META_FILE
 from gpt import GPTConfig, GPTModel
@@ -48,7 +49,9 @@ def write_model(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> 
     """Write weights, configuration and tokenizer files into an empty folder."""
     end_of_text = tokenizer.eot_token
     generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    config = huggingface_config(model.config, end_of_text)
+    # Without a limit, generation would go on past the last position.
+    generation["max_length"] = model.config.context_length
+    config = huggingface_config(model.config, end_of_text) | {"activation_function": gelu_name(model)}
     for name, values in (("config", config), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in to_huggingface(model.tensors()).items()}
@@ -68,7 +71,6 @@ def huggingface_config(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
         "n_layer": config.n_layers,
         "n_head": config.n_heads,
         "n_inner": None,
-        "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "attn_pdrop": config.drop_rate,
         "embd_pdrop": config.drop_rate,
@@ -93,7 +95,9 @@ def write_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, context_length: 
     ranks = tokenizer._mergeable_ranks
     vocab = {written(token): rank for token, rank in ranks.items()} | {end_of_text: tokenizer.eot_token}
     pairs = [(written(a), written(b)) for a, b in merges(ranks)]
-    exported = GPT2Tokenizer(vocab=vocab, merges=pairs, model_max_length=context_length)
+    # Batches need padding, and to be continued they need it before the text.
+    padding = {"pad_token": end_of_text, "padding_side": "left"}
+    exported = GPT2Tokenizer(vocab=vocab, merges=pairs, model_max_length=context_length, **padding)
     exported.save_pretrained(folder)
     exported.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt
 
