@@ -141,6 +141,7 @@ def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, li
     if test := read_test_loss(weights.parent):
         bits = f", {test.bits_per_byte:.4f} bits per byte" if test.bits_per_byte is not None else ""
         data = f"{test.dataset}, {test.split}, {test.tokens:,} tokens from {test.start_token:,} on"
+        data += ", in lm-evaluation-harness's windows" if test.windows == "harness" else ""
         loss = f"{test.loss:.3f} nats per token, perplexity {test.perplexity:.2f}"
         facts["Test loss"] = f"{loss}{bits} ({data})"
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
