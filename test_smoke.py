@@ -28,7 +28,9 @@ from basemodel.weights import load_model
 @click.option(
     "--temperature", type=click.FloatRange(0, 1000), default=1.0, show_default=True, help="0: no sampling."
 )
-@click.option("--top-k", type=click.IntRange(1), default=25, show_default=True, help="Tokens to sample from.")
+@click.option(
+    "--top-k", type=click.IntRange(0), default=25, show_default=True, help="Tokens to sample from; 0: all."
+)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="For reproducible samples.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Per prompt.")
 def main(

@@ -144,6 +144,10 @@ def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, li
         data += ", in lm-evaluation-harness's windows" if test.windows == "harness" else ""
         loss = f"{test.loss:.3f} nats per token, perplexity {test.perplexity:.2f}"
         facts["Test loss"] = f"{loss}{bits} ({data})"
+    if config.tokenizer != "gpt2":
+        facts["llama.cpp"] = (
+            "not convertible: convert_hf_to_gguf.py does not know this tokenizer, only GPT-2's"
+        )
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     chart = weights.resolve().parent.parent.parent / CHART  # runs/RUN/checkpoints/NAME/model.safetensors
     if "Data" in facts and chart.exists():
