@@ -145,9 +145,7 @@ def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, li
         loss = f"{test.loss:.3f} nats per token, perplexity {test.perplexity:.2f}"
         facts["Test loss"] = f"{loss}{bits} ({data})"
     if config.tokenizer != "gpt2":
-        facts["llama.cpp"] = (
-            "not convertible: convert_hf_to_gguf.py does not know this tokenizer, only GPT-2's"
-        )
+        facts["llama.cpp"] = "not convertible: its converter does not know this tokenizer, only GPT-2's"
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     chart = weights.resolve().parent.parent.parent / CHART  # runs/RUN/checkpoints/NAME/model.safetensors
     if "Data" in facts and chart.exists():
