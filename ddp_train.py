@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpointing
-from basemodel import data, hub, memory, microbatch, run_folder
+from basemodel import data, hub, memory, microbatch, run_folder, token_files
 from basemodel.command_line import run_command
 from basemodel.compilation import compile_if_wanted
 from basemodel.config import TrainConfig
@@ -517,7 +517,7 @@ def main(
 def show_plan(run: Run, datasets_dir: Path, world: World) -> None:
     """Print what the run would do, using the data if they are already downloaded."""
     folder = hub.dataset_folder(datasets_dir, run.config.dataset)
-    here = all((folder / f"{split}.safetensors").exists() for split in run.config.splits)
+    here = not token_files.missing_files(folder, run.config.splits)
     run_data = data.open_data(run.config, run.model_config, datasets_dir) if here else None
     plan = data.plan_batches(
         run.config, run.model_config.context_length, world.size, run_data and run_data.train.count
@@ -593,8 +593,8 @@ def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, 
     used = plan.steps * plan.global_batch, config.validation_batches * config.microbatch_size
     share = world.local_rank, world.local_size
     world.agree(lambda: data.check_tokens(run_data, *used, model_config.vocab_size, share=share))
-    names = [f"{split}.safetensors" for split in config.splits]
-    files = world.agree(lambda: hub.fingerprint_files(folder, names), on=world.local_rank == 0)
+    fingerprint = functools.partial(hub.fingerprint_files, folder, config.splits)
+    files = world.agree(fingerprint, on=world.local_rank == 0)
     files = hub.same_on_all_nodes([each for each in world.all_gather(files) if each is not None])
     return dataclasses.replace(run, plan=plan, data=run_data, files=files)
 

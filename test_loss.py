@@ -24,11 +24,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from basemodel.command_line import run_command
-from basemodel.data import Sequences, TokenFile, check_tokenizer
+from basemodel.data import Sequences, check_tokenizer
 from basemodel.errors import InputError, RunError
 from basemodel.hub import fetch_dataset
 from basemodel.loss import IGNORED, document_features
 from basemodel.measured_loss import MeasuredLoss, write_test_loss
+from basemodel.token_files import TokenFiles
 from basemodel.tokenizer import get_tokenizer
 from basemodel.weights import load_model
 from basemodel.windows import DocumentSlice, ScoredSlice, SequenceSlice
@@ -80,7 +81,7 @@ def main(
     length = choose_length(configs, context_length)
     folder = fetch_dataset(datasets_dir, dataset, None, [split])
     check_together(folder, configs)
-    file = TokenFile(folder / f"{split}.safetensors")
+    file = TokenFiles(folder, split)
     if context.get_parameter_source("start_token") is click.core.ParameterSource.DEFAULT:
         start_token = start_within(file, start_token, length)
     choose = choose_sequences if windows == "sequences" else choose_documents
@@ -111,7 +112,7 @@ def main(
         results.append(result)
         if (weights.parent / META_FILE).exists():  # a checkpoint of this project
             write_test_loss(weights.parent, result)
-    print(f"{part} from {file.path}")
+    print(f"{part} from {file}")
     if len(results) > 1:
         differences = [(row.sum().item() / total, standard_error(row, part.sizes)) for row in sums - sums[0]]
         print_table([weights for _, weights in pairs], results, differences, no_bytes)
@@ -144,7 +145,7 @@ def check_together(folder: Path, configs: list[GPTConfig]) -> None:
         check_tokenizer(folder, config)
 
 
-def start_within(file: TokenFile, start: int, length: int) -> int:
+def start_within(file: TokenFiles, start: int, length: int) -> int:
     """Where to start if nobody has said: `start`, or the beginning of a file that ends before it."""
     if Sequences(file, start, length, seed=0).count:
         return start
@@ -153,7 +154,7 @@ def start_within(file: TokenFile, start: int, length: int) -> int:
 
 
 def choose_sequences(
-    file: TokenFile, start: int, tokens: int, length: int, configs: list[GPTConfig]
+    file: TokenFiles, start: int, tokens: int, length: int, configs: list[GPTConfig]
 ) -> SequenceSlice:
     """The sequences that `tokens` tokens from `start` on make, or as many as there are. Raises InputError if
     there are none, or a model cannot read them."""
@@ -161,7 +162,7 @@ def choose_sequences(
     if not sequences.count:
         hint = f"; --start-token can be at most {file.count - length - 1}" if file.count > length else ""
         raise InputError(
-            f"{file.path}: has {file.count:,} tokens, not one sequence of {length} and its target after "
+            f"{file}: has {file.count:,} tokens, not one sequence of {length} and its target after "
             f"--start-token {start}{hint}"
         )
     asked = tokens // length
@@ -175,7 +176,7 @@ def choose_sequences(
 
 
 def choose_documents(
-    file: TokenFile, start: int, tokens: int, length: int, configs: list[GPTConfig]
+    file: TokenFiles, start: int, tokens: int, length: int, configs: list[GPTConfig]
 ) -> DocumentSlice:
     """The documents in `tokens` tokens from `start` on, or in as many as there are. Raises InputError if
     there are none, or a model cannot read them."""
@@ -188,7 +189,7 @@ def choose_documents(
     part = DocumentSlice(file, start, stop, length, end_of_text)
     if start >= file.count or not part.documents:
         raise InputError(
-            f"{file.path}: no document begins in the {tokens:,} tokens after --start-token {start} of "
+            f"{file}: no document begins in the {tokens:,} tokens after --start-token {start} of "
             f"{file.count:,}; --start-token 0 begins at the start"
         )
     file.check_vocabulary(start, stop, smallest)

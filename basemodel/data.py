@@ -1,8 +1,7 @@
-"""Token files, and which tokens each training step reads.
+"""Which tokens each training step reads.
 
-A data set is a folder DATASETS_DIR/OWNER/NAME with train.safetensors and validation.safetensors, each one 1-D
-uint16 tensor named `tokens`: documents one after another, each followed by the end-of-text token. It comes
-from the Hub or from prepare_datasets.py.
+A data set is a folder DATASETS_DIR/OWNER/NAME with the tokens of two splits, train and validation: documents
+one after another, each followed by the end-of-text token. It comes from the Hub or from prepare_datasets.py.
 """
 
 import functools
@@ -13,77 +12,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from basemodel.config import TrainConfig
 from basemodel.errors import InputError
 from basemodel.hub import dataset_folder
 from basemodel.json_config import read_json_object
+from basemodel.token_files import TokenFiles
 from gpt import GPTConfig
-
-
-class TokenFile:
-    """The tensor `tokens` of a safetensors file, memory-mapped: all processes share one copy.
-
-    Raises InputError if the file is missing, damaged, or holds anything but one 1-D uint16 tensor named
-    `tokens`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            file = safe_open(path, framework="np")
-        except (OSError, SafetensorError) as error:
-            if not path.exists():
-                raise InputError(f"{path}: no such file") from None
-            raise InputError(
-                f"{path}: not a complete safetensors file ({error}); fetch or prepare it again"
-            ) from None
-        names = list(file.keys())
-        if names != ["tokens"]:
-            raise InputError(f"{path}: must contain one tensor named 'tokens', not {names}")
-        self._tokens = file.get_slice("tokens")
-        shape, dtype = self._tokens.get_shape(), self._tokens.get_dtype()
-        if len(shape) != 1:
-            raise InputError(f"{path}: 'tokens' must have one dimension, not shape {shape}")
-        if dtype != "U16":
-            raise InputError(f"{path}: 'tokens' must be uint16 (U16), not {dtype}")
-        self.count: int = shape[0]
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1, copied into a new uint16 array."""
-        return self._tokens[start:stop]
-
-    def check_vocabulary(self, start: int, stop: int, vocab_size: int) -> None:
-        """Raise InputError, with index and value, if a token in [start, stop) is not below `vocab_size`."""
-        chunk = 1 << 24
-        for first in range(start, stop if vocab_size < 65_536 else start, chunk):
-            tokens = self.read(first, min(first + chunk, stop))
-            if tokens.max() >= vocab_size:
-                index = int((tokens >= vocab_size).argmax())
-                raise InputError(
-                    f"{self.path}: token {tokens[index]} at index {first + index} is outside the model's "
-                    f"vocabulary of {vocab_size}; was the data set made with another tokenizer?"
-                )
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """A token file cut into sequences of `length` inputs and the token that follows: `length` + 1 tokens.
+    """A split's tokens cut into sequences of `length` inputs and the token that follows: `length` + 1 tokens.
 
     Sequence i starts at token start + i * length, and `count` of them fit. Numbers from `count` on belong to
     later epochs. Epoch 0 is in file order; each later one is shuffled by the seed and the epoch number.
     """
 
-    tokens: TokenFile
+    tokens: TokenFiles
     start: int
     length: int
     seed: int
 
     @property
     def count(self) -> int:
-        """Complete sequences per epoch; the last one's targets end at or before the file's last token."""
+        """Complete sequences per epoch; the last one's targets end at or before the last token."""
         return max(0, (self.tokens.count - self.start - 1) // self.length)
 
     def read(self, first: int, count: int) -> Tensor:
@@ -176,14 +130,12 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
     check_tokenizer(folder, model)
 
     def sequences(split: str, start: int) -> Sequences:
-        return Sequences(
-            TokenFile(folder / f"{split}.safetensors"), start, model.context_length, config.random_seed
-        )
+        return Sequences(TokenFiles(folder, split), start, model.context_length, config.random_seed)
 
     train = sequences("train", config.start_train_token)
     if train.count <= 0:
         raise InputError(
-            f"{train.tokens.path}: too short: {train.tokens.count} tokens do not fill one sequence of "
+            f"{train.tokens}: too short: {train.tokens.count} tokens do not fill one sequence of "
             f"{model.context_length} after start_train_token {config.start_train_token}"
         )
     if config.validation_interval is None:
@@ -192,7 +144,7 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
     most = validation.count // config.microbatch_size
     if config.validation_batches > most:
         raise InputError(
-            f"{validation.tokens.path}: too short: its {validation.tokens.count} tokens fill {most} "
+            f"{validation.tokens}: too short: its {validation.tokens.count} tokens fill {most} "
             f"validation batches of {config.microbatch_size} x {model.context_length} after start_val_token "
             f"{config.start_val_token}, not {config.validation_batches}"
         )

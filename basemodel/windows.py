@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from basemodel.data import Sequences, TokenFile
+from basemodel.data import Sequences
 from basemodel.loss import IGNORED
+from basemodel.token_files import TokenFiles
 
 
 class Batch(NamedTuple):
@@ -76,7 +77,7 @@ class DocumentSlice:
     End-of-text itself is not scored.
     """
 
-    tokens: TokenFile
+    tokens: TokenFiles
     start: int
     stop: int
     length: int

@@ -34,7 +34,7 @@ from common import ROOT, spread
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from basemodel.documents import python_docs
+from basemodel.python_docs import python_docs
 from basemodel.tokenizer import get_tokenizer
 
 FILES = 4

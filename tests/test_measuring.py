@@ -11,9 +11,10 @@ import torch
 from click.testing import CliRunner
 from helpers import MODEL, Sandbox, option_defaults, run_script, write_dataset, write_model
 
-from basemodel.data import Sequences, TokenFile
+from basemodel.data import Sequences
 from basemodel.errors import InputError
 from basemodel.measured_loss import read_test_loss
+from basemodel.token_files import TokenFiles
 from basemodel.tokenizer import get_tokenizer
 from basemodel.weights import load_model
 from basemodel.windows import SequenceSlice
@@ -113,7 +114,7 @@ def test_one_pass_reads_the_data_once(sandbox: Sandbox) -> None:
             reads.append((first, count))
             return super().read(first, count)
 
-    sequences = Counted(TokenFile(sandbox.datasets / "test/texts/validation.safetensors"), 0, 16, 0)
+    sequences = Counted(TokenFiles(sandbox.datasets / "test/texts", "validation"), 0, 16, 0)
     torch.manual_seed(0)
     models = [GPTModel(GPTConfig(**{**MODEL, "vocab_size": 257})).eval() for _ in range(3)]
     part = SequenceSlice(sequences, 10)
