@@ -91,7 +91,8 @@ def load_tensors(model: GPTModel, tensors: dict[str, Tensor], source: str) -> li
     def named(ours: str) -> str:
         """A tensor's name in the file, whether it is there or missing."""
         theirs = huggingface_name(ours) if fused is not None else ours
-        return plain.get(theirs) or plain.get(f"transformer.{theirs}") or theirs
+        prefix = "transformer." if any(name.startswith("transformer.") for name in plain) else ""
+        return plain.get(theirs) or plain.get(prefix + theirs) or prefix + theirs
 
     found = {name: tensor for name, tensor in found.items() if not name.endswith("att.mask")}
     share_tied(found, model.config, source)
