@@ -86,7 +86,7 @@ def test_pipelines_batches_and_collators_take_the_folder_as_it_is(tmp_path: Path
     pipeline = transformers.pipeline("text-generation", model=str(tmp_path))
     for _ in range(10):  # without a limit it would go on past the last of 32 positions
         assert pipeline("Return the")[0]["generated_text"].startswith("Return the")
-    tokenizer, theirs = pipeline.tokenizer, pipeline.model
+    tokenizer, theirs = transformers.AutoTokenizer.from_pretrained(tmp_path), pipeline.model
     prompts = ["Return the", "a", "if x"]
     together = theirs.generate(
         **tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=9, do_sample=False
