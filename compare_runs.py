@@ -169,8 +169,11 @@ def notes(runs: list[RunSummary]) -> list[str]:
     """Warnings for readers of the table."""
     tests = [run.test for run in runs if run.test]
     if any(not test.same_data(tests[0]) for test in tests):
-        where = (f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,}" for test in tests)
-        return [f"The test losses were measured on different data: {'; '.join(dict.fromkeys(where))} tokens."]
+        where = (
+            f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,} tokens in {test.windows}"
+            for test in tests
+        )
+        return [f"The test losses were measured on different data: {'; '.join(dict.fromkeys(where))}."]
     return []
 
 

@@ -31,6 +31,7 @@ from basemodel.loss import IGNORED, document_features
 from basemodel.measured_loss import MeasuredLoss, write_test_loss
 from basemodel.token_files import TokenFiles
 from basemodel.tokenizer import get_tokenizer
+from basemodel.weight_files import folder_of
 from basemodel.weights import load_model
 from basemodel.windows import DocumentSlice, ScoredSlice, SequenceSlice
 from checkpointing import META_FILE
@@ -107,11 +108,11 @@ def main(
             bits_per_byte=row.sum().item() / math.log(2) / size if size else None,
             measured=datetime.now(UTC).isoformat(timespec="seconds"),
             document_masking=document_masking,
-            windows=windows,
+            windows="sequences" if windows == "sequences" else "harness windows",
         )
         results.append(result)
-        if (weights.parent / META_FILE).exists():  # a checkpoint of this project
-            write_test_loss(weights.parent, result)
+        if (folder_of(weights) / META_FILE).exists():  # a checkpoint of this project
+            write_test_loss(folder_of(weights), result)
     print(f"{part} from {file}")
     if len(results) > 1:
         differences = [(row.sum().item() / total, standard_error(row, part.sizes)) for row in sums - sums[0]]
@@ -204,7 +205,8 @@ def unit_losses(
     the CPU. The data are read once."""
     losses = torch.zeros(len(models), len(part.sizes), dtype=torch.float64)
     features_of = document_features if document_masking else GPTModel.features
-    for batch in tqdm(part.batches(batch_size), unit="batch", disable=None):
+    total = math.ceil(part.rows / batch_size)
+    for batch in tqdm(part.batches(batch_size), total=total, unit="batch", disable=None):
         for model, sums in zip(models, losses, strict=True):
             device = model.tok_emb.weight.device
             features, targets = features_of(model, batch.inputs.to(device)), batch.targets.to(device)

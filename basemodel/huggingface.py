@@ -16,6 +16,7 @@ from basemodel.errors import InputError, RunError
 from basemodel.json_config import read_json_object
 from basemodel.measured_loss import read_test_loss
 from basemodel.model_config import gelu_name
+from basemodel.weight_files import folder_of
 from basemodel.weights import save_tensors, to_huggingface
 from checkpointing import META_FILE
 from gpt import GPTConfig, GPTModel
@@ -126,7 +127,7 @@ def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, li
     training. For one of a run's checkpoints, also copy the run's chart."""
     from huggingface_hub import ModelCardData
 
-    config, dataset = model.config, "local/"
+    config, dataset, checkpoint = model.config, "local/", folder_of(weights)
     facts = {
         "Parameters": f"{model.parameter_count():,}",
         "Shape": f"{config.n_layers} layers of {config.emb_dim}, {config.n_heads} heads, context "
@@ -135,19 +136,19 @@ def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, li
         f"dropout {config.drop_rate:g}",
     }
     with contextlib.suppress(InputError, KeyError):  # no meta.json, or not one of ours
-        meta = read_json_object(weights.parent / META_FILE)
+        meta = read_json_object(checkpoint / META_FILE)
         facts |= training_facts(meta)
         dataset = meta["train_config"]["dataset"]
-    if test := read_test_loss(weights.parent):
+    if test := read_test_loss(checkpoint):
         bits = f", {test.bits_per_byte:.4f} bits per byte" if test.bits_per_byte is not None else ""
         data = f"{test.dataset}, {test.split}, {test.tokens:,} tokens from {test.start_token:,} on"
-        data += ", in lm-evaluation-harness's windows" if test.windows == "harness" else ""
+        data += ", in lm-evaluation-harness's windows" if test.windows != "sequences" else ""
         loss = f"{test.loss:.3f} nats per token, perplexity {test.perplexity:.2f}"
         facts["Test loss"] = f"{loss}{bits} ({data})"
     if config.tokenizer != "gpt2":
         facts["llama.cpp"] = "not convertible: its converter does not know this tokenizer, only GPT-2's"
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    chart = weights.resolve().parent.parent.parent / CHART  # runs/RUN/checkpoints/NAME/model.safetensors
+    chart = checkpoint.resolve().parent.parent / CHART  # of runs/RUN/checkpoints/NAME
     if "Data" in facts and chart.exists():
         shutil.copyfile(chart, folder / CHART)
         rows += f"\n\n![Loss, learning rate and gradient norm during training]({CHART})"

@@ -27,7 +27,7 @@ class MeasuredLoss:
     bits_per_byte: float | None  # None if the vocabulary is missing or the tokens encode no text
     measured: str  # when
     document_masking: bool = False
-    windows: str = "sequences"  # or "harness": documents, in lm-evaluation-harness's
+    windows: str = "sequences"  # or "harness windows", of documents
 
     def __str__(self) -> str:
         error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"

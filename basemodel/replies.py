@@ -4,7 +4,7 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 MOST_CHARACTERS = 20_000  # of a reply, from its end: no scores take more
@@ -205,5 +205,5 @@ def _number(value: Any) -> float | None:
     return value if is_number and 0 <= value <= 100 else None
 
 
-def _listed(numbers: Any) -> str:
+def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(f"answer_{number}" for number in numbers)

@@ -48,6 +48,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], int]:
     return read_file(path), 1
 
 
+def folder_of(path: Path) -> Path:
+    """The folder of the files that `read_tensors` reads, where a checkpoint keeps what is known of it."""
+    return path if path.is_dir() else path.parent
+
+
 def find_weights(folder: Path) -> Path:
     """The safetensors file or index in a folder. Raises InputError, about a pickle if there is one."""
     for name in (MODEL_FILE, INDEX_FILE):

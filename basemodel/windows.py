@@ -1,5 +1,6 @@
 """What a test of a model's loss reads: a slice of a token file, as sequences or as documents in windows."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,10 @@ class ScoredSlice(Protocol):
     def sizes(self) -> Tensor:
         """The number of tokens scored in each unit, (units,), float64."""
 
+    @property
+    def rows(self) -> int:
+        """The number of rows in all batches."""
+
     def scored(self) -> Iterator[np.ndarray]:
         """The tokens that are scored, in pieces."""
 
@@ -54,6 +59,11 @@ class SequenceSlice:
     def sizes(self) -> Tensor:
         """(count,)."""
         return torch.full((self.count,), float(self.sequences.length), dtype=torch.float64)
+
+    @property
+    def rows(self) -> int:
+        """One a sequence."""
+        return self.count
 
     def scored(self) -> Iterator[np.ndarray]:
         """The targets of each sequence."""
@@ -101,6 +111,11 @@ class DocumentSlice:
     def sizes(self) -> Tensor:
         """(documents,)."""
         return torch.tensor([len(document) for document in self.documents], dtype=torch.float64)
+
+    @property
+    def rows(self) -> int:
+        """One a window."""
+        return sum(math.ceil(len(document) / self.length) for document in self.documents)
 
     def scored(self) -> Iterator[np.ndarray]:
         """All of each document."""

@@ -127,7 +127,8 @@ def test_the_loss_of_a_checkpoint_is_kept_beside_it(sandbox: Sandbox) -> None:
     write_texts(sandbox, "bytes")
     files = write_model(sandbox.path / "checkpoint")
     (sandbox.path / "checkpoint/meta.json").write_text("{}")
-    printed = measure(sandbox, *files, "--tokens", "320")
+    model_json, weights = files
+    printed = measure(sandbox, model_json, weights.parent, "--tokens", "320")
     kept = read_test_loss(sandbox.path / "checkpoint")
     assert f"Loss against our test dataset: {kept.loss:.3f}" in printed
     assert (kept.dataset, kept.tokens, kept.context_length) == ("test/texts", 320, 16)
@@ -192,7 +193,7 @@ def test_the_harness_windows_are_those_of_a_loop_over_tokens(
     kept = read_test_loss(sandbox.path / "model")
     assert kept.loss == pytest.approx(-sum(found) / sum(sizes), abs=1e-6)
     assert kept.bits_per_byte == pytest.approx(-sum(found) / sum(sizes) / math.log(2), abs=1e-6)
-    assert (kept.tokens, kept.start_token, kept.windows) == (sum(sizes), start, "harness")
+    assert (kept.tokens, kept.start_token, kept.windows) == (sum(sizes), start, "harness windows")
     assert f"{len(sizes)} documents of {sum(sizes)} tokens in windows of 16 from" in printed
     assert f"Only {len(tokens) - start} of the 19,660,800 tokens asked for are there" in printed
 

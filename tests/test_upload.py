@@ -177,7 +177,9 @@ def test_the_folder_holds_what_is_known_of_the_run(trained: tuple[Sandbox, Path]
 
     _, checkpoint = trained
     output = tmp_path / "exported/tiny"
-    done = run_script(*upload(trained, output, "--license", "mit"))
+    command = [*upload(trained, output, "--license", "mit")]
+    command[2] = str(checkpoint)  # a folder will do, and its file does elsewhere
+    done = run_script(*command)
     assert done.returncode == 0, done.stderr
     difference = float(re.search(r"Largest logit difference .*: (\S+)", done.stdout)[1])
     assert difference <= 2e-5
