@@ -24,6 +24,8 @@ def build_model(path: Path) -> GPTModel:
     """The model that a model.json or config.json describes, with initial weights. Raises InputError."""
     if path.suffix == ".safetensors":
         raise InputError(f"{path}: holds weights; MODEL_JSON comes first, then MODEL_SAFETENSORS")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name the model.json or config.json in it")
     values = read_json_object(path)
     if not values.keys() & {"model_type", "n_embd"}:
         return GPTModel(read_config(GPTConfig, path))

@@ -58,9 +58,10 @@ def find_weights(folder: Path) -> Path:
     for name in (MODEL_FILE, INDEX_FILE):
         if (folder / name).exists():
             return folder / name
-    hint = ""
-    if pickles := sorted(path for pattern in PICKLES for path in folder.glob(pattern)):
-        hint = f", and {pickles[0].name} {explanation(pickles[0])}"
+    hint = f"; a run's are in {folder / 'checkpoints'}" if (folder / "checkpoints").is_dir() else ""
+    pickles = (path for pattern in PICKLES for path in sorted(folder.glob(pattern)))
+    if (pickle := next(pickles, None)) and (reason := explanation(pickle)):
+        hint = f"; {pickle.name} {reason}"
     raise InputError(f"{folder}: holds neither {MODEL_FILE} nor {INDEX_FILE}{hint}")
 
 

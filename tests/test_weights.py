@@ -273,6 +273,11 @@ def test_files_that_hold_no_weights(tmp_path: Path, case: str) -> None:
 def test_the_two_files_in_the_wrong_order(tmp_path: Path) -> None:
     model_json, weights = write_model(tmp_path)
     assert "MODEL_JSON comes first" in refused("test_smoke.py", weights, model_json)
+    with pytest.raises(InputError, match=r"is a folder; name the model\.json or config\.json in it"):
+        load_model(tmp_path, weights)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"holds neither .*; a run's are in .*run/checkpoints$"):
+        load_model(model_json, tmp_path / "run")
 
 
 SAVE = """
