@@ -27,6 +27,7 @@ from basemodel.generation import continuations
 from basemodel.instructions import FIELDS, fetch_records, prompt_of, read_records, split_records
 from basemodel.judging import RESULTS_ENDING, Judge, exact_match, judge_all, read_questions, token_f1
 from basemodel.tokenizer import get_tokenizer
+from basemodel.weight_files import folder_of
 from basemodel.weights import load_model
 
 DATA_URL = (
@@ -82,7 +83,7 @@ def generate_command(
         read_records(data) if data else fetch_records(datasets_dir, data_url)
     )
     model = load_model(model_json, model_safetensors)
-    tokenizer = get_tokenizer(model.config.tokenizer)
+    tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
     how = FineTuning(**hyperparameters)
     train_tokens, validation_tokens = (encode_records(part, tokenizer, model) for part in (train, validation))
     print(f"{len(train):,} records to train on, {len(validation):,} to validate, {len(test):,} to answer")

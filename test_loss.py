@@ -24,13 +24,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from basemodel.command_line import run_command
-from basemodel.data import Sequences, check_tokenizer
+from basemodel.data import Sequences, match_tokenizer
 from basemodel.errors import InputError, RunError
 from basemodel.hub import fetch_dataset
 from basemodel.loss import IGNORED, document_features
 from basemodel.measured_loss import MeasuredLoss, write_test_loss
 from basemodel.token_files import TokenFiles
 from basemodel.tokenizer import get_tokenizer
+from basemodel.trained_tokenizer import TOKENIZER_FILE, same_tokenizer
 from basemodel.weight_files import folder_of
 from basemodel.weights import load_model
 from basemodel.windows import DocumentSlice, ScoredSlice, SequenceSlice
@@ -81,7 +82,8 @@ def main(
     configs = [model.config for model in loaded]
     length = choose_length(configs, context_length)
     folder = fetch_dataset(datasets_dir, dataset, None, [split])
-    check_together(folder, configs)
+    check_together(folder, pairs, loaded)
+    configs = [model.config for model in loaded]
     file = TokenFiles(folder, split)
     if context.get_parameter_source("start_token") is click.core.ParameterSource.DEFAULT:
         start_token = start_within(file, start_token, length)
@@ -90,7 +92,7 @@ def main(
 
     sums = unit_losses(loaded, part, batch_size=batch_size, document_masking=document_masking)
     total = part.sizes.sum().item()
-    size, no_bytes = count_bytes(part, configs[0].tokenizer)
+    size, no_bytes = count_bytes(part, configs[0].tokenizer, folder)
     results = []
     for (_, weights), row in zip(pairs, sums, strict=True):
         loss = row.sum().item() / total
@@ -138,12 +140,13 @@ def choose_length(configs: list[GPTConfig], asked: int | None) -> int:
     return asked or lengths[0]
 
 
-def check_together(folder: Path, configs: list[GPTConfig]) -> None:
-    """Raise InputError unless all models read a data set's tokens."""
-    if len({config.tokenizer for config in configs}) > 1:
+def check_together(folder: Path, pairs: list[tuple[Path, Path]], models: list[GPTModel]) -> None:
+    """Raise InputError unless all models read a data set's tokens; tell them its end-of-text."""
+    if len({model.config.tokenizer for model in models}) > 1:
         raise InputError("the models' tokenizers differ; measure each on a data set of its own")
-    for config in configs:
-        check_tokenizer(folder, config)
+    for (_, weights), model in zip(pairs, models, strict=True):
+        model.config = match_tokenizer(folder, model.config)
+        check_own_tokenizer(folder_of(weights), model.config, folder)
 
 
 def start_within(file: TokenFiles, start: int, length: int) -> int:
@@ -197,6 +200,17 @@ def choose_documents(
     return part
 
 
+def check_own_tokenizer(own_folder: Path, config: GPTConfig, dataset_folder: Path) -> None:
+    """Raise InputError if a model brings another tokenizer.json than the data set's, beside its weights."""
+    if config.tokenizer == "dataset" and (own_folder / TOKENIZER_FILE).exists():
+        ours, theirs = (get_tokenizer("dataset", folder) for folder in (own_folder, dataset_folder))
+        if not same_tokenizer(ours, theirs):
+            raise InputError(
+                f"{own_folder / TOKENIZER_FILE}: is not the tokenizer of the data set {dataset_folder}; "
+                "measure the model on the text it was trained on, prepared with --tokenizer and this file"
+            )
+
+
 @torch.no_grad()
 def unit_losses(
     models: list[GPTModel], part: ScoredSlice, *, batch_size: int, document_masking: bool
@@ -229,11 +243,11 @@ def standard_error(sums: Tensor, sizes: Tensor) -> float | None:
     return math.sqrt(residuals.square().sum().item() * count / (count - 1)) / total.item()
 
 
-def count_bytes(part: ScoredSlice, tokenizer_name: str) -> tuple[int, str]:
+def count_bytes(part: ScoredSlice, tokenizer_name: str, folder: Path) -> tuple[int, str]:
     """The length in bytes of the text that the scored tokens encode, end-of-text not counted; if it is 0, the
-    second value says why."""
+    second value says why. `folder` is the data set's."""
     try:
-        tokenizer = get_tokenizer(tokenizer_name)
+        tokenizer = get_tokenizer(tokenizer_name, folder)
     except InputError as error:
         return 0, str(error)
     lengths = np.zeros(65_536, dtype=np.int64)

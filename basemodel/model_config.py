@@ -38,7 +38,8 @@ def from_huggingface_config(values: dict[str, Any], path: Path) -> dict[str, Any
     """The keys of model.json for those of a Hugging Face GPT-2's config.json. Raises InputError for a model
     that gpt.py cannot compute.
 
-    Keys left out have GPT2Config's defaults. The one with 256 as end-of-text has the tokenizer "bytes".
+    Keys left out have GPT2Config's defaults. End-of-text tells the tokenizer: 50,256 is that of "gpt2", 256
+    that of "bytes", and any other that of a tokenizer.json in the folder of the weights.
     """
     for key, wanted in FIXED.items():
         if (found := values.get(key, wanted)) != wanted:
@@ -48,6 +49,9 @@ def from_huggingface_config(values: dict[str, Any], path: Path) -> dict[str, Any
         raise InputError(f"{path}: activation_function is {activation!r}, not one of {', '.join(GELU_FORMS)}")
     if isinstance(width, int) and values.get("n_inner") not in (None, 4 * width):
         raise InputError(f"{path}: n_inner is {values['n_inner']}; only 4 x n_embd can be computed here")
+    end_of_text = values.get("eos_token_id", 50_256)
+    known = {50_256: "gpt2", 256: "bytes"}
+    tokenizer = known.get(end_of_text, "dataset") if isinstance(end_of_text, int) else "gpt2"
     return {
         "vocab_size": values.get("vocab_size", 50_257),
         "context_length": values.get("n_positions", 1024),
@@ -57,7 +61,8 @@ def from_huggingface_config(values: dict[str, Any], path: Path) -> dict[str, Any
         "drop_rate": values.get("resid_pdrop", 0.1),
         "qkv_bias": True,
         "tie_weights": values.get("tie_word_embeddings", True),
-        "tokenizer": "bytes" if values.get("eos_token_id") == 256 else "gpt2",
+        "tokenizer": tokenizer,
+        "end_of_text_id": end_of_text if tokenizer == "dataset" else None,
     }
 
 
