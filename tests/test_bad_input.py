@@ -321,7 +321,7 @@ def test_preparation_of_what_is_no_text(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for source, message in (
         ("nothing", "nothing: no such file or folder"),
-        ("empty", "empty: contains no .parquet, .jsonl"),
+        ("empty", "empty: contains no .parquet, .arrow, .jsonl"),
         ("text.doc", "text.doc: unknown file type"),
         ("broken.jsonl", 'broken.jsonl: line 2 is not a JSON object with a string "text"'),
         ("broken.jsonl.gz", "broken.jsonl.gz: cannot be read"),
