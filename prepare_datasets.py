@@ -2,8 +2,10 @@
 """Turn text into a data set that ddp_train.py trains on: uint16 tokens in safetensors, split by document.
 
     python prepare_datasets.py python-docs datasets/local/python-docs --tokenizer bytes
-    python prepare_datasets.py my-texts/ datasets/me/my-texts --stats       .parquet, .jsonl(.gz, .zst), .txt
-    python prepare_datasets.py HuggingFaceFW/fineweb datasets/me/fineweb-10b --files 'sample/10BT/*'
+    python prepare_datasets.py my-texts/ datasets/me/my-texts --stats        any text files
+    python prepare_datasets.py roneneldan/TinyStories datasets/me/tiny-stories           a data set on the Hub
+    python prepare_datasets.py HuggingFaceFW/fineweb datasets/me/fineweb-10b --name sample-10BT
+    python prepare_datasets.py german-texts/ datasets/me/german --train-tokenizer 16384   other languages
 
 The input is cut into shards of about 64 MB of text. Workers encode each shard straight to disk, and the
 results are joined in the order of the input. So the same text gives the same bytes whatever the number of
@@ -12,99 +14,195 @@ Work in progress is kept in OUTPUT_DIR.incomplete; OUTPUT_DIR appears once it is
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from basemodel.command_line import require_repo_id, run_command
-from basemodel.dataset_files import card, draw_lengths, write_dataset
-from basemodel.documents import FILE_TYPES, PYTHON_DOCS, Piece, cut_into_pieces, find_files, make_shards
-from basemodel.encoding import Settings, encode_all
+from basemodel.command_line import FileSize, run_command
+from basemodel.dataset_files import Layout, card, count_passed_over, draw_lengths, lay_out, write_dataset
+from basemodel.documents import Piece, make_shards
+from basemodel.encoding import Settings, encode_all, sample_texts
 from basemodel.errors import InputError
-from basemodel.files import fingerprint, sync
-from basemodel.hub import check_push, download, push
+from basemodel.files import DISK_FULL, fingerprint, sync
+from basemodel.hub import check_push, push
 from basemodel.json_config import read_json_object
-from basemodel.tokenizer import get_tokenizer, set_up_engine
+from basemodel.nanogpt import lay_out_bins
+from basemodel.readers import cut_into_pieces
+from basemodel.sources import Request, Source, find_source
+from basemodel.token_files import as_one_path, split_files
+from basemodel.tokenizer import GigatokenEncoder, get_tokenizer, set_up_engine
+from basemodel.trained_tokenizer import (
+    FEWEST_TOKENS,
+    MOST_TOKENS,
+    TOKENIZER_FILE,
+    read_tokenizer,
+    require_tokenizers,
+    train_tokenizer,
+)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source")
 @click.argument("output_dir", type=Path)
-@click.option("--tokenizer", type=click.Choice(["gpt2", "bytes"]), default="gpt2", show_default=True)
+@click.option("--tokenizer", metavar="gpt2|bytes|FILE", help="FILE is a tokenizer.json.  [default: gpt2]")
+@click.option(
+    "--train-tokenizer",
+    "train_size",
+    type=click.IntRange(FEWEST_TOKENS, MOST_TOKENS),
+    metavar="SIZE",
+    help="Train a tokenizer of SIZE tokens on the text.",
+)
 @click.option("--validation-fraction", type=float, default=0.01, show_default=True, help="Of the documents.")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), help="Default: one per core.")
 @click.option(
     "--engine", type=click.Choice(["auto", "tiktoken", "gigatoken"]), default="auto", show_default=True
 )
-@click.option("--text-column", default="text", show_default=True, help="Of .parquet and .jsonl files.")
-@click.option("--files", metavar="PATTERN", help="Take the matching files of the Hub data set SOURCE.")
+@click.option("--text-column", default="text", show_default=True, help="Of tables and JSON objects.")
+@click.option("--name", metavar="CONFIG", help="The configuration of a Hub data set.")
+@click.option("--split", default="train", show_default=True, help="What to train on.")
+@click.option("--files", metavar="PATTERN", help="Take only the matching files, such as 'sample/10BT/*'.")
 @click.option("--revision", help="A commit, tag or branch of the Hub data set.")
+@click.option(
+    "--max-file-size", type=FileSize(), default="40GB", show_default=True, help="Cut what is larger."
+)
 @click.option("--stats", is_flag=True, help="Also draw a histogram of document lengths.")
 @click.option("--push", "repo_id", metavar="OWNER/NAME", help="Then upload the data set to the Hub.")
 def main(
     source: str,
     output_dir: Path,
-    tokenizer: str,
+    tokenizer: str | None,
+    train_size: int | None,
     validation_fraction: float,
     workers: int,
     engine: str,
     text_column: str,
-    files: str | None,
-    revision: str | None,
+    max_file_size: int,
     repo_id: str | None,
     *,
     stats: bool,
+    **request: str | None,
 ) -> None:
     """Encode SOURCE into the data set OUTPUT_DIR: train.safetensors, validation.safetensors and meta.json.
 
-    SOURCE is a folder or file of .parquet, .jsonl or .txt, the word python-docs, or a Hub data set's
-    OWNER/NAME with --files. All engines give the same tokens; auto is gigatoken where it is installed.
+    SOURCE is a folder or file of .parquet, .arrow, .jsonl, .json, .csv, .txt or .md, compressed or not; the
+    OWNER/NAME of a data set on the Hub; a folder with nanoGPT's train.bin and val.bin; or the word
+    python-docs. All engines give the same tokens; auto is gigatoken where it is installed.
     """
     if not 0 < validation_fraction < 1:
         raise InputError(f"--validation-fraction must be between 0 and 1, not {validation_fraction}")
     if not source or str(output_dir) == ".":
         raise InputError("SOURCE and OUTPUT_DIR must be named")
-    if revision is not None and files is None:
-        raise InputError("--revision goes with --files, for a Hub data set")
-    if engine == "gigatoken" and tokenizer != "gpt2":
+    named = choose_tokenizer(tokenizer, train_size)
+    settings = Settings(validation_fraction=validation_fraction, text_column=text_column, **named)
+    if engine == "gigatoken" and settings.tokenizer != "gpt2":
         raise InputError("--engine gigatoken works with the tokenizer gpt2 only")
-    if files is not None:
-        require_repo_id(source)
-    elif source != PYTHON_DOCS:
-        find_files(Path(source))  # a misspelt path is an error before anything slow
+    wanted = Request(source, **request)
+    unfinished = output_dir.with_name(output_dir.name + ".incomplete")
+    fetch = find_source(wanted, leave_out=(output_dir, unfinished))
     if repo_id:
         check_push(repo_id)
-    settings = Settings(tokenizer, validation_fraction, text_column)
     if repo_id and (output_dir / "meta.json").exists():
-        check_prepared(output_dir, {"source": source, "files": files, **asdict(settings)})
+        check_prepared(output_dir, {**asdict(wanted), **settings.identity()}, max_file_size)
         print(f"{output_dir}: already prepared")
     else:
         require_empty(output_dir)
-        with unfinished_folder(output_dir) as folder:
+        with unfinished_folder(output_dir, unfinished) as folder:
             require_empty(output_dir)  # nobody else can fill it now
-            gigatoken = set_up_engine(engine, get_tokenizer(tokenizer), folder)
-            pieces, commit = find_pieces(source, files, revision, text_column)
-            parts = encode_all(make_shards(pieces), folder / "parts", settings, gigatoken, workers)
             finished = folder / "finished"
             finished.mkdir()
+            gigatoken = None
+            if settings.tokenizer != "dataset":
+                gigatoken = set_up_engine(engine, get_tokenizer(settings.tokenizer), folder)
+            text = fetch()
+            if settings.tokenizer == "dataset":
+                settings = add_tokenizer(folder, tokenizer, text, settings)
+            layout, found = lay_out_text(text, folder / "parts", settings, gigatoken, workers)
             description = "as tokens: one tensor 'tokens' per split, end-of-text after each document"
-            meta = {"description": f"{source} {description}", "source": source, "files": files}
-            meta |= {"revision": commit, **write_dataset(finished, parts, settings)}
+            meta = {"description": f"{source} {description}", **asdict(wanted), **found}
+            meta |= write_dataset(finished, layout, settings, max_file_size)
             if stats:
                 title = f"{output_dir.name}: document lengths"
-                print(draw_lengths(parts, finished / "document-lengths.png", title))
+                print(draw_lengths(layout, meta["end_of_text"], finished / "document-lengths.png", title))
             publish(finished, output_dir, meta)
     if repo_id:
         url = push(output_dir, repo_id, "Upload tokens", repo_type="dataset")
         print(f"Uploaded to {repo_id}: {url}")
+
+
+def choose_tokenizer(tokenizer: str | None, train_size: int | None) -> dict[str, Any]:
+    """What Settings says of the tokenizer that the options ask for. Raises InputError."""
+    if train_size is not None:
+        if tokenizer is not None:
+            raise InputError("give either --tokenizer or --train-tokenizer")
+        require_tokenizers()
+        return {"tokenizer": "dataset", "train_tokenizer": train_size}
+    if tokenizer in (None, "gpt2", "bytes"):
+        return {"tokenizer": tokenizer or "gpt2"}
+    file = Path(tokenizer)
+    if not file.is_file():
+        raise InputError(f"--tokenizer must be gpt2, bytes or a tokenizer.json; there is no file '{file}'")
+    read_tokenizer(file)
+    return {"tokenizer": "dataset", "tokenizer_sha256": fingerprint(file)["sha256"]}
+
+
+def add_tokenizer(folder: Path, file: str | None, source: Source, settings: Settings) -> Settings:
+    """Put the data set's own tokenizer into a folder: a copy of a file, or one trained on the source.
+
+    Returns settings that name it. Raises InputError.
+    """
+    path, size = folder / TOKENIZER_FILE, settings.train_tokenizer
+    if size is None:
+        shutil.copyfile(file, path)
+    elif source.bins:
+        raise InputError(f"{source.bins}: contains tokens, not text to train a tokenizer on")
+    else:
+        print(f"Training a tokenizer of {size:,} tokens")
+        train_tokenizer(sample_texts(find_pieces(source, settings), settings), size, path)
+        if (found := read_tokenizer(path).n_vocab) < size:
+            print(f"The text has enough repeated pairs for {found:,} tokens only")
+    return replace(settings, tokenizer_sha256=fingerprint(path)["sha256"], folder=folder)
+
+
+def lay_out_text(
+    source: Source, parts_dir: Path, settings: Settings, gigatoken: GigatokenEncoder | None, workers: int
+) -> tuple[Layout, dict[str, Any]]:
+    """Encode the source's text. Returns where each split's tokens are, and what was found on the way.
+
+    Raises InputError.
+    """
+    found = {
+        "revision": source.commit,
+        "files_read": len(source.files),
+        "files_skipped": dict(source.skipped),
+    }
+    if source.bins:
+        return lay_out_bins(source.bins, get_tokenizer(settings.tokenizer, settings.folder)), found
+    parts = encode_all(make_shards(find_pieces(source, settings)), parts_dir, settings, gigatoken, workers)
+    try:
+        return lay_out(parts, settings), found | count_passed_over(parts)
+    except InputError:
+        for part in parts:  # useless with any other source
+            shutil.rmtree(part.folder)
+        raise
+
+
+def find_pieces(source: Source, settings: Settings) -> list[Piece]:
+    """The pieces to encode. Raises InputError."""
+    if source.is_python_docs:
+        return [Piece(None, "python-docs", size=2_000_000)]
+    pieces = [
+        piece for path, split in source.files for piece in cut_into_pieces(path, split, settings.text_column)
+    ]
+    if not pieces:
+        raise InputError("the source contains no documents to train on")
+    return pieces
 
 
 def require_empty(output_dir: Path) -> None:
@@ -118,24 +216,28 @@ def require_empty(output_dir: Path) -> None:
         )
 
 
-def check_prepared(folder: Path, wanted: dict[str, Any]) -> None:
-    """Raise InputError unless the folder holds an undamaged data set made from `wanted`."""
+def check_prepared(folder: Path, wanted: dict[str, Any], max_file_size: int) -> None:
+    """Raise InputError unless the folder holds an undamaged data set made from `wanted`, and its token files
+    are of at most `max_file_size` bytes."""
     meta = read_json_object(folder / "meta.json")
     for key, value in wanted.items():
-        if meta.get(key) != value:
+        if key != "revision" and meta.get(key) != value:  # of which meta.json has the commit
             raise InputError(f"{folder}: contains a data set with another {key}, '{meta.get(key)}'")
     for name, sha256 in meta.get("sha256", {}).items():
         if not (folder / name).exists() or fingerprint(folder / name)["sha256"] != sha256:
             raise InputError(f"{folder / name}: is damaged; remove {folder} and prepare it again")
+        if name != TOKENIZER_FILE and (folder / name).stat().st_size > max_file_size:
+            raise InputError(
+                f"{folder / name}: is larger than --max-file-size; remove {folder} and prepare it again"
+            )
 
 
 @contextlib.contextmanager
-def unfinished_folder(output_dir: Path) -> Iterator[Path]:
-    """OUTPUT_DIR.incomplete, locked for this process; kept for the next run if it holds finished parts.
+def unfinished_folder(output_dir: Path, folder: Path) -> Iterator[Path]:
+    """The folder OUTPUT_DIR.incomplete, locked for this process; kept if it holds finished parts.
 
     Raises InputError if another process prepares the same data set, or the folder cannot be written to.
     """
-    folder = output_dir.with_name(output_dir.name + ".incomplete")
     parts = folder / "parts"
     try:
         parts.mkdir(parents=True, exist_ok=True)
@@ -151,7 +253,7 @@ def unfinished_folder(output_dir: Path) -> Iterator[Path]:
         try:
             yield folder
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in DISK_FULL:
                 raise
             raise InputError(
                 f"{folder}: cannot be written: {error.strerror}; free some space, about 4 bytes per token, "
@@ -170,26 +272,6 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def find_pieces(
-    source: str, pattern: str | None, revision: str | None, text_column: str
-) -> tuple[list[Piece], str | None]:
-    """The pieces to encode and, for a Hub data set, the commit they come from. Raises InputError."""
-    commit = None
-    if source == PYTHON_DOCS:
-        return [Piece(None, size=2_000_000)], commit
-    if pattern is None:
-        paths = find_files(Path(source))
-    else:
-        paths, commit = download(source, pattern, revision)
-        paths = [path for path in paths if path.name.endswith(FILE_TYPES)]
-        if not paths:
-            raise InputError(f"{source}: has no {', '.join(FILE_TYPES)} files that match --files '{pattern}'")
-    pieces = [piece for path in paths for piece in cut_into_pieces(path, text_column)]
-    if not pieces:
-        raise InputError(f"{source}: contains no documents to train on")
-    return pieces, commit
-
-
 def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
     """Add meta.json and the card to a finished folder, sync it to disk, rename it to OUTPUT_DIR.
 
@@ -202,11 +284,33 @@ def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
     finished.replace(output_dir)
     sync(output_dir.parent)
     shutil.rmtree(finished.parent, ignore_errors=True)
-    if meta["replaced"]:
-        print(f"Invalid UTF-8 was replaced by {meta['replaced']:,} characters U+FFFD")
+    for line in summary(meta):
+        print(line)
     for split, counts in meta["splits"].items():
-        path = output_dir / f"{split}.safetensors"
-        print(f"{path}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+        files = as_one_path(split_files(output_dir, split))
+        print(f"{files}: {_several(counts['documents'], 'document')}, {counts['tokens']:,} tokens")
+
+
+def summary(meta: dict[str, Any]) -> list[str]:
+    """What was read, and what was not as one might expect."""
+    skipped = ", ".join(f"{count:,} {why}" for why, count in meta["files_skipped"].items() if count)
+    lines = []
+    if meta["files_read"]:
+        lines.append(
+            f"Read {_several(meta['files_read'], 'file')}" + (f"; skipped: {skipped}" if skipped else "")
+        )
+    if meta.get("empty") or meta.get("null"):
+        empty, null = _several(meta["empty"], "empty document"), _several(meta["null"], "null")
+        lines.append(f"Skipped {empty} and {null}")
+    if meta.get("replaced"):
+        lines.append(f"Invalid UTF-8: {_several(meta['replaced'], 'character')} became U+FFFD")
+    if meta.get("duplicates"):
+        lines.append(f"Duplicates: {_several(meta['duplicates'], 'document')}, each a copy of another")
+    return lines
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}" + "s" * (count != 1)
 
 
 if __name__ == "__main__":

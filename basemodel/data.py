@@ -1,10 +1,10 @@
-"""Token files, and which tokens each training step reads.
+"""Which tokens each training step reads.
 
-A data set is a folder DATASETS_DIR/OWNER/NAME with train.safetensors and validation.safetensors, each one 1-D
-uint16 tensor named `tokens`: documents one after another, each followed by the end-of-text token. It comes
-from the Hub or from prepare_datasets.py.
+A data set is a folder DATASETS_DIR/OWNER/NAME with the tokens of two splits, train and validation: documents
+one after another, each followed by the end-of-text token. It comes from the Hub or from prepare_datasets.py.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -13,77 +13,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from basemodel.config import TrainConfig
 from basemodel.errors import InputError
 from basemodel.hub import dataset_folder
 from basemodel.json_config import read_json_object
+from basemodel.token_files import TokenFiles
+from basemodel.tokenizer import get_tokenizer
+from basemodel.trained_tokenizer import TOKENIZER_FILE
 from gpt import GPTConfig
-
-
-class TokenFile:
-    """The tensor `tokens` of a safetensors file, memory-mapped: all processes share one copy.
-
-    Raises InputError if the file is missing, damaged, or holds anything but one 1-D uint16 tensor named
-    `tokens`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            file = safe_open(path, framework="np")
-        except (OSError, SafetensorError) as error:
-            if not path.exists():
-                raise InputError(f"{path}: no such file") from None
-            raise InputError(
-                f"{path}: not a complete safetensors file ({error}); fetch or prepare it again"
-            ) from None
-        names = list(file.keys())
-        if names != ["tokens"]:
-            raise InputError(f"{path}: must contain one tensor named 'tokens', not {names}")
-        self._tokens = file.get_slice("tokens")
-        shape, dtype = self._tokens.get_shape(), self._tokens.get_dtype()
-        if len(shape) != 1:
-            raise InputError(f"{path}: 'tokens' must have one dimension, not shape {shape}")
-        if dtype != "U16":
-            raise InputError(f"{path}: 'tokens' must be uint16 (U16), not {dtype}")
-        self.count: int = shape[0]
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1, copied into a new uint16 array."""
-        return self._tokens[start:stop]
-
-    def check_vocabulary(self, start: int, stop: int, vocab_size: int) -> None:
-        """Raise InputError, with index and value, if a token in [start, stop) is not below `vocab_size`."""
-        chunk = 1 << 24
-        for first in range(start, stop if vocab_size < 65_536 else start, chunk):
-            tokens = self.read(first, min(first + chunk, stop))
-            if tokens.max() >= vocab_size:
-                index = int((tokens >= vocab_size).argmax())
-                raise InputError(
-                    f"{self.path}: token {tokens[index]} at index {first + index} is outside the model's "
-                    f"vocabulary of {vocab_size}; was the data set made with another tokenizer?"
-                )
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """A token file cut into sequences of `length` inputs and the token that follows: `length` + 1 tokens.
+    """A split's tokens cut into sequences of `length` inputs and the token that follows: `length` + 1 tokens.
 
     Sequence i starts at token start + i * length, and `count` of them fit. Numbers from `count` on belong to
     later epochs. Epoch 0 is in file order; each later one is shuffled by the seed and the epoch number.
     """
 
-    tokens: TokenFile
+    tokens: TokenFiles
     start: int
     length: int
     seed: int
 
     @property
     def count(self) -> int:
-        """Complete sequences per epoch; the last one's targets end at or before the file's last token."""
+        """Complete sequences per epoch; the last one's targets end at or before the last token."""
         return max(0, (self.tokens.count - self.start - 1) // self.length)
 
     def read(self, first: int, count: int) -> Tensor:
@@ -168,53 +125,68 @@ class RunData:
 
     train: Sequences
     validation: Sequences | None
+    model_config: GPTConfig  # with the data set's end-of-text token
+    tokenizer: bytes | None  # the content of its tokenizer.json, if it has one of its own
 
 
 def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunData:
     """Open a run's token files. Raises InputError for a file that is missing, damaged or too short."""
     folder = dataset_folder(datasets_dir, config.dataset)
-    check_tokenizer(folder, model)
+    model = match_tokenizer(folder, model)
+    tokenizer = (folder / TOKENIZER_FILE).read_bytes() if model.tokenizer == "dataset" else None
 
     def sequences(split: str, start: int) -> Sequences:
-        return Sequences(
-            TokenFile(folder / f"{split}.safetensors"), start, model.context_length, config.random_seed
-        )
+        return Sequences(TokenFiles(folder, split), start, model.context_length, config.random_seed)
 
     train = sequences("train", config.start_train_token)
     if train.count <= 0:
         raise InputError(
-            f"{train.tokens.path}: too short: {train.tokens.count} tokens do not fill one sequence of "
+            f"{train.tokens}: too short: {train.tokens.count} tokens do not fill one sequence of "
             f"{model.context_length} after start_train_token {config.start_train_token}"
         )
     if config.validation_interval is None:
-        return RunData(train, None)
+        return RunData(train, None, model, tokenizer)
     validation = sequences("validation", config.start_val_token)
     most = validation.count // config.microbatch_size
     if config.validation_batches > most:
         raise InputError(
-            f"{validation.tokens.path}: too short: its {validation.tokens.count} tokens fill {most} "
+            f"{validation.tokens}: too short: its {validation.tokens.count} tokens fill {most} "
             f"validation batches of {config.microbatch_size} x {model.context_length} after start_val_token "
             f"{config.start_val_token}, not {config.validation_batches}"
         )
-    return RunData(train, validation)
+    return RunData(train, validation, model, tokenizer)
 
 
-def check_tokenizer(folder: Path, model: GPTConfig) -> None:
-    """Raise InputError if the data set's meta.json names another tokenizer than the model's."""
-    if not (folder / "meta.json").exists():
-        return
-    meta = read_json_object(folder / "meta.json")
+def match_tokenizer(folder: Path, model: GPTConfig) -> GPTConfig:
+    """The model's config, with the end-of-text token of a data set's own tokenizer.
+
+    Raises InputError if the data set was made with another tokenizer than the model's, or one with more
+    tokens than the model has.
+    """
+    meta = read_json_object(folder / "meta.json") if (folder / "meta.json").exists() else {}
     theirs, vocab_size = meta.get("tokenizer", model.tokenizer), meta.get("vocab_size", 0)
     if theirs != model.tokenizer:
+        own = model.tokenizer == "dataset"
         raise InputError(
-            f"{folder}: its tokenizer is '{theirs}', the model's '{model.tokenizer}'; set tokenizer in "
-            f"model.json or prepare the text again with --tokenizer {model.tokenizer}"
+            f"{folder}: its tokenizer is '{theirs}', the model's '{model.tokenizer}'; set tokenizer to "
+            f"'{theirs}' and vocab_size to {vocab_size} in model.json, or prepare the text again with "
+            f"{'--train-tokenizer' if own else '--tokenizer'} {model.vocab_size if own else model.tokenizer}"
         )
+    end_of_text = model.end_of_text_id
+    if model.tokenizer == "dataset":
+        tokenizer = get_tokenizer("dataset", folder)
+        vocab_size, end_of_text = tokenizer.n_vocab, tokenizer.eot_token
     if isinstance(vocab_size, int) and vocab_size > model.vocab_size:
         raise InputError(
             f"{folder}: has a vocabulary of {vocab_size} tokens, the model only {model.vocab_size}; set "
-            "vocab_size to that"
+            f"vocab_size to {vocab_size}"
         )
+    if model.end_of_text_id not in (None, end_of_text):
+        raise InputError(
+            f"{folder}: its end-of-text token is {end_of_text}, the model's {model.end_of_text_id}; leave "
+            "end_of_text_id out of model.json"
+        )
+    return dataclasses.replace(model, end_of_text_id=end_of_text)
 
 
 def check_tokens(

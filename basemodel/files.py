@@ -1,9 +1,12 @@
 """Files that are hashed, fsynced and replaced atomically."""
 
+import errno
 import hashlib
 import os
 from pathlib import Path
 from typing import Any
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

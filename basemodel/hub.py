@@ -1,12 +1,8 @@
-"""Data sets from the Hugging Face Hub, identified by the SHA-256 of their files, and uploads to it.
-
-An interrupted download resumes, even after a kill: the Hub's own client would start over.
-"""
+"""Data sets from the Hugging Face Hub, identified by the SHA-256 of their files, and uploads to it."""
 
 import contextlib
-import fcntl
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,9 +11,12 @@ import huggingface_hub as hub  # loads its parts, and the network's, when they a
 from tqdm import tqdm
 
 from basemodel.command_line import require_inside, require_repo_id
+from basemodel.downloads import RemoteFile, fetch, look_up, look_up_all
 from basemodel.errors import InputError, RunError
-from basemodel.files import fingerprint, replace_text
+from basemodel.files import DISK_FULL, fingerprint, replace_text
 from basemodel.json_config import read_json_object
+from basemodel.token_files import PATTERNS, missing_files, split_files, whole_set
+from basemodel.trained_tokenizer import TOKENIZER_FILE
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files
 
@@ -39,46 +38,82 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     folder = dataset_folder(datasets_dir, dataset)
     if datasets_dir.is_file():
         raise InputError(f"{datasets_dir}: is a file; DATASETS_DIR is the folder of the data sets")
-    names = [f"{split}.safetensors" for split in splits]
-    missing = [name for name in names if not (folder / name).exists()]
-    known = _known_fingerprints(folder)
-    commits = [known[name].get("revision") for name in names if name in known and name not in missing]
+    missing, known = missing_files(folder, splits), _known_fingerprints(folder)
+    names = [path.name for split in splits for path in split_files(folder, split) if path.exists()]
+    commits = [known[name].get("revision") for name in names if name in known]
     for commit in filter(None, commits):
         if revision is not None and len(revision) >= 40 and revision != commit:
             raise InputError(
                 f"{folder}: is at commit {commit}, but dataset_revision asks for {revision}; move it away"
             )
     if missing:
-        _download(folder, dataset, revision or next(filter(None, commits), None), missing)
+        _download(folder, dataset, next(filter(None, commits), revision), missing)
+    if _own_tokenizer(folder) and not (folder / TOKENIZER_FILE).exists():
+        commit = _known_fingerprints(folder).get("meta.json", {}).get("revision")
+        _download(folder, dataset, commit or revision, [TOKENIZER_FILE])
     return folder
+
+
+def _own_tokenizer(folder: Path) -> list[str]:
+    """The name of the data set's own tokenizer, if its meta.json says that it has one."""
+    meta = read_json_object(folder / "meta.json") if (folder / "meta.json").exists() else {}
+    return [TOKENIZER_FILE] if meta.get("tokenizer") == "dataset" else []
 
 
 def _download(folder: Path, dataset: str, revision: str | None, names: list[str]) -> None:
     """Download files, and meta.json if there is one, from one commit, which is recorded."""
+    try:
+        files = _look_up_with_meta(dataset, revision, names)
+        for path, found in fetch({folder / name: file for name, file in files.items()}, dataset):
+            commit = files[path.name].commit
+            known = {**found, "mtime_ns": path.stat().st_mtime_ns, "revision": commit}
+            _keep_fingerprints(folder, _known_fingerprints(folder) | {path.name: known})
+    except InputError:
+        raise
+    except Exception as error:  # network, proxy and Hub errors have many types
+        missing = next((name for name in names if not (folder / name).exists()), names[0])
+        fix = advice(error, dataset) or (
+            f"check the data set's name '{dataset}' and the network, or prepare it with prepare_datasets.py"
+        )
+        raise InputError(
+            f"{folder / missing} is missing, and the Hub did not provide it ({reason(error)}); {fix}"
+        ) from None
+
+
+def _look_up_with_meta(dataset: str, revision: str | None, names: list[str]) -> dict[str, RemoteFile]:
+    """What the Hub has for these names, and of meta.json, at one commit."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    for name in [*names, "meta.json"]:
-        try:
-            url = hub.hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
-            theirs = hub.get_hf_file_metadata(url)
-            revision = theirs.commit_hash or revision
-            url = hub.hf_hub_url(dataset, name, repo_type="dataset", revision=revision)
-            found = download_file(url, folder / name, theirs)
-            known = {**found, "mtime_ns": (folder / name).stat().st_mtime_ns, "revision": revision}
-            _keep_fingerprints(folder, _known_fingerprints(folder) | {name: known})
-        except InputError:
+    files: dict[str, RemoteFile] = {}
+    for name in names:
+        files |= _look_up_split(dataset, name, revision)
+        revision = next(iter(files.values())).commit
+    with contextlib.suppress(EntryNotFoundError):  # older data sets have none
+        files["meta.json"] = look_up(dataset, "meta.json", revision)
+    return files
+
+
+def _look_up_split(dataset: str, name: str, revision: str | None) -> dict[str, RemoteFile]:
+    """What the Hub has under a file's name, or the several files in which it has the split instead.
+
+    The list of the Hub's files is asked for only then: not every mirror has one.
+    """
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return {name: look_up(dataset, name, revision)}
+    except EntryNotFoundError:
+        found = hub.HfApi().dataset_info(dataset, revision=revision)
+        listed = (file.rfilename for file in found.siblings or [])
+        names = whole_set(listed, name.removesuffix(".safetensors"), dataset)
+        if names in ([], [name]):
             raise
-        except Exception as error:  # network, proxy and Hub errors have many types
-            if name == "meta.json" and isinstance(error, EntryNotFoundError):
-                continue  # older data sets have none
-            raise InputError(
-                f"{folder / name} is missing, and the Hub did not provide it ({reason(error)}); check the "
-                f"data set's name '{dataset}' and the network, or prepare it with prepare_datasets.py"
-            ) from None
+    return dict(zip(names, look_up_all(dataset, names, found.sha), strict=True))
 
 
-def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The size and SHA-256 of a data set's files, and the commit ("revision") they were downloaded from.
+def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The size and SHA-256 of the splits' files and of the data set's own tokenizer, and the commit
+    ("revision") they were downloaded from.
 
     They are cached in the folder; a file is hashed again only if its size or modification time changed.
     Raises InputError if a hash differs from the one in the data set's meta.json.
@@ -87,6 +122,8 @@ def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str,
     promised = meta.get("sha256") if isinstance(meta.get("sha256"), dict) else {}
     before = _known_fingerprints(folder)
     known = dict(before)
+    names = [path.name for split in splits for path in split_files(folder, split)]
+    names += _own_tokenizer(folder)
     for name in names:
         path, stat = folder / name, (folder / name).stat()
         seen = known.get(name, {})
@@ -103,12 +140,11 @@ def fingerprint_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str,
 
 def same_on_all_nodes(nodes: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """The fingerprints of one node if those of all nodes agree. Raises InputError if they differ."""
-    for name in nodes[0]:
-        hashes = {node[name]["sha256"] for node in nodes}
+    for name in sorted({name for node in nodes for name in node}):
+        hashes = {node[name]["sha256"] if name in node else None for node in nodes}
         if len(hashes) != 1:
-            raise InputError(
-                f"{name} is not the same on all nodes; delete the wrong one to download it again"
-            )
+            what = "on all nodes" if None in hashes else "the same on all nodes"
+            raise InputError(f"{name} is not {what}; delete the wrong files to download the data set again")
     return nodes[0]
 
 
@@ -131,69 +167,88 @@ def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Pat
     They are kept in the Hub's own cache, shared by all processes; when all are there, the Hub is not asked.
     Raises InputError, naming the data set, on any failure.
     """
-    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.file_download import repo_folder_name
     from huggingface_hub.utils import filter_repo_objects
 
     options = {"repo_type": "dataset", "revision": revision, "allow_patterns": pattern}
-    try:
+    with _failures_named(dataset, f"'{pattern}'"):
         try:
             folder = Path(hub.snapshot_download(dataset, local_files_only=True, **options))
         except LocalEntryNotFoundError:
             commit = hub.HfApi().dataset_info(dataset, revision=revision or "main").sha
             names = hub.HfApi().list_repo_files(dataset, repo_type="dataset", revision=commit)
-            blobs = Path(HF_HUB_CACHE, repo_folder_name(repo_id=dataset, repo_type="dataset"), "blobs")
-
-            def fetch(name: str) -> None:
-                url = hub.hf_hub_url(dataset, name, repo_type="dataset", revision=commit)
-                announced = hub.get_hf_file_metadata(url)
-                if not (blobs / announced.etag).exists():
-                    download_file(url, blobs / announced.etag, announced)
-
-            with ThreadPoolExecutor(8) as pool:
-                list(pool.map(fetch, filter_repo_objects(names, allow_patterns=pattern)))
-            # Finds these files in the cache, and links them to their names.
+            _bring_into_cache(dataset, list(filter_repo_objects(names, allow_patterns=pattern)), commit)
+            # Finds all files in the cache, and notes there that they are all.
             folder = Path(hub.snapshot_download(dataset, **options))
-    except Exception as error:  # anything a network, a proxy or the Hub can raise
-        raise InputError(
-            f"{dataset}: could not download '{pattern}' from the Hub ({reason(error)}); check the name, "
-            "--files, --revision and the network, and run the same command again: finished files are kept"
-        ) from None
     names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     return [folder / name for name in sorted(filter_repo_objects(names, allow_patterns=pattern))], folder.name
 
 
-def download_file(url: str, path: Path, metadata: Any) -> dict[str, Any]:
-    """Download one file, resuming an earlier attempt; return its size and SHA-256.
+def download_files(dataset: str, names: list[str], commit: str) -> list[Path]:
+    """The paths of a Hub data set's files at a commit, in the Hub's own cache, shared by all processes.
 
-    An incomplete file has another name beside `path`; of several processes one downloads, the others wait.
-    Raises InputError if the file differs from what its HfFileMetadata announced (a large file's `etag` is its
-    SHA-256), and whatever the Hub's client raises.
+    The Hub is asked only for those that are missing. Raises InputError, naming the data set, on any failure.
     """
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
+    with _failures_named(dataset, names[0] if len(names) == 1 else f"{len(names)} files"):
+        return _bring_into_cache(dataset, names, commit)
 
-    size, etag = metadata.size, metadata.etag or ""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".incomplete-{path.name}-{etag[:16]}")
-    with partial.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if path.exists():
-            partial.unlink(missing_ok=True)
-            return fingerprint(path)
-        http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size)
-        file.flush()
-        found = fingerprint(partial)
-        for what, announced in (("size", size), ("sha256", etag if len(etag) == 64 else None)):
-            if announced not in (None, found[what]):
-                partial.unlink()
-                raise InputError(
-                    f"{path}: the Hub announced {what} {announced} but sent {found[what]}; the file was "
-                    "removed, run the same command again to download it"
-                )
-        partial.replace(path)
-    return found
+
+def _bring_into_cache(dataset: str, names: list[str], commit: str) -> list[Path]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    at = {"repo_type": "dataset", "revision": commit}
+    paths = {name: hub.try_to_load_from_cache(dataset, name, **at) for name in names}
+    missing = [name for name, path in paths.items() if not isinstance(path, str)]
+    if missing:
+        blobs = Path(HF_HUB_CACHE, repo_folder_name(repo_id=dataset, repo_type="dataset"), "blobs")
+        files = {blobs / file.etag: file for file in look_up_all(dataset, missing, commit)}
+        for _ in fetch({path: file for path, file in files.items() if not path.exists()}, dataset):
+            pass
+        with ThreadPoolExecutor(8) as pool:  # finds them in the cache, and links their names to them
+            linked = pool.map(lambda name: hub.hf_hub_download(dataset, name, **at), missing)
+            paths |= zip(missing, linked, strict=True)
+    return [Path(paths[name]) for name in names]
+
+
+@contextlib.contextmanager
+def _failures_named(dataset: str, what: str) -> Iterator[None]:
+    """Turn whatever a network, a proxy, a disk or the Hub can raise into one line."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{dataset}: could not download {what} from the Hub ({error})") from None
+    except Exception as error:
+        fix = advice(error, dataset) or "check the name, --files, --revision and the network"
+        raise InputError(
+            f"{dataset}: could not download {what} from the Hub ({reason(error)}); {fix}, and run the same "
+            "command again: finished files are kept"
+        ) from None
+
+
+def advice(error: Exception, dataset: str) -> str:
+    """What to do about an error of the Hub or the disk; empty where its message must do."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/datasets/{dataset}"
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.GatedRepoError):
+        return f"log in with `hf auth login` and accept the terms at {page}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"give a commit, branch or tag of {page} as --revision or dataset_revision"
+    if isinstance(error, errors.EntryNotFoundError) and status == 404:
+        return f"{page} has no such file; check the name and the revision"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"check the name '{dataset}', or, if the data set is private, log in with `hf auth login`"
+    if status == 401:
+        return "the Hub does not know your token: check HF_TOKEN, or log in with `hf auth login`"
+    if status == 403:
+        return f"your token must not read {page}: give it that right, or log in with `hf auth login`"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "unset HF_HUB_OFFLINE"
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return "free some space"
+    return ""
 
 
 def check_push(repo_id: str) -> None:
@@ -212,12 +267,14 @@ def check_push(repo_id: str) -> None:
 def push(folder: Path, repo_id: str, message: str, **options: Any) -> str:
     """Upload a folder to a repository, created if need be, and return the commit's URL.
 
-    `options` are HfApi.create_repo's. Raises RunError; the same call then uploads only what is missing.
+    `options` are HfApi.create_repo's. Raises RunError; the same call then uploads only what is missing. A
+    data set's token files replace all that are there: others, of an earlier one, would be read with them.
     """
     api, kind = hub.HfApi(), options.get("repo_type")
+    files = {"folder_path": folder, "delete_patterns": PATTERNS if kind == "dataset" else None}
     try:
         api.create_repo(repo_id, exist_ok=True, **options)
-        done = api.upload_folder(repo_id=repo_id, repo_type=kind, folder_path=folder, commit_message=message)
+        done = api.upload_folder(repo_id=repo_id, repo_type=kind, commit_message=message, **files)
     except Exception as error:  # anything a network, a proxy or the Hub can raise
         raise RunError(
             f"{repo_id}: the upload failed ({reason(error)}); run the same command again to resume it"

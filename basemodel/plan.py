@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from basemodel import data, hub, roofline
+from basemodel import data, hub, roofline, token_files
 from basemodel.config import optimizer_in_words
 from basemodel.distributed import World
 from basemodel.errors import InputError
@@ -70,7 +70,7 @@ def open_if_here(run: Run, datasets_dir: Path | None) -> data.RunData | None:
     if datasets_dir is None:
         return None
     folder = hub.dataset_folder(datasets_dir, run.config.dataset)
-    here = all((folder / f"{split}.safetensors").exists() for split in run.config.splits)
+    here = not token_files.missing_files(folder, run.config.splits)
     return data.open_data(run.config, run.model_config, datasets_dir) if here else None
 
 

@@ -19,6 +19,7 @@ import checkpointing
 from basemodel.errors import InputError
 from basemodel.run import Run
 from basemodel.run_folder import read_status
+from basemodel.token_files import whole_set
 from gpt import GPTModel
 
 # Keys of train.json that may change when a run goes on: they say how the same work is split, kept, checked or
@@ -114,11 +115,7 @@ def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[
     """
     changed = _changed_keys("model.json", meta["model_config"], run.model_config)
     changed += _changed_keys("train.json", meta["train_config"], run.config)
-    for name, found in run.files.items():
-        before, now = meta.get("data", {}).get(name, found)["sha256"], found["sha256"]
-        if before != now:
-            where = f"{name} of {run.config.dataset}"
-            changed.append(f"{where} had the SHA-256 {before[:12]}..., has {now[:12]}...")
+    changed += _changed_data(meta.get("data", {}), run)
     if changed and allow is None:
         raise InputError(
             f"{name} belongs to another run: {'; '.join(changed)}; undo that, start from scratch, or "
@@ -131,6 +128,19 @@ def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[
             f"{name} was trained with global batches of {meta['global_batch']} sequences, not "
             f"{run.plan.global_batch}; set global_batch_size to {meta['global_batch']}"
         )
+
+
+def _changed_data(theirs: dict[str, dict[str, Any]], run: Run) -> list[str]:
+    dataset, changed = run.config.dataset, []
+    for split in run.config.splits:
+        before, now = (whole_set(files, split, dataset) for files in (theirs, run.files))
+        if before and now and before != now:  # without validation before, there is nothing to compare
+            changed.append(f"the {split} tokens of {dataset} were in {before[-1]}, are now in {now[-1]}")
+    for name in sorted(run.files.keys() & theirs.keys()):
+        before, now = theirs[name]["sha256"], run.files[name]["sha256"]
+        if before != now:
+            changed.append(f"{name} of {dataset} had the SHA-256 {before[:12]}..., has {now[:12]}...")
+    return changed
 
 
 def _changed_keys(file: str, theirs: dict[str, Any], config: Any) -> list[str]:

@@ -25,11 +25,11 @@ from common import ROOT, measured_code, require, runs_dir_option, spread
 
 from basemodel.command_line import run_command
 from basemodel.config import TrainConfig
-from basemodel.data import TokenFile
 from basemodel.distributed import join_world
 from basemodel.errors import RunError
 from basemodel.hub import dataset_folder
 from basemodel.json_config import read_config, read_json_object
+from basemodel.token_files import TokenFiles
 from ddp_train import Learner
 from gpt import GPTConfig
 
@@ -53,7 +53,7 @@ def train(
     """Train a run with a seed, or go on with it, and keep its loss and its process's peak memory."""
     own = folder / f"{run_dir.name}-{seed}"
     model, config = (read_json_object(run_dir / f"{name}.json") for name in ("model", "train"))
-    split = TokenFile(dataset_folder(datasets, config["dataset"]) / "validation.safetensors")
+    split = TokenFiles(dataset_folder(datasets, config["dataset"]), "validation")
     batches = (split.count - 1) // model["context_length"] // config["microbatch_size"]
     config |= {"random_seed": seed, "validation_interval": 1_000_000, "validation_batches": batches}
     config |= {"checkpoint_interval": 500, "keep_checkpoints": 1}

@@ -19,7 +19,6 @@ from common import ROOT, require, run_python, spread
 from throughput import in_turns, make_side, synchronize
 
 from basemodel.config import TrainConfig
-from basemodel.data import TokenFile
 from basemodel.distributed import join_world
 from basemodel.errors import RunError
 from basemodel.figures import Figure, add_figure, speed_hash, today
@@ -28,6 +27,7 @@ from basemodel.machines import peak_flops
 from basemodel.memory import is_out_of_memory, peak_memory
 from basemodel.precision import choose_precision
 from basemodel.run_folder import read_metrics, read_status
+from basemodel.token_files import TokenFiles
 from gpt import GPTConfig, GPTModel
 
 LIMIT = 480.0  # seconds that a part may take
@@ -258,7 +258,7 @@ def find_tokens(setup: Setup) -> Tokens:
         tokenizer = "gpt2" if VOCABULARY.exists() and not setup.tiny else "bytes"
         options = "--tokenizer", tokenizer, "--validation-fraction", "0.1"
         run_python("prepare_datasets.py", "python-docs", str(folder / "local/python-docs"), *options)
-    found = sorted(folder.glob("*/*/train.safetensors"))
+    found = sorted(folder.glob("*/*/train*.safetensors"))
     require(bool(found), f"{folder}: holds no OWNER/NAME/train.safetensors")
     source = found[0].parent
     meta = read_json_object(source / "meta.json") if (source / "meta.json").exists() else {}
@@ -266,7 +266,7 @@ def find_tokens(setup: Setup) -> Tokens:
     shape = (
         {"tokenizer": "bytes", "vocab_size": 257} if as_bytes else {"tokenizer": "gpt2", "vocab_size": 50257}
     )
-    counts = (TokenFile(source / f"{split}.safetensors").count for split in ("train", "validation"))
+    counts = (TokenFiles(source, split).count for split in ("train", "validation"))
     return Tokens(folder, f"{source.parent.name}/{source.name}", shape, *counts)
 
 

@@ -16,8 +16,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from basemodel.command_line import run_command
-from basemodel.data import Sequences, TokenFile
+from basemodel.data import Sequences
 from basemodel.errors import RunError
+from basemodel.token_files import TokenFiles
 
 LENGTH, BATCH = 1024, 64
 
@@ -33,7 +34,7 @@ def memory() -> tuple[float, float]:
 
 def read(path: Path, barrier: Any, results: Any) -> None:
     """Read the file as training does, and report by how much memory grew while all readers hold it."""
-    sequences = Sequences(TokenFile(path), 0, LENGTH, seed=42)
+    sequences = Sequences(TokenFiles(path.parent, "train"), 0, LENGTH, seed=42)
     sequences.read(0, BATCH)
     barrier.wait()
     before = memory()

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from basemodel.command_line import run_command
-from basemodel.data import TokenFile
+from basemodel.token_files import TokenFiles
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH, STEPS = 4, 128, 4, 64, 12, 2000
 PEAK, LEAST, WARMUP = 1e-3, 1e-4, 100
@@ -116,10 +116,7 @@ def run_demo(folder: Path, demo: Path, seed: int, tokens: int) -> tuple[float, f
     model = json.loads((demo / "model.json").read_text())
     train = json.loads((demo / "train.json").read_text())
     train |= {"dataset": "bytes/text", "min_train_tokens": tokens, "random_seed": seed}
-    counts = {
-        split: TokenFile(folder / f"bytes/text/{split}.safetensors").count
-        for split in ("train", "validation")
-    }
+    counts = {split: TokenFiles(folder / "bytes/text", split).count for split in ("train", "validation")}
     train["epochs"] = math.ceil(1.1 * tokens / counts["train"])
     train["validation_interval"] = 1_000_000  # at the start and the end
     train["validation_batches"] = (

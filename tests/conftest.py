@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: tes
 import contextlib
 import hashlib
 import http.server
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import tiktoken
 import tiktoken.registry
-from helpers import Sandbox, make_sandbox, write_dataset
+from helpers import Sandbox, make_sandbox, requested_range, write_dataset
 from texts import gpt2_stand_in
 
 from basemodel.tokenizer import tiktoken_encoder
@@ -29,12 +30,17 @@ class Hub:
 
     url: str
     requests: list[tuple[str, str]]  # method, path
-    ranges: list[str]  # asked for
-    headers: dict[str, str]  # sent in place of the right ones
+    ranges: list[range]  # the bytes asked for by range
+    headers: dict[str, str]  # sent in answer to HEAD in place of the right ones
     # Bytes after which each answer is cut off, one after another; then answers are whole.
     cuts: list[int]
-    # Set: a connection that was cut off stays open, and silent.
-    stall: threading.Event = field(default_factory=threading.Event)
+    hold: int | None = None  # bytes after which those then stay open, and silent, until this is None
+    has_ranges: bool = True
+    sent: int = 0  # bytes of files
+    # What is answered in place of a file, by method and path: status, headers, and the body if there is one.
+    answers: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    # Links to another server, each of which works once; with None, files come from this one.
+    links: set[str] | None = None
 
     def downloads(self, name: str) -> int:
         return sum(method == "GET" and path.endswith(f"/{name}") for method, path in self.requests)
@@ -76,37 +82,53 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
             class Handler(http.server.BaseHTTPRequestHandler):
                 def do_HEAD(self) -> None:
                     hub.requests.append((self.command, self.path))
+                    request = f"{self.command} {self.path}"
                     prefix, _, tail = self.path.partition("/resolve/")
-                    file = folder / prefix.removeprefix("/datasets/") / tail.partition("/")[2]
-                    if not file.is_file():
-                        self.send_response(404)
-                        self.send_header("X-Error-Code", "EntryNotFound")
-                        self.send_header("Content-Length", "0")
-                        self.end_headers()
-                        return
-                    data = file.read_bytes()
-                    digest = hashlib.sha256(data).hexdigest()
-                    start = 0
-                    if self.command == "GET" and (asked := self.headers.get("Range")):
-                        hub.ranges.append(asked)
-                        start = int(asked.removeprefix("bytes=").rstrip("-"))
-                    self.send_response(206 if start else 200)
-                    headers = {
-                        "X-Repo-Commit": "0" * 40,
-                        "ETag": f'"{digest}"',
-                        "Content-Length": str(len(data) - start),
-                    }
-                    if start:
-                        headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-                    for name, value in (headers | hub.headers).items():
+                    file = folder / re.sub("^.*/datasets/", "", prefix) / tail.partition("/")[2]
+                    if request in hub.answers:
+                        self.answer(*hub.answers[request])
+                    elif not file.is_file():
+                        self.answer(404, {"X-Error-Code": "EntryNotFound"})
+                    elif self.command == "GET" and hub.links is not None and "/cdn/" not in self.path:
+                        hub.links.add(link := f"/cdn/{len(hub.requests)}{self.path}")
+                        self.answer(302, {"Location": f"http://localhost:{server.server_port}{link}"})
+                    elif "/cdn/" in self.path and (
+                        self.path not in hub.links or "Authorization" in self.headers
+                    ):
+                        self.answer(403, {})
+                    else:
+                        (hub.links or set()).discard(self.path)
+                        self.send_file(file.read_bytes())
+
+                def answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+                    self.send_response(status)
+                    for name, value in ({"Content-Length": str(len(body))} | headers).items():
                         self.send_header(name, value)
                     self.end_headers()
                     if self.command == "GET":
-                        end = start + hub.cuts.pop(0) if hub.cuts else len(data)
-                        self.wfile.write(data[start:end])
-                        while end < len(data) and hub.stall.is_set():
-                            time.sleep(0.05)
-                        self.close_connection = True
+                        self.send_body(body)
+
+                def send_file(self, data: bytes) -> None:
+                    headers = {"X-Repo-Commit": "0" * 40, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+                    asked = requested_range(self.headers.get("Range"), len(data))
+                    if self.command == "HEAD":
+                        headers = {"Content-Length": str(len(data))} | headers | hub.headers
+                    if asked is None or not hub.has_ranges:
+                        self.answer(200, headers, data)
+                        return
+                    hub.ranges.append(asked)
+                    headers["Content-Range"] = f"bytes {asked[0]}-{asked[-1]}/{len(data)}"
+                    self.answer(206, headers, data[asked.start : asked.stop])
+
+                def send_body(self, data: bytes) -> None:
+                    cut = hub.cuts.pop(0) if hub.cuts and data else None
+                    part = data[: hub.hold if cut is None else cut]
+                    hub.sent += len(part)
+                    with contextlib.suppress(ConnectionError):  # the client may have been killed
+                        self.wfile.write(part)
+                    while cut is None and len(part) < len(data) and hub.hold is not None:
+                        time.sleep(0.02)
+                    self.close_connection = True
 
                 do_GET = do_HEAD
 
@@ -120,3 +142,17 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
             return hub
 
         yield serve
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[type], str]]:
+    """A function that serves HTTP on 127.0.0.1 until the test ends, and returns the address."""
+    with contextlib.ExitStack() as stack:
+
+        def start(handler: type) -> str:
+            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}"
+
+        yield start

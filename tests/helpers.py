@@ -270,6 +270,14 @@ def reserve_port() -> socket.socket:
     return holder
 
 
+def requested_range(header: str | None, size: int) -> range | None:
+    """The bytes of a file that a request with this Range header asks for; None: for all of them."""
+    if header is None:
+        return None
+    first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", header).groups()
+    return range(int(first), min(int(last or size - 1) + 1, size))
+
+
 def children_of(process: int) -> list[int]:
     """The processes that a process has started."""
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]

@@ -11,16 +11,17 @@ import pytest
 from helpers import MODEL, random_tokens, write_dataset
 
 from basemodel.config import TrainConfig
-from basemodel.data import Sequences, TokenFile, check_tokenizer, check_tokens, open_data, plan_batches
+from basemodel.data import Sequences, check_tokens, match_tokenizer, open_data, plan_batches
 from basemodel.errors import InputError
 from basemodel.hub import fingerprint_files
 from basemodel.optimizer import learning_rate_at
+from basemodel.token_files import TokenFiles
 from gpt import GPTConfig
 
 
 def sequences(tmp_path: Path, tokens: int = 1000, start: int = 0, length: int = 10) -> Sequences:
     write_dataset(tmp_path, train=np.arange(tokens, dtype=np.uint16))
-    return Sequences(TokenFile(tmp_path / "train.safetensors"), start, length, seed=42)
+    return Sequences(TokenFiles(tmp_path, "train"), start, length, seed=42)
 
 
 def config(**values: object) -> TrainConfig:
@@ -30,9 +31,9 @@ def config(**values: object) -> TrainConfig:
 @pytest.mark.parametrize("meta", [None, {"description": "tokens", "token_dtype": "uint16", "files": {}}])
 def test_published_data_sets_say_little_of_themselves(tmp_path: Path, meta: dict | None) -> None:
     folder = write_dataset(tmp_path, meta=meta)
-    check_tokenizer(folder, GPTConfig(**MODEL))
+    match_tokenizer(folder, GPTConfig(**MODEL))
     data = (folder / "train.safetensors").read_bytes()
-    found = fingerprint_files(folder, ["train.safetensors"])["train.safetensors"]
+    found = fingerprint_files(folder, ["train"])["train.safetensors"]
     assert (found["size"], found["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
 
 

@@ -32,12 +32,12 @@ def write_corpus(folder: Path) -> list[str]:
     """Files of every known type, and one of none; return their documents, in the order of reading."""
     rng = random.Random(0)
     texts = [nasty_text(rng, 200) + random_characters(rng, 50) for _ in range(300)]
-    texts += ["", "<|endoftext|>", "a<|endoftext|>b", "\0\x01\x02\x1e\x1f", "twice", "\ud55c\uad6d\uc5b4"]
+    texts += ["<|endoftext|>", "a<|endoftext|>b", "\0\x01\x02\x1e\x1f", "twice", "\ud55c\uad6d\uc5b4"]
     texts[::60] = ["twice"] * len(texts[::60])
     (folder / "sub").mkdir(parents=True)
     first, second, third, fourth = (texts[part::4] for part in range(4))
-    write_parquet(folder / "a.parquet", [*first, None])
-    write_jsonl(folder / "b.jsonl", [*second, "half a pair: \ud800."])
+    write_parquet(folder / "a.parquet", [*first, None, ""])
+    write_jsonl(folder / "b.jsonl", [*second, "half a pair: \ud800.", None])
     lines = write_jsonl(folder / "c", third).read_bytes()
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines))
     with pyarrow.CompressedOutputStream(str(folder / "d.jsonl.zst"), "zstd") as file:
@@ -53,7 +53,8 @@ def test_every_document_is_encoded_as_tiktoken_does(tmp_path: Path, gpt2: Any, e
     texts = write_corpus(tmp_path / "in")
     options = ["--tokenizer", "bytes"] if engine == "bytes" else ["--engine", engine]
     said = prepare(tmp_path / "in", tmp_path / "out", "--validation-fraction", "0.2", *options)
-    assert "Invalid UTF-8 was replaced by 4 characters U+FFFD" in said
+    assert "Invalid UTF-8: 4 characters became U+FFFD" in said
+    assert "Skipped 1 empty document and 2 nulls" in said
     assert ("with gigatoken" in said) == (engine in ("auto", "gigatoken"))
     assert "differently" not in said
     encoding = get_tokenizer("bytes") if engine == "bytes" else gpt2
@@ -89,15 +90,6 @@ def test_of_one_text_the_end_is_for_validation(tmp_path: Path) -> None:
     )
     assert bytes(np.concatenate([train, validation])[:-1].astype(np.uint8)).decode() == text
     assert len(validation) == pytest.approx(0.1 * len(text), abs=1)
-
-
-def test_where_no_text_falls_to_validation_the_last_one_does(tmp_path: Path) -> None:
-    texts = ["the first", "another one", "the last"]
-    assert split_texts(texts)["validation"] == []
-    source = write_jsonl(tmp_path / "in.jsonl", texts)
-    prepare(source, tmp_path / "out", "--tokenizer", "bytes")
-    splits = {"train": texts[:2], "validation": texts[2:]}
-    assert_holds(tmp_path / "out", splits, get_tokenizer("bytes"))
 
 
 def test_text_is_taken_from_the_column_that_is_named(tmp_path: Path) -> None:
@@ -160,13 +152,13 @@ def test_sources_that_are_no_good(tmp_path: Path) -> None:
     for source, more, message in (
         (good, ["--text-column", "body"], "good.parquet: has no column 'body'; --text-column is one of"),
         (good, ["--validation-fraction", "1"], "--validation-fraction must be between 0 and 1, not 1.0"),
-        (good, ["--revision", "v1"], "--revision goes with --files"),
+        (good, ["--revision", "v1"], "--revision is for a data set on the Hub"),
+        (good, ["--name", "a"], "--name is for a data set on the Hub"),
         (good, ["--engine", "gigatoken"], "--engine gigatoken works with the tokenizer gpt2 only"),
         (numbers, [], "column 'text' is int64, not text"),
         (broken, [], "broken.parquet: damaged or not a parquet file"),
         (empty, [], "contains no documents to train on"),
-        ("HuggingFaceFW/fineweb", [], "no such file or folder; the source may also be 'python-docs'"),
-        ("../fineweb", ["--files", "*"], "the dataset's owner '..' must be a plain name"),
+        ("../fineweb", ["--files", "*"], "no such file or folder; the source may also be 'python-docs'"),
     ):
         with pytest.raises(InputError) as error:
             main.main([str(source), str(tmp_path / "out"), *options, *more], standalone_mode=False)
@@ -186,7 +178,7 @@ def test_texts_that_turn_out_to_be_no_good(tmp_path: Path) -> None:
     small_shards = "from basemodel import documents; documents.SHARD_BYTES = 20_000"
     for source, before, message in (
         (cut, "", "cut.parquet: damaged or not a parquet file"),
-        (tmp_path / "empty.txt", "", "too short to hold out any text for validation"),
+        (tmp_path / "empty.txt", "", "contains no documents to train on"),
         # The number of the line counts those of other shards.
         (second, small_shards, 'line 5001 is not a JSON object with a string "text"'),
     ):
@@ -195,3 +187,95 @@ def test_texts_that_turn_out_to_be_no_good(tmp_path: Path) -> None:
         assert message in error
         if not before:
             assert not list(tmp_path.glob("out*")), "nothing half written is left"
+
+
+def tokens_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of text that each split holds, with \\0 for end-of-text."""
+    tokens = {
+        split: load_file(folder / f"{split}.safetensors")["tokens"] for split in ("train", "validation")
+    }
+    return {split: bytes(np.where(some == 256, 0, some).astype(np.uint8)) for split, some in tokens.items()}
+
+
+BOOK = "".join(f"line {i} of the book\n" for i in range(1200))
+
+
+@pytest.mark.parametrize(
+    ("files", "kept"),
+    [
+        (["", BOOK], [BOOK]),
+        ([BOOK, "", "short"], [BOOK, "short"]),
+        (["a", "b", BOOK], ["a", "b", BOOK]),
+        ([BOOK, BOOK], [BOOK]),
+        ([BOOK, "other", BOOK], [BOOK, "other"]),
+    ],
+)
+def test_where_no_text_falls_to_validation_its_end_does(
+    tmp_path: Path, files: list[str], kept: list[str]
+) -> None:
+    """The fraction that was asked for, of the tokens; and nothing of it is in training data too."""
+    assert split_texts(kept)["validation"] == []
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(files):
+        (tmp_path / f"in/{i}.txt").write_text(text)
+    said = prepare(tmp_path / "in", tmp_path / "out", "--tokenizer", "bytes")
+    assert ("Duplicates: 1 document, each a copy of another" in said) == (len(set(files)) < len(files))
+    assert ("Skipped 1 empty document and 0 nulls" in said) == ("" in files)
+    found = tokens_of(tmp_path / "out")
+    whole = "".join(f"{text}\0" for text in kept).encode()
+    assert found["train"] + found["validation"] == whole
+    assert len(found["validation"]) == int(0.01 * len(whole))
+    splits = json.loads((tmp_path / "out/meta.json").read_text())["splits"]
+    assert splits["train"] == {
+        "documents": len(kept),
+        "tokens": len(found["train"]),
+        "bytes": len(found["train"].replace(b"\0", b"")),
+    }
+    assert splits["validation"]["bytes"] == len(found["validation"].replace(b"\0", b""))
+
+
+def test_copies_are_counted_and_lie_on_one_side(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    texts = [f"text {rng.randrange(300)}" for _ in range(1000)]
+    said = prepare(
+        write_jsonl(tmp_path / "in.jsonl", texts),
+        tmp_path / "out",
+        "--tokenizer",
+        "bytes",
+        "--validation-fraction",
+        "0.3",
+        before="from basemodel import dataset_files; dataset_files.DOCUMENTS_AT_ONCE = 100",
+    )
+    assert f"Duplicates: {len(texts) - len(set(texts))} documents, each a copy of another" in said
+    sides = [set(text.split(b"\0")[:-1]) for text in tokens_of(tmp_path / "out").values()]
+    assert all(sides) and not sides[0] & sides[1]
+    assert sides[0] | sides[1] == {text.encode() for text in texts}
+
+
+def test_a_validation_split_of_its_own(tmp_path: Path) -> None:
+    for split, texts in (("train", ["a", "b", "both"]), ("validation", ["c", "both"])):
+        (tmp_path / f"in/{split}").mkdir(parents=True)
+        write_jsonl(tmp_path / f"in/{split}/texts.jsonl", texts)
+    prepare(tmp_path / "in", tmp_path / "out", "--tokenizer", "bytes")
+    assert tokens_of(tmp_path / "out") == {"train": b"a\0b\0both\0", "validation": b"c\0both\0"}
+
+
+def test_tokens_of_nanogpt(tmp_path: Path, gpt2: Any) -> None:
+    texts = {"train": ["a text", "another one"], "val": ["a third"]}
+    (tmp_path / "in").mkdir()
+    for name, some in texts.items():
+        tokens = [token for text in some for token in (*gpt2.encode_ordinary(text), gpt2.eot_token)]
+        np.array(tokens, np.uint16).tofile(tmp_path / f"in/{name}.bin")
+    (tmp_path / "in/input.txt").write_text("what they were made from")
+    said = prepare(tmp_path / "in", tmp_path / "out", "--stats")
+    assert_holds(tmp_path / "out", {"train": texts["train"], "validation": texts["val"]}, gpt2)
+    assert "mean" in said
+    command = ("prepare_datasets.py", tmp_path / "in", tmp_path / "out2")
+    np.array([5, 60_000], np.uint16).tofile(tmp_path / "in/val.bin")
+    assert "in/val.bin: token 60000 at index 1 is outside the vocabulary" in refused(*command)
+    (tmp_path / "in/val.bin").write_bytes(b"odd")
+    assert "in/val.bin: damaged: not a whole number of uint16" in refused(*command)
+    (tmp_path / "in/val.bin").unlink()
+    assert "in/val.bin: is missing" in refused(*command)
+    (tmp_path / "in/meta.pkl").write_bytes(b"")
+    assert "meta.pkl says that its tokens are nanoGPT's own for single characters" in refused(*command)

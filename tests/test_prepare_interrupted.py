@@ -1,6 +1,8 @@
 """Preparing by several workers, in shards, with kills and full disks: the tokens are as if undisturbed."""
 
 import contextlib
+import gzip
+import json
 import os
 import random
 import signal
@@ -15,15 +17,17 @@ from texts import assert_holds, split_texts, write_jsonl, write_parquet
 import prepare_datasets
 from basemodel.tokenizer import get_tokenizer
 
-SMALL_SHARDS = "from basemodel import documents; documents.SHARD_BYTES = 20_000"
+SMALL_SHARDS = (
+    "from basemodel import documents, encoding; documents.SHARD_BYTES = 20_000; encoding.JOB_BYTES = 5_000"
+)
 SLOW_SHARDS = """
 import time
 from basemodel import encoding
-encode = encoding.encode_documents
+write = encoding.write_part
 def slow(*arguments):
     time.sleep(0.1)
-    return encode(*arguments)
-encoding.encode_documents = slow
+    return write(*arguments)
+encoding.write_part = slow
 """
 
 
@@ -62,8 +66,8 @@ def finish(corpus: Path, output: Path, texts: list[str], *options: str, fraction
 
 def parts(output: Path) -> list[Path]:
     """The folders of finished shards, which have their final names, and whole records."""
-    folders = output.with_name(output.name + ".incomplete").glob("parts/[0-9]*[0-9]")
-    return [path for path in folders if path.name.isdigit() and (path / "record.json").exists()]
+    folders = output.with_name(output.name + ".incomplete").glob("parts/??????-????")
+    return [path for path in folders if (path / "record.json").exists()]
 
 
 def wait_for_parts(script: Script, output: Path, count: int) -> None:
@@ -100,6 +104,20 @@ def test_kills_change_nothing(corpus: Path, tmp_path: Path, texts: list[str]) ->
     assert finished == sorted(finished) and finished[-1] >= 4, "what is finished is kept"
     kept = int(finish(corpus, output, texts).stdout.split(" of ")[0])
     assert kept == finished[-1]
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl.gz", "texts.csv"])
+def test_a_file_that_cannot_be_cut_resumes_too(tmp_path: Path, texts: list[str], name: str) -> None:
+    """And several threads encode it, where there are more workers than files."""
+    source, output = tmp_path / name, tmp_path / "out"
+    rows = [json.dumps({"text": text}) for text in texts] if ".jsonl" in name else ["text", *texts]
+    data = "".join(f"{row}\n" for row in rows).encode()
+    source.write_bytes(gzip.compress(data) if ".gz" in name else data)
+    with interrupted(source, output, 3):
+        pass
+    kept = len(parts(output))
+    said = finish(source, output, texts, "--workers", "3").stdout
+    assert said.startswith(f"{kept} of ") and kept < int(said.split()[2])
 
 
 def test_workers_end_with_the_main_process(corpus: Path, tmp_path: Path, texts: list[str]) -> None:

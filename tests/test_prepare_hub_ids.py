@@ -1,0 +1,139 @@
+"""Data sets by their Hub ids, as `datasets` understands them: configurations, splits, types, gated access."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from folder_hub import COMMIT, FolderHub, serve_folder
+from helpers import Finished, Script, wait_for
+from texts import assert_holds, split_texts
+
+from basemodel.tokenizer import get_tokenizer
+
+TEXTS = {
+    name: [f"{name} {i} " + "word " * (i % 50) for i in range(400)]
+    for name in ("small", "big", "held", "own")
+}
+CARD = """---
+configs:
+- config_name: small
+  data_files:
+  - {split: train, path: small/train-*}
+  - {split: validation, path: small/validation-*}
+- config_name: big
+  data_files:
+  - {split: train, path: big/*}
+---
+# Two configurations
+"""
+
+
+def write_parquet(path: Path, texts: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=50)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[FolderHub]:
+    """Three data sets: in parquet with two configurations, in .jsonl.zst, and in .csv."""
+    root = tmp_path / "hub/me"
+    write_parquet(root / "two/small/train-00000-of-00001.parquet", TEXTS["small"])
+    write_parquet(root / "two/small/validation-00000-of-00001.parquet", TEXTS["held"])
+    write_parquet(root / "two/big/0.parquet", TEXTS["big"])
+    (root / "two/README.md").write_text(CARD)
+    (root / "lines/data").mkdir(parents=True)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS["own"]).encode()
+    (root / "lines/data/a.jsonl.zst").write_bytes(pyarrow.compress(lines, codec="zstd", asbytes=True))
+    (root / "sheet").mkdir()
+    (root / "sheet/a.csv").write_text("id,text\n" + "".join(f"1,{text}\n" for text in TEXTS["own"]))
+    (root / "pictures").mkdir()
+    (root / "pictures/a.tar").write_bytes(b"")
+    with serve_folder(tmp_path / "hub") as hub:
+        yield hub
+
+
+SMALL = "from basemodel import documents, encoding; documents.SHARD_BYTES = 4_000; encoding.JOB_BYTES = 1_000"
+SLOW = """
+import time
+write = encoding.write_part
+encoding.write_part = lambda *arguments: (time.sleep(0.2), write(*arguments))[1]
+"""
+
+
+def start(hub: FolderHub, dataset: str, output: Path, *options: str, before: str = SMALL) -> Script:
+    command = ["prepare_datasets.py", dataset, str(output), "--tokenizer", "bytes", *options]
+    return Script(command, hub.env(hub.folder.parent / "home"), before)
+
+
+def finished(script: Script) -> Finished:
+    done = script.wait()
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+OWN = split_texts(TEXTS["own"], 0.1)
+WANTED = {
+    "me/two --name small": {"train": TEXTS["small"], "validation": TEXTS["held"]},
+    "me/two --name big --validation-fraction 0.1": split_texts(TEXTS["big"], 0.1),
+    "me/lines --validation-fraction 0.1": OWN,
+    "me/sheet --validation-fraction 0.1": OWN,
+}
+
+
+@pytest.mark.parametrize("case", WANTED)
+def test_a_data_set_by_its_id(hub: FolderHub, tmp_path: Path, case: str) -> None:
+    """Killed and resumed, and with other numbers of workers: the right documents in the right split."""
+    dataset, *options = case.split()
+    killed = start(hub, dataset, tmp_path / "out4", *options, "--workers", "1", before=SMALL + SLOW)
+    parts = tmp_path / "out4.incomplete/parts"
+    wait_for(lambda: len(list(parts.glob("*-????/record.json"))) >= 2 or killed.has_ended, "two parts")
+    killed.kill()
+    asked = len(hub.requests)
+    said = finished(start(hub, dataset, tmp_path / "out4", *options, "--workers", "4")).stdout
+    assert "shards were already encoded by an earlier run" in said
+    again = [request for request in hub.requests[asked:] if request.startswith("GET")]
+    assert not any(request.endswith((".parquet", ".zst", ".csv")) for request in again)
+    finished(start(hub, dataset, tmp_path / "out1", *options, "--workers", "1"))
+    metas = [assert_holds(tmp_path / out, WANTED[case], get_tokenizer("bytes")) for out in ("out1", "out4")]
+    assert metas[0] == metas[1]
+    assert metas[0]["revision"] == COMMIT and metas[0]["source"] == dataset
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("me/two", "me/two: has several configurations; --name is one of small, big"),
+        ("me/two --name bog", "me/two: has several configurations; --name is one of small, big"),
+        ("me/two --name big --split tset", "me/two: has no split 'tset'; --split is one of ['train']"),
+        ("me/two --name big --revision v9", "Revision 'v9' doesn't exist"),
+        ("me/nothing", "me/nothing: no such file or folder here, and no such data set on the Hub"),
+        ("me/pictures", "me/pictures: a.tar is of no known file type; known are .parquet"),
+        (
+            "me/sheet --text-column body",
+            "a.csv: has no column 'body'; --text-column is one of ['id', 'text']",
+        ),
+    ],
+)
+def test_what_is_not_there(hub: FolderHub, tmp_path: Path, arguments: str, message: str) -> None:
+    dataset, *options = arguments.split()
+    done = start(hub, dataset, tmp_path / "out", *options).wait()
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("Error: ")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("token", [None, "hf_test"])
+def test_gated_access(
+    hub: FolderHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str | None
+) -> None:
+    hub.gated.add("me/sheet")
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    done = start(hub, "me/sheet", tmp_path / "out").wait()
+    page = f"{hub.url}/datasets/me/sheet"
+    (line,) = done.stderr.splitlines()
+    assert line == f"Error: me/sheet: is gated; accept its terms at {page} and log in with: hf auth login"

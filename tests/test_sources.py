@@ -1,0 +1,295 @@
+"""Text of any kind: names, encodings, compressions, schemas and damage, and what is read of such files."""
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from basemodel.errors import InputError
+from basemodel.readers import cut_into_pieces, read_documents
+from basemodel.sources import Request, Source, find_source
+
+TEXTS = ["one", "two \u00e9\u4e2d\U0001f600", 'three "quoted", with\na line and <|endoftext|>', "NA", "0012"]
+ROWS = [*TEXTS, None, ""]
+
+
+def zstd(data: bytes) -> bytes:
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
+
+
+def table(texts: Any = ROWS, **columns: Any) -> pyarrow.Table:
+    return pyarrow.table({"id": range(len(texts)), "text": texts, **columns})
+
+
+def parquet(rows: pyarrow.Table) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(rows, buffer, row_group_size=3)
+    return buffer.getvalue()
+
+
+def arrow(rows: pyarrow.Table, writer: Callable = pyarrow.ipc.new_stream) -> bytes:
+    buffer = io.BytesIO()
+    with writer(buffer, rows.schema) as file:
+        file.write_table(rows)
+    return buffer.getvalue()
+
+
+def jsonl(rows: Any = ROWS) -> bytes:
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(rows)).encode()
+
+
+def array(indent: int | None = None, rows: Any = ROWS) -> bytes:
+    return json.dumps([{"id": i, "text": text} for i, text in enumerate(rows)], indent=indent).encode()
+
+
+def sheet(rows: Any = TEXTS, delimiter: str = ",") -> bytes:
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, delimiter=delimiter).writerows([("id", "text"), *enumerate(rows)])
+    return buffer.getvalue().encode()
+
+
+def pieces_of(source: Source) -> list[Any]:
+    return [piece for path, split in source.files for piece in cut_into_pieces(path, split, "text")]
+
+
+def read(source: Path, **request: str) -> tuple[list[str | None], Source]:
+    """The documents of a source in order, None for a null, and what was found."""
+    found = find_source(Request(str(source), **request), leave_out=())()
+    documents = (document for piece in pieces_of(found) for document in read_documents(piece, "text"))
+    return [d if d is None else b"".join(d).decode() for d in documents], found
+
+
+LATIN = "\u00c4rger mit \u00f6ffentlichen \u00dcbungen, gr\u00fc\u00dft Herr M\u00fcller. " * 20
+CATEGORIES = pyarrow.array(ROWS).dictionary_encode()
+GOOD: dict[str, tuple[str, bytes, list[str | None]]] = {
+    # name: file, content, documents
+    "parquet": ("a.parquet", parquet(table()), ROWS),
+    "parquet compressed as a whole": ("a.parquet.zst", zstd(parquet(table())), ROWS),
+    "pandas categories": ("a.parquet", parquet(table(CATEGORIES)), ROWS),
+    "bytes without a logical type": (
+        "a.parquet",
+        parquet(table(pyarrow.array([b"a", b"\xff"]))),
+        ["a", "\ufffd"],
+    ),
+    "large strings": ("a.parquet", parquet(table(pyarrow.array(ROWS, pyarrow.large_string()))), ROWS),
+    "nothing but nulls": ("a.parquet", parquet(table([None, None])), [None, None]),
+    "arrow stream": ("a.arrow", arrow(table()), ROWS),
+    "arrow file": ("a.arrow", arrow(table(), pyarrow.ipc.new_file), ROWS),
+    "arrow categories": ("a.arrow", arrow(table(CATEGORIES)), ROWS),
+    "arrow.gz": ("a.arrow.gz", gzip.compress(arrow(table())), ROWS),
+    "jsonl": ("a.jsonl", jsonl(), ROWS),
+    "ndjson": ("a.ndjson", jsonl(), ROWS),
+    "capital letters": ("B.JSONL", jsonl(), ROWS),
+    "jsonl.gz": ("a.jsonl.gz", gzip.compress(jsonl()), ROWS),
+    "several gz streams in one": ("a.jsonl.gz", gzip.compress(jsonl()) + gzip.compress(jsonl()), ROWS * 2),
+    "jsonl.zst": ("a.jsonl.zst", zstd(jsonl()) + zstd(jsonl()), ROWS * 2),
+    "jsonl.xz": ("a.jsonl.xz", lzma.compress(jsonl()), ROWS),
+    "jsonl.bz2": ("A.Jsonl.BZ2", bz2.compress(jsonl()), ROWS),
+    "jsonl after a byte order mark": ("a.jsonl", codecs.BOM_UTF8 + jsonl(), ROWS),
+    "jsonl in UTF-16": ("a.jsonl", jsonl().decode().encode("utf-16"), ROWS),
+    "jsonl with CRLF and empty lines": ("a.jsonl", jsonl().replace(b"\n", b"\r\n\r\n"), ROWS),
+    "jsonl without a last newline": ("a.jsonl", jsonl()[:-1], ROWS),
+    "jsonl with invalid UTF-8": ("a.jsonl", b'{"text": "a\xffb"}\n', ["a\ufffdb"]),
+    "jsonl with line separators": ("a.jsonl", '{"text": "a\u2028b\x85c"}\n'.encode(), ["a\u2028b\x85c"]),
+    "jsonl in a .json": ("a.json", jsonl(), ROWS),
+    "json array": ("a.json", array(), ROWS),
+    "json array on many lines": ("a.json", array(indent=2), ROWS),
+    "json array in UTF-16": ("a.json", array().decode().encode("utf-16"), ROWS),
+    "json array.zst": ("a.json.zst", zstd(array()), ROWS),
+    "json objects on many lines": ("a.json", b'{\n"text":\n"a"}\n{"text": "b"\n}', ["a", "b"]),
+    "empty json array": ("a.json", b" [ ] ", []),
+    "csv": ("a.csv", sheet(), TEXTS),
+    "csv.gz": ("a.csv.gz", gzip.compress(sheet()), TEXTS),
+    "csv.zst": ("a.csv.zst", zstd(sheet()), TEXTS),
+    "csv after a byte order mark": ("a.csv", codecs.BOM_UTF8 + sheet(), TEXTS),
+    "csv in UTF-16, as spreadsheets export it": (
+        "a.csv",
+        sheet(delimiter="\t").decode().encode("utf-16"),
+        TEXTS,
+    ),
+    "csv with semicolons": ("a.csv", sheet(delimiter=";"), TEXTS),
+    "csv with an empty cell": ("a.csv", b"id,text\n1,\n2,a\n", ["", "a"]),
+    "csv with invalid UTF-8": ("a.csv", b"id,text\n1,a\xffb\n2,c\n", ["a\ufffdb", "c"]),
+    "csv with * in its name": ("notes [1]*.csv", sheet(), TEXTS),
+    "tsv": ("a.tsv", sheet(delimiter="\t"), TEXTS),
+    "txt": ("a.txt", "a\u00e9\r\nb".encode(), ["a\u00e9\r\nb"]),
+    "txt in capitals": ("A.TXT", b"a", ["a"]),
+    "txt after a byte order mark": ("a.txt", codecs.BOM_UTF8 + b"text", ["text"]),
+    "txt in UTF-16": (
+        "a.txt",
+        "Notepad's \u00fcnicode \U0001f600".encode("utf-16"),
+        ["Notepad's \u00fcnicode \U0001f600"],
+    ),
+    "txt in big-endian UTF-16": ("a.txt", codecs.BOM_UTF16_BE + "\u00fc\n".encode("utf-16-be"), ["\u00fc\n"]),
+    "txt in UTF-32": ("a.txt", "\u4e2d".encode("utf-32"), ["\u4e2d"]),
+    "txt with nothing in it": ("a.txt", b"", [""]),
+    "txt with a byte order mark alone": ("a.txt", codecs.BOM_UTF8, [""]),
+    "txt.gz": ("a.txt.gz", gzip.compress(b"text"), ["text"]),
+    "txt in Latin-1": ("a.txt", LATIN.encode("latin-1"), [LATIN.encode("latin-1").decode(errors="replace")]),
+    "markdown": ("a.md", b"# title\n", ["# title\n"]),
+    "md.xz": ("a.md.xz", lzma.compress(b"# title\n"), ["# title\n"]),
+}
+KANA = "\u3053\u308c\u306f\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3067\u3059\u3002" * 20
+BAD: dict[str, tuple[str, bytes, str]] = {
+    # name: file, content, what is said after the file's name
+    "Shift-JIS": ("a.txt", KANA.encode("shift-jis"), "most of it is not UTF-8 text"),
+    "UTF-16 without a byte order mark": ("a.txt", b"t\0e\0x\0t\0" * 9, "most of it is not UTF-8 text"),
+    "a program called .txt": ("a.txt", bytes(range(256)) * 9, "most of it is not UTF-8 text"),
+    "jsonl in KOI8-R": (
+        "a.jsonl",
+        ('{"text": "%s"}\n' % ("\u0442\u0435\u043a\u0441\u0442" * 20)).encode("koi8-r"),
+        "most of it is not UTF-8",
+    ),
+    "cut-off gz": (
+        "a.jsonl.gz",
+        gzip.compress(jsonl() * 99)[:-20],
+        "cannot be read: Truncated compressed stream",
+    ),
+    "cut-off xz": (
+        "a.txt.xz",
+        lzma.compress(jsonl() * 99)[:-20],
+        "cannot be read: Compressed file ended before",
+    ),
+    "gz that is none": ("a.jsonl.gz", jsonl(), "cannot be read: zlib inflate failed: incorrect header check"),
+    "cut-off parquet": ("a.parquet", parquet(table())[:-9], "damaged or not a parquet file"),
+    "empty parquet": ("a.parquet", b"PAR1", "damaged or not a parquet file"),
+    "arrow that is none": ("a.arrow", b"what is this?" * 9, "cannot be read"),
+    "numbers": ("a.parquet", parquet(table([1, 2])), "column 'text' is int64, not text"),
+    "numbers in arrow": ("a.arrow", arrow(table([1, 2])), "column 'text' is int64, not text"),
+    "lists": ("a.parquet", parquet(table([["a"]])), "column 'text' is list<element: string>, not text"),
+    "no such column": (
+        "a.parquet",
+        parquet(pyarrow.table({"body": ["a"]})),
+        "has no column 'text'; --text-column is one of ['body']",
+    ),
+    "no such column in arrow": (
+        "a.arrow",
+        arrow(pyarrow.table({"body": ["a"]})),
+        "has no column 'text'; --text-column is one of ['body']",
+    ),
+    "no such column in csv": (
+        "a.csv",
+        b"id,body\n1,a\n",
+        "has no column 'text'; --text-column is one of ['id', 'body']",
+    ),
+    "csv with a row too long": (
+        "a.csv",
+        b"id,text\n1,a\n2,b,c\n",
+        "cannot be read: Error tokenizing data. C error: Expected 2 fields in line 3, saw 3",
+    ),
+    "jsonl with a number": (
+        "a.jsonl",
+        jsonl() + b'{"text": 5}\n',
+        f'line {len(ROWS) + 1} is not a JSON object with a string "text"',
+    ),
+    "jsonl with null lines": (
+        "a.jsonl",
+        jsonl() + b"null\n",
+        f'line {len(ROWS) + 1} is not a JSON object with a string "text"',
+    ),
+    "cut-off json": (
+        "a.json",
+        array()[:-20],
+        f'object {len(ROWS)} is not a JSON object with a string "text"',
+    ),
+    "json array of strings": ("a.json", b'["a", "b"]', 'object 1 is not a JSON object with a string "text"'),
+    "unknown type": ("a.docx", b"PK", "unknown file type; known are .parquet, .arrow"),
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_what_is_read(tmp_path: Path, case: str) -> None:
+    name, content, texts = GOOD[case]
+    (tmp_path / name).write_bytes(content)
+    assert read(tmp_path / name)[0] == read(tmp_path)[0] == texts
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_refused(tmp_path: Path, case: str) -> None:
+    name, content, message = BAD[case]
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_are_found_in_order_and_the_others_counted(tmp_path: Path) -> None:
+    names = ["b/2.txt", "a.txt", "b.txt", "b/1.md", "C.TXT"]
+    for name in (*names, "._a.txt", ".ipynb_checkpoints/a-checkpoint.txt", "a.pdf", "b/x.docx", "Makefile"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
+    texts, found = read(tmp_path)
+    assert texts == sorted(names, key=lambda name: Path(name))
+    skipped = {"hidden": 2, ".pdf": 1, ".docx": 1, "no suffix": 1, ".txt": 1}
+    assert found.skipped == skipped
+    assert read(tmp_path, files="b/*")[0] == ["b/1.md", "b/2.txt"]
+    found = find_source(Request(str(tmp_path)), leave_out=[tmp_path / "b"])()
+    assert [path.name for path, _ in found.files] == ["C.TXT", "a.txt", "b.txt"]
+
+
+def test_what_describes_a_data_set_is_not_its_text(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# notes")
+    (tmp_path / "a.md").write_text("text")
+    assert read(tmp_path)[0] == ["# notes", "text"], "among texts a README is one"
+    (tmp_path / "data-00000-of-00001.arrow").write_bytes(arrow(table(["row"])))
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "prepared").mkdir()
+    for name in ("README.md", "meta.json", "train.safetensors"):
+        (tmp_path / "prepared" / name).write_text("{}")
+    texts, found = read(tmp_path)
+    assert texts == ["text", "row"]
+    assert found.skipped == {"hidden": 0, "descriptions of data sets": 2, "prepared data sets": 1}
+
+
+@pytest.mark.parametrize("layout", ["folders", "names"])
+def test_a_folder_of_splits(tmp_path: Path, layout: str) -> None:
+    name = {"folders": "{}/some.jsonl", "names": "{}-00000-of-00001.jsonl"}[layout]
+    for split in ("train", "validation", "test"):
+        path = tmp_path / name.format(split)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(jsonl([split]))
+    texts, found = read(tmp_path)
+    assert texts == ["train", "validation"]
+    assert [split for _, split in found.files] == ["train", "validation"]
+    assert found.skipped["of the split 'test'"] == 1
+    assert read(tmp_path, split="test")[0] == ["test", "validation"]
+    # A file that belongs to none: perhaps those names mean something else. All is read, and split by text.
+    (tmp_path / "another.jsonl").write_bytes(jsonl(["another"]))
+    texts, found = read(tmp_path)
+    assert sorted(texts) == ["another", "test", "train", "validation"]
+    assert {split for _, split in found.files} == {None}
+
+
+@pytest.mark.parametrize(
+    ("source", "request_", "message"),
+    [
+        ("missing", {}, "no such file or folder"),
+        ("./owner/name", {}, "no such file or folder"),
+        ("a/b/c", {}, "no such file or folder"),
+        ("owner/notes.md", {}, "no such file or folder"),
+        (".", {"split": "tset"}, "tell no split 'tset'"),
+        (".", {"split": "validation"}, "tell no split 'validation'"),
+        (".", {"files": "*.parquet"}, "that match --files '*.parquet'"),
+        (".", {"name": "x"}, "--name is for a data set on the Hub"),
+    ],
+)
+def test_sources_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, request_: dict, message: str
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="(?s)" + message.replace("*", r"\*")):
+        find_source(Request(source, **request_), leave_out=())
