@@ -227,7 +227,7 @@ class Trainer:
         """
         run, progress, pending = self.run, self.progress, PendingSteps(self.world.device)
         self.reporter = Reporter(run, progress.step, progress.seconds, enabled=self.world.is_first)
-        self.reporter.watch(self.world.device_name, compiled=self.learner.loss_module.is_compiled)
+        self.reporter.watch(self.world, compiled=self.learner.loss_module.is_compiled)
         keep, tokenizer = run.config.keep_checkpoints, run.data.tokenizer
         self.saver = checkpointing.Saver(run.checkpoints, keep, run.metrics, tokenizer)
         self.reporter.status("running", progress.step)

@@ -219,10 +219,10 @@ def keep_estimates(run: Run, found: list[Estimate]) -> None:
     speeds = read_json_or_nothing(path)
     for each in found:
         if each.step_parts:
-            speeds[each.machine.name] = [
-                each.run.plan.microbatch_size,
-                each.run.plan.tokens_per_step / sum(each.step_parts.values()),
-            ]
+            plan = each.run.plan
+            speed = plan.tokens_per_step / sum(each.step_parts.values())
+            values = {"microbatch_size": plan.microbatch_size, "tokens_per_second": speed}
+            speeds[each.machine.name] = values
     with contextlib.suppress(OSError):
         replace_text(path, json.dumps(speeds, indent=1))
 
@@ -239,7 +239,7 @@ def planned_speed(run: Run, device_name: str) -> tuple[float | None, str]:
     same = on_machine(machine) if machine else lambda figure: figure.device == device_name
     if figure := find_figure(run, run.plan.processes, same, on_gpu=machine is not None):
         return figure.tokens_per_second, f"measured by {figure.source}, {figure.date}"
-    size, speed = read_json_or_nothing(run.directory / PLAN).get(
-        machine.name if machine else "", (None, None)
-    )
-    return (speed, "estimated by --plan --on") if size == run.plan.microbatch_size else (None, "")
+    found = read_json_or_nothing(run.directory / PLAN).get(machine.name if machine else "")
+    if not isinstance(found, dict) or found.get("microbatch_size") != run.plan.microbatch_size:
+        return None, ""
+    return found.get("tokens_per_second"), "estimated by --plan --on"

@@ -67,7 +67,9 @@ def read_figures(runs_dir: Path) -> list[Figure]:
             found.append(Figure(**json.loads(line)))
         except (ValueError, TypeError):
             continue
-    return [figure for figure in found if figure.tokens_per_second and figure.tokens_per_second > 0]
+    return [
+        each for each in found if isinstance(each.tokens_per_second, float) and each.tokens_per_second > 0
+    ]
 
 
 def find_figure(

@@ -153,7 +153,10 @@ def is_device(gpu: GPU, device_name: str) -> bool:
 
 @functools.cache
 def _known() -> tuple[GPU, ...]:
-    return tuple(read_gpus().values())
+    try:
+        return tuple(read_gpus().values())
+    except InputError:  # of the user's table, which is no reason to stop a training
+        return tuple(GPU(name, **values) for name, values in _read_table(TABLE).items())
 
 
 def gpu_of(device_name: str, memory: float = 0.0) -> GPU | None:

@@ -290,7 +290,8 @@ def print_notes(found: list[Estimate], refused: list[str]) -> None:
         print(f"Left out: {line}")
     for each in found:
         if each.figure:
-            print(f"{each.machine.name}: measured by {each.figure.source}, {each.figure.date}")
+            peak = f", {each.figure.peak_gib:.1f} GiB at the peak" if each.figure.peak_gib else ""
+            print(f"{each.machine.name}: measured by {each.figure.source}, {each.figure.date}{peak}")
     if any(each.figure is None for each in found):
         print(
             f"Estimated (~), not measured: off by at most {roofline.WORST_ERROR:.0%} for machines with "

@@ -16,9 +16,11 @@ from tqdm import tqdm
 from basemodel import charts, machines
 from basemodel.data import BatchPlan
 from basemodel.deviation import SpeedWatch
+from basemodel.distributed import World
 from basemodel.errors import RunError
 from basemodel.figures import Figure, add_figure, speed_hash, today
 from basemodel.files import replace_text
+from basemodel.memory import peak_memory
 from basemodel.run import Run
 from basemodel.run_folder import read_metrics, read_status
 from gpt import GPTModel
@@ -57,11 +59,11 @@ class Reporter:
         """The run's batches and steps."""
         return self.run.plan
 
-    def watch(self, device_name: str, *, compiled: bool) -> None:
+    def watch(self, world: World, *, compiled: bool) -> None:
         """Compare the speed with what was planned, and keep it when the run has finished."""
         if self.enabled:
-            self._device_name, self._compiled = device_name, compiled
-            self._watch = SpeedWatch(self.run, device_name, compiled=compiled)
+            self._world, self._compiled = world, compiled
+            self._watch = SpeedWatch(self.run, world.device_name, compiled=compiled)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -232,9 +234,10 @@ class Reporter:
         """Keep the speed for later plans, if it is that of enough steps."""
         if self._watch and self._timed >= ENOUGH_STEPS:
             run, plan = self.run, self.plan
-            device = self._device_name, machines.device_memory_gib(), plan.processes
+            device = self._world.device_name, machines.device_memory_gib(), plan.processes
             step = speed_hash(run.model_config, run.config, compiled=self._compiled), plan.microbatch_size
-            figure = Figure(*device, *step, self.tokens_per_second, None, f"run {run.name}", today())
+            peak = peak_memory(self._world.device)
+            figure = Figure(*device, *step, self.tokens_per_second, peak, f"run {run.name}", today())
             add_figure(run.directory.parent, figure)
 
     def close(self, status: str, step: int, **more: Any) -> None:

@@ -207,7 +207,7 @@ def test_plans_for_machines(sandbox: Sandbox) -> None:
 
     out = plan("--budget", "3", "--on", "2xX1")
     tokens = int(re.search(r'"min_train_tokens": (\d+)', out)[1])
-    cost = float(json.loads((folder / "plan.json").read_text())["2xX1"][1])  # tokens/s
+    cost = float(json.loads((folder / "plan.json").read_text())["2xX1"]["tokens_per_second"])
     assert tokens == pytest.approx(2 * 3600 * cost, rel=0.01), "two hours of it" and tokens % 128 == 0
 
     from basemodel.config import TrainConfig
