@@ -15,6 +15,7 @@ from basemodel.config import optimizer_in_words
 from basemodel.errors import InputError, RunError
 from basemodel.json_config import read_json_object
 from basemodel.measured_loss import read_test_loss
+from basemodel.task_results import headlines, read_task_results
 from basemodel.weights import save_tensors, to_huggingface
 from checkpointing import META_FILE
 from gpt import GPTConfig, GPTModel
@@ -139,6 +140,8 @@ def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, li
         data = f"{test.dataset}, {test.split}, {test.tokens:,} tokens from {test.start_token:,} on"
         loss = f"{test.loss:.3f} nats per token, perplexity {test.perplexity:.2f}"
         facts["Test loss"] = f"{loss}{bits} ({data})"
+    for result in headlines(read_task_results(weights.parent)):
+        facts[result.title] = f"{result} (lm-evaluation-harness {result.harness})"
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     chart = weights.resolve().parent.parent.parent / CHART  # runs/RUN/checkpoints/NAME/model.safetensors
     if "Data" in facts and chart.exists():
