@@ -3,12 +3,12 @@
 
     pip install -e ".[harness]"
     python test_harness.py runs/original/model.json runs/original/checkpoints/best/model.safetensors
-    python test_harness.py A/model.json A/model.safetensors gpt2/config.json gpt2/model.safetensors --tasks piqa
-    python test_harness.py ... --tasks my-task --include-path my-tasks/        tasks of one's own
+    python test_harness.py A/model.json A/model.safetensors gpt2/config.json gpt2/model.safetensors
+    python test_harness.py ... --tasks piqa,my-task --include-path my-tasks/       with a task of one's own
 
-Several models are shown side by side, with their differences to the first on the same documents. Answers are
-kept in harness-cache/, so that after an interruption the same command resumes. A checkpoint's results are kept
-beside it, in harness.json, for compare_runs.py and upload_model.py.
+Several models are shown side by side, with their differences to the first on the same documents. Answers
+are kept in harness-cache/, so that after an interruption the same command resumes. A checkpoint's results are
+kept beside it, in harness.json, for compare_runs.py and upload_model.py.
 """
 
 import sys
@@ -26,8 +26,8 @@ from basemodel.weights import load_model
 from checkpointing import META_FILE
 
 TASKS = "hellaswag,lambada_openai,arc_easy,piqa,winogrande"
-# Of OpenAI's GPT-2 small. The library's figures, without few-shot: its issue 2159 on GitHub for LAMBADA, and
-# for HellaSwag the head of dev/data/hellaswag.py in karpathy/llm.c. The paper is Radford et al. 2019, table 3.
+# OpenAI's GPT-2 small, zero-shot. For HellaSwag see the head of dev/data/hellaswag.py in karpathy/llm.c, for
+# LAMBADA EleutherAI/lm-evaluation-harness#2159; the paper is Radford et al. 2019, of which table 3 is meant.
 PUBLISHED = {
     "hellaswag": "acc 0.2892, acc_norm 0.3114 (lm-evaluation-harness, as quoted in karpathy/llm.c)",
     "lambada_openai": "acc 0.3256, perplexity 40.06 (lm-evaluation-harness, its issue 2159); the paper's "
@@ -54,7 +54,7 @@ def main(
     batch_size: int,
     cache: Path,
 ) -> None:
-    """Evaluate the models in MODEL_SAFETENSORS, ours or Hugging Face GPT-2's, on lm-evaluation-harness's tasks."""
+    """Evaluate the models in MODEL_SAFETENSORS, ours or Hugging Face GPT-2's, by lm-evaluation-harness."""
     require_harness()
     if len(models) % 2:
         raise InputError(f"models come in pairs, MODEL_JSON MODEL_SAFETENSORS; {models[-1]} has no partner")

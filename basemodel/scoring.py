@@ -55,12 +55,9 @@ class Scorer:
         self.asked += len(pairs)
         self.cut += sum(len(context) + len(continuation) > length + 1 for context, continuation in pairs)
         keyed = [{key_of(window): window for window in windows(*pair, length)} for pair in pairs]
-        missing = {key: window for each in keyed for key, window in each.items()}
-        missing = {key: window for key, window in missing.items() if key not in self.kept.replies}
-        order = sorted(
-            missing, key=lambda key: -len(missing[key][0])
-        )  # the longest first: memory shows at once
-        for batch in self._batches(order):
+        missing = {key: each[key] for each in keyed for key in each if key not in self.kept.replies}
+        # The longest first, so that batches are even and a lack of memory shows at once.
+        for batch in self._batches(sorted(missing, key=lambda key: -len(missing[key][0]))):
             self.kept.add_all(dict(zip(batch, self._score([missing[key] for key in batch]), strict=True)))
         found = [[self.kept.replies[key] for key in each] for each in keyed]
         return [(sum(each[0] for each in parts), all(each[1] for each in parts)) for parts in found]

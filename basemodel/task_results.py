@@ -51,8 +51,8 @@ def read_task_results(folder: Path) -> list[TaskResult]:
 
 
 def keep_task_results(folder: Path, results: Iterable[TaskResult]) -> None:
-    """Add results to those kept in `folder`, atomically, in place of earlier ones with the same title; if that
-    fails, warn and go on."""
+    """Add results to those kept in `folder`, atomically, in place of earlier ones with the same title; if
+    that fails, warn and go on."""
     kept = {result.title: result for result in (*read_task_results(folder), *results)}
     text = json.dumps({"results": [dataclasses.asdict(result) for result in kept.values()]}, indent=1)
     try:
