@@ -54,13 +54,13 @@ class Scorer:
         length = self.model.config.context_length
         self.asked += len(pairs)
         self.cut += sum(len(context) + len(continuation) > length + 1 for context, continuation in pairs)
-        keyed = [{key_of(window): window for window in windows(*pair, length)} for pair in pairs]
-        missing = {key: each[key] for each in keyed for key in each if key not in self.kept.replies}
+        keyed = [[(key_of(window), window) for window in windows(*pair, length)] for pair in pairs]
+        missing = {key: window for each in keyed for key, window in each if key not in self.kept.replies}
         # The longest first, so that batches are even and a lack of memory shows at once.
         for batch in self._batches(sorted(missing, key=lambda key: -len(missing[key][0]))):
             self.kept.add_all(dict(zip(batch, self._score([missing[key] for key in batch]), strict=True)))
-        found = [[self.kept.replies[key] for key in each] for each in keyed]
-        return [(sum(each[0] for each in parts), all(each[1] for each in parts)) for parts in found]
+        found = [[self.kept.replies[key] for key, _ in each] for each in keyed]
+        return [(sum(nats for nats, _ in parts), all(best for _, best in parts)) for parts in found]
 
     @torch.no_grad()
     def _score(self, batch: list[Window]) -> list[tuple[float, bool]]:
