@@ -226,16 +226,21 @@ def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
     finished.replace(output_dir)
     sync(output_dir.parent)
     shutil.rmtree(finished.parent, ignore_errors=True)
-    print(summary(meta))
+    for line in summary(meta):
+        print(line)
     for split, counts in meta["splits"].items():
         files = as_one_path(split_files(output_dir, split))
         print(f"{files}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
 
 
-def summary(meta: dict[str, Any]) -> str:
+def summary(meta: dict[str, Any]) -> list[str]:
     """What was read, and what was not as one might expect."""
     skipped = ", ".join(f"{count:,} {why}" for why, count in meta["files_skipped"].items() if count)
-    lines = [f"Read {_several(meta['files_read'], 'file')}" + (f"; skipped: {skipped}" if skipped else "")]
+    lines = []
+    if meta["files_read"]:
+        lines.append(
+            f"Read {_several(meta['files_read'], 'file')}" + (f"; skipped: {skipped}" if skipped else "")
+        )
     if meta.get("empty") or meta.get("null"):
         empty, null = _several(meta["empty"], "empty document"), _several(meta["null"], "null")
         lines.append(f"Skipped {empty} and {null}")
@@ -243,7 +248,7 @@ def summary(meta: dict[str, Any]) -> str:
         lines.append(f"Invalid UTF-8: {_several(meta['replaced'], 'character')} became U+FFFD")
     if meta.get("duplicates"):
         lines.append(f"Duplicates: {_several(meta['duplicates'], 'document')}, each a copy of another")
-    return "\n".join(lines)
+    return lines
 
 
 def _several(count: int, what: str) -> str:
