@@ -20,7 +20,7 @@ from basemodel.command_line import run_command
 from basemodel.errors import InputError
 from basemodel.harness import Measured, evaluate_task, load_tasks, paired_difference, require_harness
 from basemodel.scoring import Scorer
-from basemodel.task_results import keep_task_results
+from basemodel.task_results import keep_task_results, with_error
 from basemodel.tokenizer import get_tokenizer
 from basemodel.weights import load_model
 from checkpointing import META_FILE
@@ -117,8 +117,7 @@ def print_table(labels: list[str], columns: list[list[Measured]]) -> None:
         cells = [result.task, result.metric + arrow, f"{result.documents:,}"]
         cells += [str(each.result) for each in row]
         for each in row[1:]:
-            difference, error = paired_difference(each, row[0])
-            cells.append(f"{difference:+.4f}" + ("" if error is None else f" ± {error:.4f}"))
+            cells.append(with_error(*paired_difference(each, row[0]), sign="+"))
         print(f"| {' | '.join(cells)} |")
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from basemodel.errors import InputError
+from basemodel.memory import memory_errors_explained
 from basemodel.scoring import Scorer
 from basemodel.task_results import TaskResult
 
@@ -190,19 +191,18 @@ def evaluate_task(scorer: Scorer, loaded: Any, limit: int | None) -> list[Measur
     """What a model scores at a task, or at a group and its tasks, on the first `limit` documents."""
     from lm_eval.evaluator import evaluate
 
-    with contextlib.redirect_stdout(sys.stderr):  # the library's messages; the table stands alone
+    hint = "a smaller --batch-size needs less, and what is answered so far is kept"
+    # The library's own messages go to standard error, so that the table stands alone.
+    with contextlib.redirect_stdout(sys.stderr), memory_errors_explained(hint):
         found = evaluate(
             harness_model(scorer), loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=True
         )
-    groups = {member: group for group, members in found["group_subtasks"].items() for member in members}
-    groups = {member: group for member, group in groups.items() if group in found.get("groups", {})}
-    measured = []
-    for name, figures in found["results"].items():
+    measured: dict[tuple[str, str], Measured] = {}
+    for name, figures in found["results"].items():  # tasks come before the groups that hold them
         for key, value in figures.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            samples = [s for s in found["samples"].get(name, []) if s["filter"] == kind and metric in s]
             error = figures.get(f"{metric}_stderr,{kind}")
             result = TaskResult(
                 task=name,
@@ -210,18 +210,41 @@ def evaluate_task(scorer: Scorer, loaded: Any, limit: int | None) -> list[Measur
                 value=float(value),
                 standard_error=float(error) if isinstance(error, int | float) else None,
                 higher_is_better=found["higher_is_better"].get(name, {}).get(metric),
-                documents=len(samples) or figures.get("sample_len", 0),
+                documents=figures.get("sample_len", 0),
                 limit=limit,
                 fewshot=found["n-shot"].get(name) or 0,
-                group=groups.get(name),
+                group=group_of(name, found),
                 version=str(found["versions"].get(name)),
                 harness=importlib.metadata.version("lm_eval"),
                 measured=datetime.now(UTC).isoformat(timespec="seconds"),
             )
-            task = loaded["tasks"].get(name)
-            aggregate = task.aggregation().get(metric) if task else None
-            measured.append(Measured(result, [sample[metric] for sample in samples], aggregate))
-    return measured
+            if name in loaded["tasks"]:
+                samples = [s for s in found["samples"][name] if s["filter"] == kind and metric in s]
+                aggregate = loaded["tasks"][name].aggregation().get(metric)
+                each = Measured(result, [sample[metric] for sample in samples], aggregate)
+            else:
+                parts = [measured.get((member, key)) for member in found["group_subtasks"][name]]
+                each = join_members(result, parts)
+            measured[name, key] = each
+    return list(measured.values())
+
+
+def group_of(name: str, found: dict[str, Any]) -> str | None:
+    """The group that has a result of its own, and this task or group as a member."""
+    groups = found["group_subtasks"].items()
+    return next((group for group, members in groups if name in members and group in found["results"]), None)
+
+
+def join_members(result: TaskResult, members: list[Measured | None]) -> Measured:
+    """A group's result; with the values of its members' documents where it is their mean, as it is if the
+    group weights its members by size."""
+    from lm_eval.api.metrics import mean
+
+    if all(member and member.aggregate is mean for member in members):
+        values = [value for member in members for value in member.values]
+        if math.isclose(mean(values), result.value):
+            return Measured(result, values, mean)
+    return Measured(result, [], None)
 
 
 def paired_difference(one: Measured, other: Measured) -> tuple[float, float | None]:

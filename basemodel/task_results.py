@@ -31,7 +31,7 @@ class TaskResult:
     measured: str  # when
 
     def __str__(self) -> str:
-        return f"{self.value:.4f}" + ("" if self.standard_error is None else f" ± {self.standard_error:.4f}")
+        return with_error(self.value, self.standard_error)
 
     @property
     def title(self) -> str:
@@ -39,6 +39,12 @@ class TaskResult:
         how = [f"{self.fewshot}-shot"] * bool(self.fewshot)
         how += [f"first {self.documents:,} documents"] * (self.limit is not None)
         return f"{self.task} {self.metric}" + (f" ({', '.join(how)})" if how else "")
+
+
+def with_error(value: float, error: float | None, sign: str = "") -> str:
+    """A figure with its standard error, if there is one. `sign`: "+" to show that of positive values too."""
+    form = ".4f" if abs(value) < 1000 else ",.0f"  # hopeless models have perplexities of billions
+    return f"{value:{sign}{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def read_task_results(folder: Path) -> list[TaskResult]:
