@@ -114,7 +114,7 @@ def print_table(labels: list[str], columns: list[list[Measured]]) -> None:
     for row in zip(*columns, strict=True):
         result = row[0].result
         arrow = {True: " ↑", False: " ↓", None: ""}[result.higher_is_better]
-        cells = [result.task, result.metric + arrow, f"{result.documents:,}"]
+        cells = [result.task + result.setting, result.metric + arrow, f"{result.documents:,}"]
         cells += [str(each.result) for each in row]
         for each in row[1:]:
             cells.append(with_error(*paired_difference(each, row[0]), sign="+"))

@@ -111,7 +111,7 @@ def load_task(manager: "TaskManager", name: str) -> Any:
     except Exception as error:  # whatever a task's own code, datasets and the network can raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         hint = ""
-        if isinstance(error, OSError) and not Path(name).is_file():
+        if isinstance(error, ConnectionError):
             hint = "; run it once with a network, then the data stay in the cache of datasets (HF_HOME)"
         raise InputError(f"task '{name}' could not be loaded: {reason}{hint}") from None
 

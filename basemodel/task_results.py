@@ -34,11 +34,16 @@ class TaskResult:
         return with_error(self.value, self.standard_error)
 
     @property
-    def title(self) -> str:
-        """Task and metric, and what makes the figure another one than the usual: few-shot, a limit."""
+    def setting(self) -> str:
+        """What makes the figure another one than that of the whole task, zero-shot; empty if nothing does."""
         how = [f"{self.fewshot}-shot"] * bool(self.fewshot)
         how += [f"first {self.documents:,} documents"] * (self.limit is not None)
-        return f"{self.task} {self.metric}" + (f" ({', '.join(how)})" if how else "")
+        return f" ({', '.join(how)})" if how else ""
+
+    @property
+    def title(self) -> str:
+        """Task, metric and setting, in words."""
+        return f"{self.task} {self.metric}{self.setting}"
 
 
 def with_error(value: float, error: float | None, sign: str = "") -> str:
