@@ -176,8 +176,11 @@ def notes(runs: list[RunSummary]) -> list[str]:
     """Warnings for readers of the table."""
     tests = [run.test for run in runs if run.test]
     if any(not test.same_data(tests[0]) for test in tests):
-        where = (f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,}" for test in tests)
-        return [f"The test losses were measured on different data: {'; '.join(dict.fromkeys(where))} tokens."]
+        where = (
+            f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,} tokens in {test.windows}"
+            for test in tests
+        )
+        return [f"The test losses were measured on different data: {'; '.join(dict.fromkeys(where))}."]
     return []
 
 
@@ -185,18 +188,26 @@ def draw_chart(runs: list[RunSummary], path: Path) -> None:
     """Draw the runs' losses over tokens seen, one color per run, as a PNG in xkcd style."""
     with xkcd_chart(path, (11, 7)) as figure:
         axes = figure.subplots()
+        top = highest_loss(runs)
         for index, run in enumerate(runs):
             color = f"C{index}"
             styles = ((run.train, {"alpha": 0.4}), (run.validation, {"marker": "o", "markersize": 5}))
             for points, style in styles:
+                # Without those above, from which a line would come into the picture.
+                points = [point for point in points if point[1] <= top]
                 axes.plot(*np.reshape(points, (-1, 2)).T, color=color, linewidth=2, **style)
             axes.plot([], [], color=color, label=run.folder.name)
         axes.set(xlabel="tokens seen", ylabel="nats per token", title="validation (dots) and training loss")
-        # Above the training losses after a twentieth of the tokens: the first ones would squash the rest.
-        longest = max(run.tokens or 0 for run in runs)
-        losses = [loss for run in runs for tokens, loss in run.train if tokens >= longest / 20]
-        axes.set_ylim(top=1.02 * max(losses, default=1.0))
+        axes.set_ylim(top=1.02 * top)
         axes.legend()
+
+
+def highest_loss(runs: list[RunSummary]) -> float:
+    """The highest loss to draw, of those after a twentieth of the tokens: the first ones would squash the
+    rest."""
+    longest = max(run.tokens or 0 for run in runs)
+    points = (point for run in runs for point in (*run.train, *run.validation))
+    return max((loss for tokens, loss in points if tokens >= longest / 20), default=1.0)
 
 
 def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, seconds: int) -> None:

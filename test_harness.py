@@ -22,6 +22,7 @@ from basemodel.harness import Measured, evaluate_task, load_tasks, paired_differ
 from basemodel.scoring import Scorer
 from basemodel.task_results import keep_task_results, with_error
 from basemodel.tokenizer import get_tokenizer
+from basemodel.weight_files import folder_of
 from basemodel.weights import load_model
 from checkpointing import META_FILE
 
@@ -67,22 +68,22 @@ def main(
         if not folder.is_dir():
             raise InputError(f"--include-path {folder}: no such folder")
     loaded = [load_model(*pair) for pair in pairs]
+    checkpoints = [folder_of(weights) for _, weights in pairs]
     scorers = [
-        Scorer(model, get_tokenizer(model.config.tokenizer), batch_size=batch_size, cache=cache)
-        for model in loaded
+        Scorer(model, get_tokenizer(model.config.tokenizer, checkpoint), batch_size=batch_size, cache=cache)
+        for model, checkpoint in zip(loaded, checkpoints, strict=True)
     ]
     todo = load_tasks(list(dict.fromkeys(names)), folders, fewshot)
 
     columns: list[list[Measured]] = []
-    for (_, weights), label, scorer in zip(pairs, labels, scorers, strict=True):
+    for checkpoint, label, scorer in zip(checkpoints, labels, scorers, strict=True):
         columns.append([])
-        folder = weights if weights.is_dir() else weights.parent
         for name, task in todo.items():
             print(f"{label}: {name}", file=sys.stderr)
             measured = evaluate_task(scorer, task, limit)
             columns[-1] += measured
-            if (folder / META_FILE).exists():  # a checkpoint of this project
-                keep_task_results(folder, [each.result for each in measured])
+            if (checkpoint / META_FILE).exists():  # a checkpoint of this project
+                keep_task_results(checkpoint, [each.result for each in measured])
     print_table(labels, columns)
     for label, scorer in zip(labels, scorers, strict=True):
         if scorer.cut:

@@ -86,7 +86,7 @@ class Scorer:
 
     def continue_greedily(self, prompts: Sequence[str], count: int) -> list[str]:
         """What the model adds to each prompt, always the most likely token: at most `count` of them."""
-        keyed = [(key_of((prompt, count)), prompt) for prompt in prompts]
+        keyed = [(key_of((self.encode(prompt), count)), prompt) for prompt in prompts]
         missing = {key: prompt for key, prompt in keyed if key not in self.kept.replies}
         for batch in self._batches(sorted(missing, key=lambda key: -len(missing[key]))):
             texts = continuations(

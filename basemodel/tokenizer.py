@@ -1,4 +1,4 @@
-"""The GPT-2 and byte tokenizers, and the two libraries that can encode with them: tiktoken and gigatoken."""
+"""The tokenizers by name, and the two libraries that can encode with them: tiktoken and gigatoken."""
 
 import base64
 import functools
@@ -13,15 +13,25 @@ import numpy as np
 import tiktoken
 
 from basemodel.errors import InputError
+from basemodel.trained_tokenizer import TOKENIZER_FILE, read_tokenizer
 
 Encoder = Callable[[Sequence[bytes]], np.ndarray]  # UTF-8 texts -> their tokens, end-of-text after each
 
 
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and end-of-text, no download needed).
+def get_tokenizer(name: str, folder: Path | None = None) -> tiktoken.Encoding:
+    """The tokenizer "gpt2" (50,257 tokens), "bytes" (the 256 bytes and end-of-text, no download needed) or
+    "dataset", whose tokenizer.json is in `folder`: a data set, a checkpoint, or where a model's weights are.
 
-    Raises InputError if the GPT-2 vocabulary is neither cached nor downloadable.
+    Raises InputError if the GPT-2 vocabulary is neither cached nor downloadable, or tokenizer.json is missing
+    or cannot be used.
     """
+    if name == "dataset":
+        if not (folder / TOKENIZER_FILE).exists():
+            raise InputError(
+                f"{folder / TOKENIZER_FILE}: no such file; the tokenizer 'dataset' needs the one of the data "
+                "set, which every checkpoint also has: copy it there"
+            )
+        return read_tokenizer(folder / TOKENIZER_FILE)
     if name == "bytes":
         ranks = {bytes([value]): value for value in range(256)}
         return tiktoken.Encoding(
@@ -42,8 +52,10 @@ def encode(tokenizer: tiktoken.Encoding, text: bytes) -> np.ndarray:
 
 
 def token_byte_lengths(tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """The bytes of text that each token stands for: int64, (n_vocab,). End-of-text stands for none."""
-    lengths = np.array([len(piece) for piece in tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))])
+    """The bytes of text that each of the 65,536 possible tokens stands for, int64; end-of-text has none."""
+    lengths = np.zeros(65_536, np.int64)
+    pieces = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
+    lengths[: len(pieces)] = [len(piece) for piece in pieces]
     lengths[tokenizer.eot_token] = 0
     return lengths
 
@@ -104,9 +116,9 @@ class MarkingEncoder:
 
 
 @functools.cache
-def tiktoken_encoder(name: str) -> Encoder:
-    """An encoder that uses tiktoken with the tokenizer of this name."""
-    tokenizer = get_tokenizer(name)
+def tiktoken_encoder(name: str, folder: Path | None = None) -> Encoder:
+    """An encoder that uses tiktoken with the tokenizer that `get_tokenizer` gives."""
+    tokenizer = get_tokenizer(name, folder)
     if name != "bytes":
         return MarkingEncoder(tokenizer)
     one = functools.partial(encode, tokenizer)
