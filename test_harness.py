@@ -96,9 +96,10 @@ def main(
 
 
 def label_models(weights: list[Path]) -> list[str]:
-    """A short name for each model: the parts of its path that are not all models' own."""
-    common = set.intersection(*(set(path.parts) for path in weights)) if len(weights) > 1 else set()
-    labels = [str(Path(*(part for part in path.parts if part not in common))) for path in weights]
+    """A short name for each model: its folder, less what all models' folders have in common."""
+    folders = [folder_of(path) for path in weights]
+    common = set.intersection(*(set(path.parts) for path in folders)) if len(folders) > 1 else set()
+    labels = [str(Path(*(part for part in path.parts if part not in common))) for path in folders]
     if "." in labels or len(set(labels)) < len(labels):
         labels = [str(path) for path in weights]
     for label in labels:

@@ -42,13 +42,15 @@ class Measured:
 
 
 def require_harness() -> None:
-    """Raise InputError if the library is not installed; keep its log to errors."""
+    """Raise InputError if the library is not installed, or too old; keep its log to errors."""
     os.environ["DISABLE_MULTIPROC"] = "1"  # or it would fork a process per core for each bootstrap
     try:
-        import lm_eval.evaluator  # noqa: F401
-    except ImportError:
+        import lm_eval.evaluator
+
+        _ = lm_eval.evaluator.TaskManager.load
+    except (ImportError, AttributeError):
         raise InputError(
-            'lm-evaluation-harness is missing; install it with: pip install -e ".[harness]"'
+            'lm-evaluation-harness is missing or too old; install it with: pip install -e ".[harness]"'
         ) from None
     for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
