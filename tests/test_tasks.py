@@ -469,7 +469,9 @@ def test_models_have_short_names() -> None:
         "runs/two/checkpoints/best",
         "gpt2",
     ]
-    assert label_models(runs[:1]) == [str(runs[0])]
+    assert label_models(runs[:1]) == ["runs/one/checkpoints/best"]
+    two = [Path("models/a.safetensors"), Path("models/b.safetensors")]
+    assert label_models(two) == ["models/a.safetensors", "models/b.safetensors"]
 
 
 RESULT = TaskResult("choice", "acc", 0.25, 0.0125, True, 400, None, 0, None, "1.0", "0.4.13", "now")
