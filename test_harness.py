@@ -91,7 +91,7 @@ def main(
                 f"\n{label}: {scorer.cut:,} of {scorer.asked:,} texts are longer than its context of "
                 f"{scorer.model.config.context_length:,} tokens; it saw their ends"
             )
-    for name in PUBLISHED.keys() & todo.keys():
+    for name in filter(PUBLISHED.__contains__, todo):
         print(f"\nOpenAI's GPT-2 small, published, {name}: {PUBLISHED[name]}")
 
 
