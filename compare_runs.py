@@ -32,6 +32,7 @@ from basemodel.files import replace_text
 from basemodel.json_config import read_config
 from basemodel.measured_loss import MeasuredLoss, read_test_loss
 from basemodel.run_folder import find_run, read_metrics, read_status
+from basemodel.task_results import TaskResult, headlines, read_task_results
 from gpt import GPTConfig, GPTModel
 
 UNKNOWN = "–"
@@ -85,6 +86,7 @@ class RunSummary:
     validation: Points
     validation_loss: float | None  # the best so far
     test: MeasuredLoss | None  # of the best checkpoint, else of the latest
+    tasks: list[TaskResult]  # likewise
     tokens: int | None  # seen so far
     seconds: float | None  # over all resumed parts
     global_batch: int | None  # sequences per optimizer step
@@ -97,7 +99,7 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     folder = find_run(runs_dir, name)
     model_config = read_config(GPTConfig, folder / "model.json")
     config = read_config(TrainConfig, folder / "train.json")
-    tests = (read_test_loss(folder / "checkpoints" / link) for link in ("best", "latest"))
+    checkpoints = [folder / "checkpoints" / link for link in ("best", "latest")]
     metrics = [
         line for line in read_metrics(folder / "metrics.jsonl") if {"tokens", "seconds"} <= line.keys()
     ]
@@ -114,7 +116,8 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
         train=binned(curve(metrics, "train_loss")),
         validation=validation,
         validation_loss=min((loss for _, loss in validation), default=None),
-        test=next((test for test in tests if test), None),
+        test=next(filter(None, map(read_test_loss, checkpoints)), None),
+        tasks=headlines(next(filter(None, map(read_task_results, checkpoints)), [])),
         tokens=last.get("tokens"),
         seconds=last.get("seconds"),
         global_batch=step and step["tokens"] // step["step"] // model_config.context_length,
@@ -154,6 +157,8 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
         changed = (key for key in config if config[key] != first[key])
         return ", ".join(f"{key} {json.dumps(first[key])} → {json.dumps(config[key])}" for key in changed)
 
+    tasks = dict.fromkeys(result.title for run in runs for result in run.tasks)
+
     return [
         {
             "run": run.folder.name,
@@ -163,6 +168,8 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
             "global batch": shown(run.global_batch, "{:,}"),
             "validation loss": shown(run.validation_loss, "{:.4f}"),
             "test loss": UNKNOWN if run.test is None else str(run.test),
+            **dict.fromkeys(tasks, UNKNOWN),
+            **{result.title: str(result) for result in run.tasks},
             "tokens/s": shown(run.tokens_per_second, "{:,.0f}"),
             "hours": shown(run.seconds and run.seconds / 3600, "{:.2f}"),
             "cost": cost(run.status),

@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +29,7 @@ from basemodel.hub import fetch_dataset
 from basemodel.loss import IGNORED, document_features
 from basemodel.measured_loss import MeasuredLoss, write_test_loss
 from basemodel.token_files import TokenFiles
-from basemodel.tokenizer import get_tokenizer
+from basemodel.tokenizer import get_tokenizer, token_byte_lengths
 from basemodel.trained_tokenizer import TOKENIZER_FILE, same_tokenizer
 from basemodel.weight_files import folder_of
 from basemodel.weights import load_model
@@ -247,13 +246,9 @@ def count_bytes(part: ScoredSlice, tokenizer_name: str, folder: Path) -> tuple[i
     """The length in bytes of the text that the scored tokens encode, end-of-text not counted; if it is 0, the
     second value says why. `folder` is the data set's."""
     try:
-        tokenizer = get_tokenizer(tokenizer_name, folder)
+        lengths = token_byte_lengths(get_tokenizer(tokenizer_name, folder))
     except InputError as error:
         return 0, str(error)
-    lengths = np.zeros(65_536, dtype=np.int64)
-    pieces = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
-    lengths[: len(pieces)] = [len(piece) for piece in pieces]
-    lengths[tokenizer.eot_token] = 0
     size = sum(int(lengths[tokens].sum()) for tokens in part.scored())
     return size, "" if size else "the tokens encode no text"
 

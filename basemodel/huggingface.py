@@ -15,6 +15,7 @@ from basemodel.errors import InputError, RunError
 from basemodel.json_config import read_json_object
 from basemodel.measured_loss import read_test_loss
 from basemodel.model_config import gelu_name
+from basemodel.task_results import headlines, read_task_results
 from basemodel.trained_tokenizer import byte_characters, merges
 from basemodel.weight_files import folder_of
 from basemodel.weights import save_tensors, to_huggingface
@@ -125,6 +126,8 @@ def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, li
         data += ", in lm-evaluation-harness's windows" if test.windows != "sequences" else ""
         loss = f"{test.loss:.3f} nats per token, perplexity {test.perplexity:.2f}"
         facts["Test loss"] = f"{loss}{bits} ({data})"
+    for result in headlines(read_task_results(checkpoint)):
+        facts[result.title] = f"{result} (lm-evaluation-harness {result.harness})"
     if config.tokenizer != "gpt2":
         facts["llama.cpp"] = "not convertible: its converter does not know this tokenizer, only GPT-2's"
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())

@@ -101,7 +101,7 @@ class ReplyCache:
     """Valid replies by request, one JSON line each on disk, so that nothing is asked, and paid for, twice."""
 
     def __init__(self, path: Path) -> None:
-        self.replies: dict[str, str] = {}
+        self.replies: dict[str, Any] = {}
         try:
             self._file = path.open("a+b", buffering=0)
             self._file.seek(0)
@@ -116,9 +116,14 @@ class ReplyCache:
             self._file.write(b"\n")
 
     def add(self, key: str, reply: str) -> None:
-        """Keep a reply; it is on disk when this returns. One call appends it, so threads need no lock."""
-        self.replies[key] = reply
-        self._file.write(json.dumps({"key": key, "reply": reply}).encode() + b"\n")
+        """Keep a reply; it is on disk when this returns."""
+        self.add_all({key: reply})
+
+    def add_all(self, replies: dict[str, Any]) -> None:
+        """Keep several replies at once. One call appends them, so threads need no lock."""
+        self.replies |= replies
+        lines = [json.dumps({"key": key, "reply": reply}) + "\n" for key, reply in replies.items()]
+        self._file.write("".join(lines).encode())
         os.fsync(self._file.fileno())
 
 
