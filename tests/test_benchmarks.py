@@ -75,6 +75,7 @@ def assert_lines(said: str, *patterns: str) -> None:
 
 def test_every_benchmark_is_run_here() -> None:
     scripts = {path.stem for path in ROOT.glob("benchmarks/*.py")} - {"common", "reference", "gpu_parts"}
+    scripts.remove("roofline")  # whose figures test_plan.py checks
     assert scripts == set(
         re.findall(r'(?:measured|Script)\([^"]*"(?:benchmarks/)?(\w+)(?:\.py)?"', Path(__file__).read_text())
     )
@@ -105,6 +106,11 @@ def test_generation(sandbox: Sandbox) -> None:
 
 
 ABSENT = ("datasets", "pyarrow", "tiktoken")
+
+
+def test_footprint(sandbox: Sandbox) -> None:
+    said = measured(sandbox, "footprint", "--measure", "1M", "eager", runs=False)
+    assert_lines(said, FIGURE)
 
 
 def test_gpu(sandbox: Sandbox) -> None:
@@ -261,6 +267,12 @@ def test_prepare(sandbox: Sandbox) -> None:
     said = measured(sandbox, "prepare", *command, runs=False, before=few)
     for side in ("plain loop", "tiktoken, 1"):
         assert_lines(said, rf"\| {side} \| {SPREAD} \| {SPREAD} \| {FIGURE} \| {FIGURE}, {FIGURE} \|")
+
+
+def test_fetching(sandbox: Sandbox) -> None:
+    said = measured(sandbox, "fetching", "--megabytes", 2, "--rounds", 1, "--kills", 1, runs=False)
+    assert_lines(said, rf"One connection: {SPREAD} s for 2 MB", rf"Ours: {SPREAD} s")
+    assert_lines(said, rf"1 cuts and kills: the server sent {FIGURE} times the file; it ended right")
 
 
 def test_readers(sandbox: Sandbox) -> None:
