@@ -25,7 +25,7 @@ import click
 import numpy as np
 
 from basemodel.charts import xkcd_chart
-from basemodel.command_line import run_command
+from basemodel.command_line import require_file_path, run_command
 from basemodel.config import TrainConfig
 from basemodel.errors import InputError
 from basemodel.files import replace_text
@@ -50,10 +50,7 @@ Points = list[tuple[int, float]]  # tokens seen, loss
 def main(run_names: tuple[str, ...], chart: Path, page: Path | None, refresh: int, runs_dir: Path) -> None:
     """Compare the runs RUN ..., folders in runs/: print a Markdown table and chart their losses."""
     for path in filter(None, (chart, page)):
-        if not path.parent.is_dir():
-            raise InputError(f"{path}: no such folder: {path.parent}")
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder; name a file")
+        require_file_path(path)
     for name in run_names:
         if run_names.count(name) > 1:
             raise InputError(f"run '{name}' is named twice")
