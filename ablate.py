@@ -172,7 +172,8 @@ class Trainings:
             print(f"{folder.name}: validation loss {loss:.4f}", flush=True)
         elif not self.stopped:
             error = read_status(folder).get("error")
-            self.failed[folder.name] = f"failed: {error}" if error else f"ended with exit status {status}"
+            how = f"ended with exit status {status}" + ("" if status else ", without a result")
+            self.failed[folder.name] = f"failed: {error}" if error else how
             print(f"{folder.name} {self.failed[folder.name]}", flush=True)
 
     def _start(self, folder: Path, option: str, **streams: object) -> subprocess.Popen:

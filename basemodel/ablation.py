@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from basemodel.config import TrainConfig
 from basemodel.errors import InputError
@@ -120,10 +120,7 @@ def read_variation(text: str, base: Variant) -> Variant:
         if key in SAME_FOR_ALL:
             raise InputError(f"{source}: {key} must be the base's, or the losses could not be compared")
         changed.append(key)
-        try:
-            values[KEYS[key]][key] = json.loads(word)
-        except ValueError:
-            values[KEYS[key]][key] = word
+        values[KEYS[key]][key] = json_or_word(word, source)
     checked, before = as_checked(values, source), as_checked(base.values, base.label)
     changes = {key: checked[key] for key in changed if checked[key] != before[key]}
     if len(changes) < len(changed):
@@ -131,6 +128,18 @@ def read_variation(text: str, base: Variant) -> Variant:
         raise InputError(f"{source}: {same} is {json.dumps(before[same])} in {base.label} already")
     values["train"]["validation_batches"] = batches_for_as_much(validation_tokens(before), checked, source)
     return Variant(text, values, changes)
+
+
+def json_or_word(text: str, source: str) -> Any:
+    """A value in JSON, or else the text itself, as a string without its quotes."""
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise InputError(f"{source}: {name} is not a JSON number")
+
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except json.JSONDecodeError:
+        return text
 
 
 def as_checked(values: Values, source: str) -> dict[str, Any]:
