@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Which changes to a run help, and which differences are only the noise of the seed?
 
-    python ablate.py demo datasets --vary drop_rate=0.1 --vary optimizer=adamw,learning_rate=0.006
+    python ablate.py demo datasets --vary drop_rate=0.1 --vary tie_weights=true,learning_rate=0.01
     python ablate.py baseline datasets --vary qkv_bias=true --seeds 5 --launch "torchrun --nproc_per_node=8"
 
 Trains BASE and each variation with several seeds, one after another, as plain runs in runs/, named by what
@@ -37,7 +37,7 @@ from basemodel.run_folder import is_locked, read_status
     multiple=True,
     required=True,
     metavar="KEY=VALUE[,KEY=VALUE...]",
-    help="One variation: keys of train.json and model.json with other values. Repeat it for more.",
+    help="One variation: keys of train.json and model.json with other values; default leaves a key out.",
 )
 @click.option(
     "--seeds",

@@ -5,8 +5,8 @@
     python compare_runs.py demo demo-tied --html runs/compare.html
     python -m http.server --directory runs          then look at http://localhost:8000/compare.html
 
-The page is self-contained. When served together with the runs' folders, it also polls their metrics.jsonl and
-status.json, and so follows runs in progress.
+The page is self-contained. When served together with the runs' folders, it also polls their metrics.jsonl,
+status.json and samples.jsonl, and so follows runs in progress.
 """
 
 import dataclasses
@@ -31,12 +31,13 @@ from basemodel.errors import InputError
 from basemodel.files import replace_text
 from basemodel.json_config import read_config
 from basemodel.measured_loss import MeasuredLoss, read_test_loss
-from basemodel.run_folder import find_run, read_metrics, read_status
+from basemodel.run_folder import find_run, read_metrics, read_samples, read_status
 from gpt import GPTConfig, GPTModel
 
 UNKNOWN = "–"
-BINS = 200  # points in a training curve
-Points = list[tuple[int, float]]  # tokens seen, loss
+BINS = 200  # points in a curve of all steps
+SAMPLES = 100  # of a run, kept in the page; served with the runs' folders, it reads all of them
+Points = list[tuple[int, float]]  # tokens seen, value
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -78,8 +79,12 @@ class RunSummary:
     config: dict[str, Any]  # model.json and train.json, with their defaults
     parameters: int
     status: dict[str, Any]
-    train: Points  # binned
+    train: Points  # the training loss, binned
     validation: Points
+    learning_rate: Points  # binned
+    grad_norm: Points  # binned
+    samples: list[dict[str, Any]]  # what the model said while it trained
+    tasks: list[dict[str, Any]]  # of the best checkpoint, else of the latest
     validation_loss: float | None  # the best so far
     test: MeasuredLoss | None  # of the best checkpoint, else of the latest
     tokens: int | None  # seen so far
@@ -94,7 +99,9 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     folder = find_run(runs_dir, name)
     model_config = read_config(GPTConfig, folder / "model.json")
     config = read_config(TrainConfig, folder / "train.json")
-    tests = (read_test_loss(folder / "checkpoints" / link) for link in ("best", "latest"))
+    checkpoints = [folder / "checkpoints" / link for link in ("best", "latest")]
+    tests = (read_test_loss(checkpoint) for checkpoint in checkpoints)
+    tasks = (read_tasks(checkpoint / "harness.json") for checkpoint in checkpoints)
     metrics = [
         line for line in read_metrics(folder / "metrics.jsonl") if {"tokens", "seconds"} <= line.keys()
     ]
@@ -110,6 +117,10 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
         status=read_status(folder),
         train=binned(curve(metrics, "train_loss")),
         validation=validation,
+        learning_rate=binned(curve(metrics, "learning_rate")),
+        grad_norm=binned(curve(metrics, "grad_norm")),
+        samples=read_samples(folder / "samples.jsonl"),
+        tasks=next((found for found in tasks if found), []),
         validation_loss=min((loss for _, loss in validation), default=None),
         test=next((test for test in tests if test), None),
         tokens=last.get("tokens"),
@@ -121,7 +132,7 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
 
 
 def curve(metrics: list[dict[str, Any]], key: str) -> Points:
-    """A loss over the tokens seen, without NaN, which the file holds as null."""
+    """A value over the tokens seen, without NaN, which the file holds as null."""
     return [(line["tokens"], line[key]) for line in metrics if line.get(key) is not None]
 
 
@@ -129,6 +140,22 @@ def binned(points: Points) -> Points:
     """Reduce a curve to at most BINS points, each the mean of its neighbors."""
     parts = np.array_split(np.array(points), min(BINS, len(points))) if points else []
     return [(int(part[-1, 0]), float(part[:, 1].mean())) for part in parts]
+
+
+def read_tasks(path: Path) -> list[dict[str, Any]]:
+    """Results of tasks (name, value, stderr) that test_harness.py has kept beside a checkpoint, as far as
+    they can be read: a page is no reason to fail."""
+    found = []
+    try:
+        for result in json.loads(path.read_text(encoding="utf-8"))["results"]:
+            how = [f"{result['fewshot']}-shot"] if result.get("fewshot") else []
+            how += [f"first {result['limit']}"] if result.get("limit") else []
+            name = f"{result['task']} {result['metric']}" + (f" ({', '.join(how)})" if how else "")
+            error = result.get("standard_error", result.get("stderr"))
+            found.append({"name": name, "value": float(result["value"]), "stderr": error})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return found
 
 
 def shown(value: float | None, form: str) -> str:
@@ -191,21 +218,12 @@ def draw_chart(runs: list[RunSummary], path: Path) -> None:
 
 def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, seconds: int) -> None:
     """Write a page that shows the runs and, when served with their folders, follows them."""
-    content = [
-        {
-            "folder": quote(os.path.relpath(run.folder.resolve(), path.resolve().parent)),
-            "cells": {
-                **dict.fromkeys(("run", "differs from the first by", "now", "minutes to go"), UNKNOWN),
-                **cells,
-                "now": run.status.get("status", "not started"),
-            },
-            "train": run.train,
-            "validation": run.validation,
-        }
-        for run, cells in zip(runs, rows, strict=True)
-    ]
+    content = [page_entry(run, cells, path) for run, cells in zip(runs, rows, strict=True)]
+    for entry, group in zip(content, groups(runs), strict=True):
+        entry["group"] = group
+    title = " / ".join(run.folder.name for run in runs[:4]) + (" …" if len(runs) > 4 else "")
     values = {
-        "TITLE": html.escape(" / ".join(run.folder.name for run in runs)),
+        "TITLE": html.escape(title),
         "NOTES": html.escape(" ".join(notes(runs))),
         "RUNS": json.dumps(content).replace("<", r"\u003c"),  # so that no text can end the script element
         "SECONDS": str(seconds),
@@ -215,6 +233,45 @@ def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, s
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = re.sub("@([A-Z]+)@", lambda match: values[match[1]], template)
     replace_text(path, page)
+
+
+def page_entry(run: RunSummary, cells: dict[str, str], page: Path) -> dict[str, Any]:
+    """What the page holds of a run: the table's `cells` and more, its curves, samples and tasks."""
+    price, status = run.config["usd_per_hour"], run.status.get("status", "not started")
+    hours = 0.0 if status == "finished" else (run.status.get("eta_seconds") or 0) / 3600 or None
+    more = {
+        "now": status,
+        "minutes to go": shown(hours and 60 * hours, "{:,.1f}"),
+        "cost to come": shown(None if None in (price, hours) else price * hours, "${:,.2f}"),
+    }
+    first = "run", "now", "validation loss", "test loss", "hours", "minutes to go", "cost", "cost to come"
+    last = "differs from the first by"  # which may be long
+    order = dict.fromkeys((*first, *cells, last))
+    steps = sorted({sample["step"] for sample in run.samples})
+    kept = {*steps[:: max(1, len(run.samples) // SAMPLES)], *steps[-1:]}
+    return {
+        "folder": quote(os.path.relpath(run.folder.resolve(), page.resolve().parent)),
+        "cells": {key: (cells | more)[key] for key in sorted(order, key=last.__eq__)},
+        "price": price,
+        "train": run.train,
+        "validation": run.validation,
+        "learning_rate": run.learning_rate,
+        "grad_norm": run.grad_norm,
+        "samples": [sample for sample in run.samples if sample["step"] in kept],
+        "samples_to_come": bool(run.samples or run.config.get("sample_interval")),
+        "tasks": run.tasks,
+    }
+
+
+def groups(runs: list[RunSummary]) -> list[str]:
+    """The name of each run's group: those that differ in random_seed alone share the first one's name."""
+    names: dict[str, str] = {}
+    for run in runs:
+        key = json.dumps({**run.config, "random_seed": None})
+        if key not in names:
+            name = re.sub(r"[-_.]*seed[-_.]?\d+$", "", run.folder.name)
+            names[key] = run.folder.name if name in ("", *names.values()) else name
+    return [names[json.dumps({**run.config, "random_seed": None})] for run in runs]
 
 
 if __name__ == "__main__":

@@ -120,7 +120,10 @@ def read_variation(text: str, base: Variant) -> Variant:
         if key in SAME_FOR_ALL:
             raise InputError(f"{source}: {key} must be the base's, or the losses could not be compared")
         changed.append(key)
-        values[KEYS[key]][key] = json_or_word(word, source)
+        if word == "default":
+            values[KEYS[key]].pop(key, None)
+        else:
+            values[KEYS[key]][key] = json_or_word(word, source)
     checked, before = as_checked(values, source), as_checked(base.values, base.label)
     changes = {key: checked[key] for key in changed if checked[key] != before[key]}
     if len(changes) < len(changed):

@@ -1,6 +1,7 @@
 """ablate.py: runs and seeds, kills and signals, and what is called noise."""
 
 import contextlib
+import fcntl
 import itertools
 import json
 import math
@@ -188,7 +189,7 @@ KILLS = int(os.environ.get("KILLS", 4))
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_table(sandbox: Sandbox, tmp_path: Path) -> None:
-    """Half of the times with its training, half of the times without: that goes on, and is waited for."""
+    """Half of the times with its training, half of the times without, which then goes on."""
     dice = random.Random(KILLS)
     options = "--vary", "learning_rate=0.001", "--seeds", 2
     sandbox.write_run(model={"drop_rate": 0.1}, train={**VALIDATE, "checkpoint_interval": 1})
@@ -201,7 +202,6 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(sandbox: Sandbox, 
         logs = (sandbox.path / "runs").glob("*/metrics.jsonl")
         return sum(log.read_text().count("train_loss") for log in logs)
 
-    waited = 0
     for moment in sorted(dice.sample(range(4 * 8), KILLS)):
         script = Script(study_command(sandbox, *options), before=FORKED)
         wait_for(lambda moment=moment, script=script: script.has_ended or lines() >= moment, "a step")
@@ -211,10 +211,23 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(sandbox: Sandbox, 
             with contextlib.suppress(ProcessLookupError):
                 os.kill(training, signal.SIGKILL)
         script.kill()
-        waited += "Waiting for process" in script.stdout
-    last = ablate(sandbox, *options)
-    assert table_of(last.stdout) == expected
-    assert waited or "Waiting for process" in last.stdout
+    assert table_of(ablate(sandbox, *options).stdout) == expected
+
+
+def test_what_trains_a_run_already_is_waited_for(sandbox: Sandbox) -> None:
+    options = "--vary", "learning_rate=0.001", "--seeds", 1
+    study = Study.plan(sandbox.path / "runs", "tiny", options[1:2], 1)
+    study.write_configs()
+    handle = os.open(study.runs()[1], os.O_RDONLY)  # a later one too: they would share the GPUs
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    script = Script(study_command(sandbox, *options), before=FORKED)
+    wait_for(lambda: script.has_ended or "Waiting for process" in script.stdout, "a word about waiting")
+    time.sleep(0.5)
+    assert trained(sandbox) == []
+    os.close(handle)
+    done = script.wait()
+    assert done.returncode == 0, done.stderr
+    assert [row[1] for row in table_of(done.stdout)[2:]] == ["1", "1"]
 
 
 def test_a_signal_stops_the_training_with_a_checkpoint(sandbox: Sandbox) -> None:
@@ -278,7 +291,8 @@ WRONG = {
     "microbatch_size=3": "do not fill the base's 64; make the base's validation_batches a multiple of 3",
     "learning_rate=0.01": "learning_rate is 0.01 in tiny already",
     "learning_rate=1e-2,qkv_bias=true": "learning_rate is 0.01 in tiny already",
-    "muon_learning_rate=0.1": 'muon_learning_rate has no effect without "optimizer": "muon"',
+    "muon_learning_rate=0.1": 'muon_learning_rate has no effect without "optimizer": "muon"; leave it out',
+    "n_layers=default": "--vary n_layers=default: the key 'n_layers' is missing",
 }
 
 
@@ -308,6 +322,7 @@ def test_wrong_studies(sandbox: Sandbox) -> None:
 
 def test_a_key_has_one_folder_for_each_value(sandbox: Sandbox) -> None:
     texts = "min_train_tokens=-1", "min_train_tokens=1", "clipping_max_norm=1", "betas=[0.1,0.2],epochs=2"
+    texts += ("learning_rate=default",)
     study = Study.plan(sandbox.path / "runs", "tiny", texts, 1)
     names = [folder.name for folder in study.runs()]
     assert names[1:] == [
@@ -315,6 +330,7 @@ def test_a_key_has_one_folder_for_each_value(sandbox: Sandbox) -> None:
         "tiny--min_train_tokens-1--seed-42",
         "tiny--clipping_max_norm-1.0--seed-42",
         "tiny--betas-0.1-0.2--epochs-2--seed-42",
+        "tiny--learning_rate-0.0004--seed-42",
     ]
     settings = {**VALIDATE, "learning_rate": 0.02, "weight_decay": 0.3, "clipping_max_norm": 2.0, "epochs": 9}
     settings |= {"warmup_period_percent": 3, "checkpoint_interval": 10, "keep_checkpoints": 9}
