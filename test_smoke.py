@@ -45,7 +45,7 @@ def main(
     if math.isnan(temperature):
         raise InputError("--temperature must be a number")
     model = load_model(model_json, model_safetensors)
-    tokenizer = get_tokenizer(model.config.tokenizer)
+    tokenizer = get_tokenizer(model.config.tokenizer, model_safetensors.parent)
     generator = torch.Generator(model.tok_emb.weight.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     starts = [prompt for prompt in prompts for _ in range(samples)]
