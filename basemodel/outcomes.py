@@ -1,6 +1,7 @@
 """What an ablation study came to: which differences stand out of the noise of its seeds."""
 
 import json
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,14 +124,14 @@ def differing_conditions(study: Study) -> list[str]:
     for key in {"git_commit", "versions", "device", "processes", "precision", "data"} - varied:
         values = {json.dumps(meta.get(key)) for meta in metas}
         if len(values) > 1:
-            found.append(key if key == "data" else f"{key} {' and '.join(sorted(values))}")
+            found.append(key if key == "data" else f"{key} {' and '.join(sorted(values))}"[:200])
     return sorted(found)
 
 
 def draw_chart(study: Study, path: Path) -> None:
     """Draw each variation's difference to the base, with its interval and a dot for each seed, as a PNG."""
     found = [outcome for outcome in outcomes(study) if outcome.differences][::-1]
-    with xkcd_chart(path, (11, 2.5 + 0.6 * len(found))) as figure:
+    with xkcd_chart(path, (11, 2.5 + 0.8 * len(found))) as figure:
         axes = figure.subplots()
         axes.axvline(0, color="black", linewidth=1)
         for row, outcome in enumerate(found):
@@ -140,9 +141,10 @@ def draw_chart(study: Study, path: Path) -> None:
             axes.plot(outcome.differences, [row] * len(outcome.differences), "o", color=color, alpha=0.6)
             place = {"va": "center", "transform": axes.get_yaxis_transform()}
             axes.text(1.01, row, outcome.verdict, color=color, **place)
-        axes.set_yticks(range(len(found)), [outcome.label for outcome in found])
+        labels = [re.sub(r",(?=\s*\w+\s*=)", ",\n", outcome.label) for outcome in found]
+        axes.set_yticks(range(len(found)), labels)
         axes.set(
             ylim=(-0.6, len(found) - 0.4),
-            xlabel="nats per token",
-            title=f"validation loss minus that of {study.base}: each seed, and the interval of the mean",
+            xlabel=f"validation loss minus {study.base}'s, nats per token",
+            title="each seed, and the interval of the mean",
         )

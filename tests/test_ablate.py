@@ -41,6 +41,7 @@ from basemodel.outcomes import differing_conditions, outcomes
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
 FORKED = f"import test_ablate; test_ablate.fork_trainings(); {NO_CHART}"
+QUICK = f"{FORKED}; from basemodel import outcomes; outcomes.draw_chart = lambda *_: None"
 
 
 class ForkedProcess:
@@ -92,7 +93,7 @@ def study_command(sandbox: Sandbox, *options: object) -> list[str]:
     return [str(word) for word in ("ablate.py", "tiny", sandbox.datasets, *places, *options)]
 
 
-def ablate(sandbox: Sandbox, *options: object, before: str = FORKED, status: int = 0) -> Finished:
+def ablate(sandbox: Sandbox, *options: object, before: str = QUICK, status: int = 0) -> Finished:
     done = run_script(*study_command(sandbox, *options), before=before)
     assert done.returncode == status, done.stdout + done.stderr
     return done
@@ -122,7 +123,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
 
 def test_the_table_is_that_of_the_runs_own_files(sandbox: Sandbox) -> None:
     options = "--vary", "learning_rate=0.001", "--vary", "qkv_bias = true, betas=[0.8,0.95]", "--seeds", 2
-    said = ablate(sandbox, *options).stdout
+    said = ablate(sandbox, *options, before=FORKED).stdout
     names = ["tiny", "tiny--learning_rate-0.001", "tiny--betas-0.8-0.95--qkv_bias-true"]
     assert trained(sandbox) == sorted(f"{name}--seed-{seed}" for name in names for seed in (42, 43))
     both = json.loads((sandbox.run_dir(f"{names[2]}--seed-43") / "train.json").read_text())
@@ -149,7 +150,7 @@ def test_the_table_is_that_of_the_runs_own_files(sandbox: Sandbox) -> None:
     # Nothing is trained twice, and a study with less shares the runs.
     again = ablate(sandbox, *options).stdout
     assert table_of(again) == table_of(said) and "[" not in again.partition("| ")[0]
-    assert "[" not in ablate(sandbox, *options[2:], before="").stdout.partition("| ")[0]
+    assert "[" not in ablate(sandbox, *options[2:]).stdout.partition("| ")[0]
 
 
 def test_validation_is_over_as_much_whatever_the_microbatch(sandbox: Sandbox) -> None:
@@ -203,7 +204,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(sandbox: Sandbox, 
         return sum(log.read_text().count("train_loss") for log in logs)
 
     for moment in sorted(dice.sample(range(4 * 8), KILLS)):
-        script = Script(study_command(sandbox, *options), before=FORKED)
+        script = Script(study_command(sandbox, *options), before=QUICK)
         wait_for(lambda moment=moment, script=script: script.has_ended or lines() >= moment, "a step")
         time.sleep(dice.uniform(0, 0.05))
         trainings = [] if script.has_ended else children_of(script.pid)
@@ -220,11 +221,13 @@ def test_what_trains_a_run_already_is_waited_for(sandbox: Sandbox) -> None:
     study.write_configs()
     handle = os.open(study.runs()[1], os.O_RDONLY)  # a later one too: they would share the GPUs
     fcntl.flock(handle, fcntl.LOCK_EX)
-    script = Script(study_command(sandbox, *options), before=FORKED)
-    wait_for(lambda: script.has_ended or "Waiting for process" in script.stdout, "a word about waiting")
-    time.sleep(0.5)
-    assert trained(sandbox) == []
-    os.close(handle)
+    script = Script(study_command(sandbox, *options), before=QUICK)
+    try:
+        wait_for(lambda: trained(sandbox) or "Waiting for process" in script.stdout, "a word about waiting")
+        time.sleep(0.5)
+        assert trained(sandbox) == []
+    finally:
+        os.close(handle)
     done = script.wait()
     assert done.returncode == 0, done.stderr
     assert [row[1] for row in table_of(done.stdout)[2:]] == ["1", "1"]
@@ -233,7 +236,7 @@ def test_what_trains_a_run_already_is_waited_for(sandbox: Sandbox) -> None:
 def test_a_signal_stops_the_training_with_a_checkpoint(sandbox: Sandbox) -> None:
     long = {**VALIDATE, "epochs": 1000, "min_train_tokens": 3000 * 8 * 16, "keep_checkpoints": 1}
     sandbox.write_run(train={**long, "validation_interval": 2000})
-    script = Script(study_command(sandbox, "--vary", "qkv_bias=true"), before=FORKED)
+    script = Script(study_command(sandbox, "--vary", "qkv_bias=true"), before=QUICK)
     log = sandbox.run_dir("tiny--seed-42") / "metrics.jsonl"
     wait_for(lambda: script.has_ended or (log.exists() and log.read_text().count("\n") > 3), "steps")
     script.signal(signal.SIGTERM)

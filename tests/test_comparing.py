@@ -299,6 +299,9 @@ def test_a_view_is_chosen_by_clicking_and_kept_in_the_address(fifteen: Path) -> 
         control("prompt").dispatchEvent(new Event("change"));
         click("#table th", 2), click("#table th", 2);  // by validation loss, the worst first
         document.title = location.hash;
+        const last = near.loss.at(-1), box = id("loss").getBoundingClientRect();
+        const there = { clientX: box.x + last.px, clientY: box.y + last.py };
+        id("loss").dispatchEvent(new PointerEvent("pointermove", there));
     """
     clicked = fifteen.with_name("clicked.html")
     clicked.write_text(fifteen.read_text().replace("</html>", f"<script>{clicks}</script></html>"))
@@ -314,6 +317,7 @@ def test_a_view_is_chosen_by_clicking_and_kept_in_the_address(fifteen: Path) -> 
         expected = [math.log(loss) for loss in losses]
         assert ratio == pytest.approx((expected[1] - expected[0]) / (expected[3] - expected[0]), abs=0.02)
         assert each.count("4 &lt;/script&gt;e1") == 2 and "&lt;/script&gt;e2" not in each
+    assert re.search(r'<div id="tip">rate-5--seed-44: validation loss 5.94 at 512 tokens</div>', page)
     rows = re.findall(r'<tr[^>]*data-run="([^"]*)"', page.partition('<table id="table">')[2])
     assert (rows[0], rows[14]) == ("rate-5--seed-44", "rate-1--seed-42")
     smooth = polylines(rendered(f"file://{fifteen}#smooth=0.5"))[0][2]
