@@ -46,7 +46,12 @@ from basemodel.run_folder import is_locked, read_status
     show_default=True,
     help="How many, from BASE's random_seed on.",
 )
-@click.option("--launch", default="python", show_default=True, help="What starts ddp_train.py.")
+@click.option(
+    "--launch",
+    default=shlex.quote(sys.executable),
+    show_default="this Python",
+    help='What starts ddp_train.py, such as "torchrun --nproc_per_node=8".',
+)
 @click.option("--chart", type=Path, default="ablate.png", show_default=True)
 @click.option("--report", is_flag=True, help="Train nothing: show what there is so far.")
 @click.option("--runs-dir", type=click.Path(path_type=Path), default=Path(__file__).parent / "runs")

@@ -12,6 +12,7 @@ status.json and samples.jsonl, and so follows runs in progress.
 import dataclasses
 import html
 import json
+import math
 import os
 import re
 import statistics
@@ -143,18 +144,26 @@ def binned(points: Points) -> Points:
 
 
 def read_tasks(path: Path) -> list[dict[str, Any]]:
-    """Results of tasks (name, value, stderr) that test_harness.py has kept beside a checkpoint, as far as
-    they can be read: a page is no reason to fail."""
-    found = []
+    """Results of tasks (name, value, stderr) that test_harness.py has kept beside a checkpoint.
+
+    What cannot be read is left out: it is no reason to fail.
+    """
+
+    def finite(value: Any) -> float | None:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
     try:
-        for result in json.loads(path.read_text(encoding="utf-8"))["results"]:
+        results = list(json.loads(path.read_text(encoding="utf-8"))["results"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    found = []
+    for result in results:
+        if isinstance(result, dict) and finite(result.get("value")) is not None:
             how = [f"{result['fewshot']}-shot"] if result.get("fewshot") else []
             how += [f"first {result['limit']}"] if result.get("limit") else []
-            name = f"{result['task']} {result['metric']}" + (f" ({', '.join(how)})" if how else "")
-            error = result.get("standard_error", result.get("stderr"))
-            found.append({"name": name, "value": float(result["value"]), "stderr": error})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
+            name = f"{result.get('task')} {result.get('metric')}" + (f" ({', '.join(how)})" if how else "")
+            error = finite(result.get("standard_error", result.get("stderr")))
+            found.append({"name": name, "value": finite(result["value"]), "stderr": error})
     return found
 
 

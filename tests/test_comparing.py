@@ -250,7 +250,9 @@ def fifteen(tmp_path_factory: pytest.TempPathFactory) -> Path:
             best.mkdir(parents=True)
             task = {"task": "piqa", "metric": "acc", "value": 0.5 + rate / 100, "standard_error": 0.01}
             more = {"task": "arc_easy", "metric": "acc_norm", "value": 0.25, "fewshot": 5, "limit": 100}
-            (best / "harness.json").write_text(json.dumps({"results": [task, more][: 1 + (seed == 42)]}))
+            odd = {"task": "odd", "metric": "acc", "value": math.nan}
+            results = [task, more, odd, "what", task | {"task": "stranger", "standard_error": "N/A"}]
+            (best / "harness.json").write_text(json.dumps({"results": results[: 1 if seed > 42 else 5]}))
     (sandbox.run_dir(names[-1]) / "checkpoints/best/harness.json").write_text('{"results": [{"task": 1')
     page = sandbox.path / "compare.html"
     compare(sandbox, *names, "--html", page)
@@ -278,7 +280,8 @@ def test_fifteen_runs_are_readable(fifteen: Path) -> None:
     assert all(8 <= height <= 440 for curve in heights for height in curve)
     assert all(len(curve) == 8 for curve in heights), "not the loss of 99 before training"
     assert [len(polylines(page, panel)) for panel in ("learning_rate", "grad_norm")] == [15, 15]
-    assert "0.5300 ± 0.0100" in page and "arc_easy acc_norm (5-shot, first 100)" in page
+    assert "0.5300 ± 0.0100" in page and "<td>0.5300</td>" in page and "odd acc" not in page
+    assert "arc_easy acc_norm (5-shot, first 100)" in page
     assert page.count("8 &lt;/script&gt;t1") == 3 and "2 &lt;/script&gt;" not in page
 
 
