@@ -12,7 +12,6 @@ status.json and samples.jsonl, and so follows runs in progress.
 import dataclasses
 import html
 import json
-import math
 import os
 import re
 import statistics
@@ -33,6 +32,7 @@ from basemodel.files import replace_text
 from basemodel.json_config import read_config
 from basemodel.measured_loss import MeasuredLoss, read_test_loss
 from basemodel.run_folder import find_run, read_metrics, read_samples, read_status
+from basemodel.task_results import TaskResult, headlines, read_task_results
 from gpt import GPTConfig, GPTModel
 
 UNKNOWN = "–"
@@ -85,9 +85,9 @@ class RunSummary:
     learning_rate: Points  # binned
     grad_norm: Points  # binned
     samples: list[dict[str, Any]]  # what the model said while it trained
-    tasks: list[dict[str, Any]]  # of the best checkpoint, else of the latest
     validation_loss: float | None  # the best so far
     test: MeasuredLoss | None  # of the best checkpoint, else of the latest
+    tasks: list[TaskResult]  # likewise
     tokens: int | None  # seen so far
     seconds: float | None  # over all resumed parts
     global_batch: int | None  # sequences per optimizer step
@@ -101,8 +101,6 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     model_config = read_config(GPTConfig, folder / "model.json")
     config = read_config(TrainConfig, folder / "train.json")
     checkpoints = [folder / "checkpoints" / link for link in ("best", "latest")]
-    tests = (read_test_loss(checkpoint) for checkpoint in checkpoints)
-    tasks = (read_tasks(checkpoint / "harness.json") for checkpoint in checkpoints)
     metrics = [
         line for line in read_metrics(folder / "metrics.jsonl") if {"tokens", "seconds"} <= line.keys()
     ]
@@ -121,9 +119,9 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
         learning_rate=binned(curve(metrics, "learning_rate")),
         grad_norm=binned(curve(metrics, "grad_norm")),
         samples=read_samples(folder / "samples.jsonl"),
-        tasks=next((found for found in tasks if found), []),
         validation_loss=min((loss for _, loss in validation), default=None),
-        test=next((test for test in tests if test), None),
+        test=next(filter(None, map(read_test_loss, checkpoints)), None),
+        tasks=next(filter(None, map(read_task_results, checkpoints)), []),
         tokens=last.get("tokens"),
         seconds=last.get("seconds"),
         global_batch=step and step["tokens"] // step["step"] // model_config.context_length,
@@ -143,30 +141,6 @@ def binned(points: Points) -> Points:
     return [(int(part[-1, 0]), float(part[:, 1].mean())) for part in parts]
 
 
-def read_tasks(path: Path) -> list[dict[str, Any]]:
-    """Results of tasks (name, value, stderr) that test_harness.py has kept beside a checkpoint.
-
-    What cannot be read is left out: it is no reason to fail.
-    """
-
-    def finite(value: Any) -> float | None:
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-    try:
-        results = list(json.loads(path.read_text(encoding="utf-8"))["results"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    found = []
-    for result in results:
-        if isinstance(result, dict) and finite(result.get("value")) is not None:
-            how = [f"{result['fewshot']}-shot"] if result.get("fewshot") else []
-            how += [f"first {result['limit']}"] if result.get("limit") else []
-            name = f"{result.get('task')} {result.get('metric')}" + (f" ({', '.join(how)})" if how else "")
-            error = finite(result.get("standard_error", result.get("stderr")))
-            found.append({"name": name, "value": finite(result["value"]), "stderr": error})
-    return found
-
-
 def shown(value: float | None, form: str) -> str:
     """A formatted number, or a dash for an unknown one."""
     return UNKNOWN if value is None else form.format(value)
@@ -180,6 +154,8 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
         changed = (key for key in config if config[key] != first[key])
         return ", ".join(f"{key} {json.dumps(first[key])} → {json.dumps(config[key])}" for key in changed)
 
+    tasks = dict.fromkeys(result.title for run in runs for result in headlines(run.tasks))
+
     return [
         {
             "run": run.folder.name,
@@ -189,6 +165,8 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
             "global batch": shown(run.global_batch, "{:,}"),
             "validation loss": shown(run.validation_loss, "{:.4f}"),
             "test loss": UNKNOWN if run.test is None else str(run.test),
+            **dict.fromkeys(tasks, UNKNOWN),
+            **{result.title: str(result) for result in headlines(run.tasks)},
             "tokens/s": shown(run.tokens_per_second, "{:,.0f}"),
             "hours": shown(run.seconds and run.seconds / 3600, "{:.2f}"),
             "cost": shown(run.status.get("cost_usd"), "${:,.2f}"),
@@ -202,8 +180,11 @@ def notes(runs: list[RunSummary]) -> list[str]:
     """Warnings for readers of the table."""
     tests = [run.test for run in runs if run.test]
     if any(not test.same_data(tests[0]) for test in tests):
-        where = (f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,}" for test in tests)
-        return [f"The test losses were measured on different data: {'; '.join(dict.fromkeys(where))} tokens."]
+        where = (
+            f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,} tokens in {test.windows}"
+            for test in tests
+        )
+        return [f"The test losses were measured on different data: {'; '.join(dict.fromkeys(where))}."]
     return []
 
 
@@ -211,22 +192,32 @@ def draw_chart(runs: list[RunSummary], path: Path) -> None:
     """Draw the runs' losses over tokens seen, one color per run, as a PNG in xkcd style."""
     with xkcd_chart(path, (11, 7)) as figure:
         axes = figure.subplots()
+        top = highest_loss(runs)
         for index, run in enumerate(runs):
             color = f"C{index}"
             styles = ((run.train, {"alpha": 0.4}), (run.validation, {"marker": "o", "markersize": 5}))
             for points, style in styles:
+                # Without those above, from which a line would come into the picture.
+                points = [point for point in points if point[1] <= top]
                 axes.plot(*np.reshape(points, (-1, 2)).T, color=color, linewidth=2, **style)
             axes.plot([], [], color=color, label=run.folder.name)
         axes.set(xlabel="tokens seen", ylabel="nats per token", title="validation (dots) and training loss")
-        # Above the training losses after a twentieth of the tokens: the first ones would squash the rest.
-        longest = max(run.tokens or 0 for run in runs)
-        losses = [loss for run in runs for tokens, loss in run.train if tokens >= longest / 20]
-        axes.set_ylim(top=1.02 * max(losses, default=1.0))
+        axes.set_ylim(top=1.02 * top)
         axes.legend()
+
+
+def highest_loss(runs: list[RunSummary]) -> float:
+    """The highest loss to draw, of those after a twentieth of the tokens: the first ones would squash the
+    rest."""
+    longest = max(run.tokens or 0 for run in runs)
+    points = (point for run in runs for point in (*run.train, *run.validation))
+    return max((loss for tokens, loss in points if tokens >= longest / 20), default=1.0)
 
 
 def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, seconds: int) -> None:
     """Write a page that shows the runs and, when served with their folders, follows them."""
+    titles = {result.title for run in runs for result in run.tasks}  # which have a table of their own there
+    rows = [{column: cell for column, cell in row.items() if column not in titles} for row in rows]
     content = [page_entry(run, cells, path) for run, cells in zip(runs, rows, strict=True)]
     for entry, group in zip(content, groups(runs), strict=True):
         entry["group"] = group
@@ -268,7 +259,7 @@ def page_entry(run: RunSummary, cells: dict[str, str], page: Path) -> dict[str, 
         "grad_norm": run.grad_norm,
         "samples": [sample for sample in run.samples if sample["step"] in kept],
         "samples_to_come": bool(run.samples or run.config.get("sample_interval")),
-        "tasks": run.tasks,
+        "tasks": {result.title: str(result) for result in run.tasks},
     }
 
 

@@ -17,6 +17,7 @@ from basemodel.command_line import run_command
 from basemodel.errors import InputError
 from basemodel.generation import continuations
 from basemodel.tokenizer import get_tokenizer
+from basemodel.weight_files import folder_of
 from basemodel.weights import load_model
 
 
@@ -28,7 +29,9 @@ from basemodel.weights import load_model
 @click.option(
     "--temperature", type=click.FloatRange(0, 1000), default=1.0, show_default=True, help="0: no sampling."
 )
-@click.option("--top-k", type=click.IntRange(1), default=25, show_default=True, help="Tokens to sample from.")
+@click.option(
+    "--top-k", type=click.IntRange(0), default=25, show_default=True, help="Tokens to sample from; 0: all."
+)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="For reproducible samples.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Per prompt.")
 def main(
@@ -45,7 +48,7 @@ def main(
     if math.isnan(temperature):
         raise InputError("--temperature must be a number")
     model = load_model(model_json, model_safetensors)
-    tokenizer = get_tokenizer(model.config.tokenizer, model_safetensors.parent)
+    tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
     generator = torch.Generator(model.tok_emb.weight.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     starts = [prompt for prompt in prompts for _ in range(samples)]

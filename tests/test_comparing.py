@@ -1,5 +1,6 @@
 """compare_runs.py: the table, the chart, and the page that follows runs."""
 
+import contextlib
 import dataclasses
 import html.parser
 import json
@@ -13,9 +14,12 @@ from pathlib import Path
 
 import pytest
 from helpers import Sandbox, refused, run_script, write_dataset
+from matplotlib.figure import Figure
 
+import compare_runs
 from basemodel.errors import InputError
 from basemodel.measured_loss import MeasuredLoss, write_test_loss
+from basemodel.task_results import TaskResult, keep_task_results
 from compare_runs import main, notes, read_run
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
@@ -98,6 +102,33 @@ def test_table_chart_and_page(runs: Sandbox) -> None:
     assert first["grad_norm"] == [[step * 128, norm] for step, norm in enumerate(norms, start=1)]
     assert (first["cells"]["cost"], first["cells"]["cost to come"]) == (one["cost"], "$0.00")
     assert third["cells"]["cost to come"] == "–"
+
+
+def test_the_chart_holds_what_it_draws(
+    runs: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses of the first steps, far above the others, would draw lines from outside the picture."""
+    one = read_run(runs.path / "runs", "one")
+    one = dataclasses.replace(
+        one,
+        tokens=1000,
+        train=[(10, 9.0), (40, 6.0), (50, 5.0), (500, 4.0), (1000, 3.0)],
+        validation=[(0, 11.0), (500, 5.5), (1000, 3.5)],
+    )
+    figures = []
+
+    @contextlib.contextmanager
+    def figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+        figures.append(Figure())
+        yield figures[0]
+
+    monkeypatch.setattr(compare_runs, "xkcd_chart", figure)
+    compare_runs.draw_chart([one], tmp_path / "chart.png")
+    axes = figures[0].axes[0]
+    train, validation, _ = (line.get_xydata().tolist() for line in axes.lines)
+    assert train == [[50, 5.0], [500, 4.0], [1000, 3.0]]
+    assert validation == [[500, 5.5], [1000, 3.5]]
+    assert axes.get_ylim()[1] >= 5.5
 
 
 def test_the_share_of_validation_follows_from_the_metrics(tmp_path: Path) -> None:
@@ -248,11 +279,12 @@ def fifteen(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, said)) + '\n{"step": 9')
             best = folder / "checkpoints/best"
             best.mkdir(parents=True)
-            task = {"task": "piqa", "metric": "acc", "value": 0.5 + rate / 100, "standard_error": 0.01}
-            more = {"task": "arc_easy", "metric": "acc_norm", "value": 0.25, "fewshot": 5, "limit": 100}
-            odd = {"task": "odd", "metric": "acc", "value": math.nan}
-            results = [task, more, odd, "what", task | {"task": "stranger", "standard_error": "N/A"}]
-            (best / "harness.json").write_text(json.dumps({"results": results[: 1 if seed > 42 else 5]}))
+            kept = [
+                TaskResult("piqa", "acc", 0.5 + rate / 100, 0.01, True, 9, None, 0, None, "1", "1", "now")
+            ]
+            if seed == 42:
+                kept += [TaskResult("arc_easy", "acc", 0.25, None, True, 100, 100, 5, None, "1", "1", "now")]
+            keep_task_results(best, kept)
     (sandbox.run_dir(names[-1]) / "checkpoints/best/harness.json").write_text('{"results": [{"task": 1')
     page = sandbox.path / "compare.html"
     compare(sandbox, *names, "--html", page)
@@ -280,8 +312,14 @@ def test_fifteen_runs_are_readable(fifteen: Path) -> None:
     assert all(8 <= height <= 440 for curve in heights for height in curve)
     assert all(len(curve) == 8 for curve in heights), "not the loss of 99 before training"
     assert [len(polylines(page, panel)) for panel in ("learning_rate", "grad_norm")] == [15, 15]
-    assert "0.5300 ± 0.0100" in page and "<td>0.5300</td>" in page and "odd acc" not in page
-    assert "arc_easy acc_norm (5-shot, first 100)" in page
+    tasks = page.partition('<table id="tasks">')[2].partition("</table>")[0]
+    assert re.findall("<th>(.*?)</th>", tasks) == [
+        "run",
+        "piqa acc",
+        "arc_easy acc (5-shot, first 100 documents)",
+    ]
+    assert (tasks.count("0.5300 ± 0.0100"), tasks.count("<td>0.2500</td>"), tasks.count("<tr")) == (3, 5, 15)
+    assert "0.5300" not in page.partition('<table id="table">')[2].partition("</table>")[0]
     assert page.count("8 &lt;/script&gt;t1") == 3 and "2 &lt;/script&gt;" not in page
 
 
