@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -37,17 +37,29 @@ def read_json_or_nothing(path: Path) -> dict[str, Any]:
         return {}
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, merged by step, without truncated and damaged ones."""
-    lines: dict[int, dict[str, Any]] = {}
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects with a step in a file of JSON lines, without truncated and damaged ones."""
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             values = json.loads(line)
         except ValueError:
             continue
         if isinstance(values, dict) and isinstance(values.get("step"), int):
-            lines[values["step"]] = lines.get(values["step"], {}) | values
+            yield values
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, merged by step, without truncated and damaged ones."""
+    lines: dict[int, dict[str, Any]] = {}
+    for values in _read_lines(path):
+        lines[values["step"]] = lines.get(values["step"], {}) | values
     return list(lines.values())
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The lines of a samples.jsonl: step, tokens (seen so far), prompt, and text (what the model added)."""
+    keys = {"step", "tokens", "prompt", "text"}
+    return [values for values in _read_lines(path) if keys <= values.keys()]
 
 
 def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
@@ -77,6 +89,20 @@ def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
             deadline = time.monotonic() + LOCK_SECONDS
             say(f"Waiting up to {LOCK_SECONDS:.0f} s for another process of this run (pid {holder}) to end")
         time.sleep(0.2)
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether another process holds the lock of a run's folder, because it trains the run."""
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks on this file system
+        return False
+    finally:
+        os.close(handle)
+    return False
 
 
 def set_earlier_results_aside(directory: Path) -> Path | None:

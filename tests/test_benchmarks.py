@@ -83,18 +83,13 @@ def test_every_benchmark_is_run_here() -> None:
 
 def test_ablations(sandbox: Sandbox) -> None:
     command = sandbox.datasets, sandbox.path / "kept", "--seeds", 1, "--tokens", 256, "--rounds", 2
-    said = measured(sandbox, "ablations", *command)
-    assert_lines(said, rf"\| demo \| \| {SPREAD} \| \| {FIGURE} \| 1.00 \| {FIGURE} \|")
-    row = rf"\| {SIGNED} \| {FIGURE} \| {FIGURE} \| {FIGURE} \|"
-    assert_lines(said, rf"\| demo-rate \| learning_rate 0.02 \| {SPREAD} {row}")
-    # What is kept is read again, unless it is of other code.
-    assert "demo-rate-42" not in measured(sandbox, "ablations", *command)
-    kept = sandbox.path / "kept/demo-42/ablation.json"
-    *configs, code = json.loads(kept.read_text())["of"]
-    assert set(code) == {"commit", "torch"}
-    kept.write_text(json.dumps({"of": [*configs, code | {"torch": "2.11.0"}]}))
-    with pytest.raises(AssertionError, match="is of another recipe, length, commit or PyTorch"):
-        measured(sandbox, "ablations", *command)
+    forked = f"{BESIDE}; import test_ablate; test_ablate.fork_trainings()"
+    said = measured(sandbox, "ablations", *command, before=forked)
+    assert_lines(said, rf"\| demo \| 1 \| {FIGURE} \| .*", rf"\| learning_rate=0.02 \| 1 \| {FIGURE} \| .*")
+    assert_lines(said, rf"\| demo \| \| {FIGURE} \| 1.00 \|")
+    assert_lines(said, rf"\| demo-rate \| learning_rate=0.02 \| {FIGURE} \| {FIGURE} \|")
+    config = json.loads((sandbox.path / "kept/demo--learning_rate-0.02--seed-42/train.json").read_text())
+    assert (config["min_train_tokens"], config["validation_batches"]) == (256, 1999 // 16 // 2)
 
 
 def test_generation(sandbox: Sandbox) -> None:
