@@ -25,9 +25,17 @@ from basemodel.run_folder import read_json_or_nothing
 from gpt import GPTConfig, GPTModel
 
 GIB = 2**30
-# What cannot hold tensors: CUDA's context and libraries, and what the allocator wastes between blocks. Chosen
-# so that the published code's largest microbatches come out.
-RESERVE_GIB, RESERVE_SHARE = 1.0, 1 / 8
+
+
+def reserve_gib(memory_gib: float) -> float:
+    """Memory that cannot hold tensors: CUDA's context and libraries, and gaps between the allocator's blocks.
+
+    The first two figures were chosen so that the published code's largest microbatches come out, on cards of
+    24 to 180 GiB; that a smaller card has less of it, at most a fifth, is a guess.
+    """
+    return min(3.5 + 0.03 * memory_gib, 0.2 * memory_gib)
+
+
 MakeLearner = Callable[[TrainConfig, GPTConfig, World], Step]
 
 
@@ -78,7 +86,8 @@ class Estimate:
     def limit(self) -> str:
         """What limits the machine most."""
         if self.short_gib:
-            return f"does not fit: {self.short_gib:.1f} GiB short"
+            short = self.short_gib
+            return f"does not fit: {f'{short:.1f} GiB' if short >= 1 else f'{1024 * short:.0f} MiB'} short"
         if not self.step_parts:
             return f"speed in {self.precision} not known"
         name = max(self.step_parts, key=self.step_parts.get)
@@ -135,7 +144,7 @@ class Estimator:
             memory["buckets"] = memory["gradients"]
         elif not accumulates:  # gradients come as activations go
             memory["gradients"] = 0.0
-        memory["reserve"] = GIB * (RESERVE_GIB + RESERVE_SHARE * machine.gpu.memory_gib)
+        memory["reserve"] = GIB * reserve_gib(machine.gpu.memory_gib)
         return memory
 
     def largest(self, machine: Machine) -> int:

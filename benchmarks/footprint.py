@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 from basemodel.command_line import run_command
 from basemodel.config import TrainConfig
 from basemodel.distributed import World
-from basemodel.estimate import GIB, RESERVE_GIB, RESERVE_SHARE
+from basemodel.estimate import GIB, reserve_gib
 from basemodel.footprint import FusedDropout, StepCounter, StepModel
 from basemodel.json_config import read_config
 from ddp_train import Learner
@@ -141,7 +141,7 @@ def published_largest(each: Published, peaks: dict[int, float]) -> int:
     """The largest microbatch of the published code in a machine's memory, less the plan's reserve."""
     (small, low), (large, high) = peaks.items()
     slope = (high - low) / (large - small)
-    room = each.memory_gib * (1 - RESERVE_SHARE) - RESERVE_GIB
+    room = each.memory_gib - reserve_gib(each.memory_gib)
     buckets = 4 * 163_009_536 if each.processes > 1 else 0  # DDP's copy of the gradients
     return math.floor(small + (room * GIB - buckets - low) / slope)
 
