@@ -47,6 +47,9 @@ class TrainConfig:
     keep_checkpoints: int | None = None  # the newest N and the best; null: all
     random_seed: int = 42
     usd_per_hour: float | None = None  # for the cost so far
+    sample_interval: int | None = None  # null: no samples
+    sample_prompts: tuple[str, ...] = ("Every effort moves you",)
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # the values of metrics.jsonl
     # Older spellings, of published runs
     schedule_learning_rate: bool = False  # true: "lr_schedule": "cosine"
     use_amp: bool = True  # false: "precision": "fp32"
@@ -82,6 +85,8 @@ class TrainConfig:
             )
         if self.validation_interval is not None and self.validation_batches <= 0:
             raise InputError("validation_batches must be at least 1 where validation_interval is set")
+        if self.sample_interval is not None and not self.sample_prompts:
+            raise InputError("sample_prompts must have at least one prompt where sample_interval is set")
 
     def _check_schedule(self) -> None:
         if self.schedule_learning_rate and self.schedule != "cosine":
@@ -153,6 +158,7 @@ POSITIVE_OR_NULL = (
     "checkpoint_interval",
     "validation_interval",
     "keep_checkpoints",
+    "sample_interval",
     "clipping_max_norm",
     "usd_per_hour",
 )

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,29 @@ def read_status(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, merged by step, without truncated and damaged ones."""
-    lines: dict[int, dict[str, Any]] = {}
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects with a step in a file of JSON lines, without truncated and damaged ones."""
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             values = json.loads(line)
         except ValueError:
             continue
         if isinstance(values, dict) and isinstance(values.get("step"), int):
-            lines[values["step"]] = lines.get(values["step"], {}) | values
+            yield values
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, merged by step, without truncated and damaged ones."""
+    lines: dict[int, dict[str, Any]] = {}
+    for values in _read_lines(path):
+        lines[values["step"]] = lines.get(values["step"], {}) | values
     return list(lines.values())
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The lines of a samples.jsonl: step, tokens (seen so far), prompt, and text (what the model added)."""
+    keys = {"step", "tokens", "prompt", "text"}
+    return [values for values in _read_lines(path) if keys <= values.keys()]
 
 
 def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
@@ -76,7 +88,8 @@ def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
 
 def set_earlier_results_aside(directory: Path) -> Path | None:
     """Move the results of an earlier run into a new subfolder and return it; None if there are none."""
-    names = ("checkpoints", "metrics.jsonl", "status.json", "training-run-chart.png")
+    names = ("checkpoints", "metrics.jsonl", "status.json", "training-run-chart.png", "samples.jsonl")
+    names += ("trackers.json", "tensorboard", "wandb")
     found = [directory / name for name in names if (directory / name).exists()]
     if not found:
         return None
