@@ -77,8 +77,8 @@ class PromptLine:
                 return
             except KeyboardInterrupt:  # in an answer, ends it; otherwise, discards the line
                 print()
-            except (InputError, click.BadParameter) as error:
-                print(f"Error: {error.message if isinstance(error, click.BadParameter) else error}")
+            except InputError as error:
+                print(f"Error: {error}")
 
     def _take(self, line: str) -> None:
         if line.startswith("/") and not line.startswith("//"):
@@ -93,14 +93,18 @@ class PromptLine:
         names = [*self.settings, "help", "quit"]
         fitting = [name for name in names if name == word] or [n for n in names if n.startswith(word)]
         if len(fitting) != 1:
-            near = difflib.get_close_matches(word, names, n=1, cutoff=0.0)[0]
-            raise InputError(f"there is no /{word}; did you mean /{near}? /help lists what there is")
+            near = fitting or difflib.get_close_matches(word, names, n=1, cutoff=0.0)
+            raise InputError(f"there is no /{word}; did you mean /{' or /'.join(near)}? /help says more")
         (name,) = fitting
         if name not in self.settings:
             return HELP
-        if value:
-            none = name == "seed" and value.lower() == "none"
-            self.settings[name] = None if none else self.types[name].convert(value, None, None)
+        if name == "seed" and value.lower() == "none":
+            self.settings[name] = None
+        elif value:
+            try:
+                self.settings[name] = self.types[name].convert(value, None, None)
+            except click.BadParameter as error:
+                raise InputError(f"/{name}: {error.message}") from None
         now = self.settings[name]
         return f"{name} {'none' if now is None else now}"
 

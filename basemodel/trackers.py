@@ -22,6 +22,7 @@ from basemodel.run import Run
 from basemodel.run_folder import read_metrics
 
 PROJECT = "ddp-base-model"  # unless WANDB_PROJECT or TRACKIO_PROJECT names another
+START_SECONDS = float(os.environ.get("WANDB_INIT_TIMEOUT", 30))
 CLOSE_SECONDS = 20.0  # a server may not answer, and torchrun kills 30 s after SIGTERM
 Line = dict[str, Any]  # of metrics.jsonl
 
@@ -90,7 +91,7 @@ class WeightsAndBiases:
             dir=run.directory,
             mode=mode,
             config=settings_of(run),
-            settings=wandb.Settings(console="off", init_timeout=30),
+            settings=wandb.Settings(console="off", init_timeout=START_SECONDS),
         )
         self.last = self._run.starting_step - 1
 
