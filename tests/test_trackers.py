@@ -1,15 +1,17 @@
-"""report_to: the values of metrics.jsonl in the real TensorBoard, W&B (offline) and Trackio."""
+"""report_to: the values of metrics.jsonl in the real TensorBoard, W&B and Trackio."""
 
 import json
 import sqlite3
 import struct
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import NO_CHART, Sandbox, assert_same_tensors, make_sandbox, refused, step_reached, wait_for
+from wandb_server import wandb_server
 
 from basemodel.run import Run
 from basemodel.run_folder import set_earlier_results_aside
@@ -79,37 +81,38 @@ def in_trackio(folder: Path) -> tuple[set[str], Values]:
     return {name for name, _, _ in rows}, values
 
 
-def test_each_step_arrives_once_though_the_run_is_killed(tmp_path: Path, whole: Path) -> None:
-    """All three at once, without W&B's credentials; and training is the same to the bit."""
-    sandbox = make_sandbox(tmp_path, "tiny", report_to=ALL)
-    sandbox.env |= {"HOME": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio")}
-    sandbox.env |= {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true", "HF_HUB_OFFLINE": "1"}
-    script = sandbox.start("tiny", "--resume")
-    wait_for(step_reached(sandbox, "tiny", 13), "step 13")
-    script.kill()
-    sandbox.train("tiny", "--resume")
+def without_times(values: dict[str, float]) -> dict[str, float]:
+    timed = {"seconds", "tokens_per_second", "checkpoint_seconds", "validation_seconds"}
+    return {name: value for name, value in values.items() if name not in timed}
 
-    run_dir = sandbox.run_dir()
-    expected = metrics_of(run_dir)
-    assert list(expected) == list(range(31)) and expected[30].keys() >= {
-        "train_loss",
-        "val_loss",
-        "grad_norm",
-    }
-    assert in_wandb(run_dir) == expected
-    shown = in_tensorboard(run_dir)
-    assert shown.keys() == expected.keys()
+
+def test_each_step_arrives_once_though_the_run_is_killed(tmp_path: Path) -> None:
+    """In all three at once; and training is the same to the bit. What a killed run has sent keeps its times."""
+    sandbox = make_sandbox(tmp_path, "tiny", report_to=ALL)
+    sandbox.env |= {"TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path), "WANDB_SILENT": "true"}
+    with wandb_server() as server:
+        sandbox.env |= server.env
+        script = sandbox.start("tiny", "--resume")
+        wait_for(step_reached(sandbox, "tiny", 13), "step 13")
+        script.kill()
+        assert "Warning" not in sandbox.train("tiny", "--resume")
+    expected = metrics_of(sandbox.run_dir())
+    assert list(expected) == list(range(31)) and expected[30].keys() >= {"train_loss", "val_loss"}
+
+    shown = in_tensorboard(sandbox.run_dir())
+    names, stored = in_trackio(tmp_path / "trackio")
+    identity = run_id(sandbox.run_dir())
+    assert names == {f"tiny-{identity}"} and list(server.history) == [identity]
+    uploaded = {line["_step"]: line for line in map(json.loads, server.history[identity])}
+    assert len(uploaded) == len(server.history[identity]), "each step once"
+    for values in uploaded.values():
+        for name in [name for name in values if name[0] == "_"]:
+            del values[name]
+    assert shown.keys() == stored.keys() == uploaded.keys() == expected.keys()
     for step, values in expected.items():
         assert shown[step] == pytest.approx(values, rel=1e-6), step
-    names, stored = in_trackio(tmp_path / "trackio")
-    assert names == {f"tiny-{run_id(run_dir)}"}
-    timed = {"seconds", "tokens_per_second", "checkpoint_seconds", "validation_seconds"}
-    for step, values in expected.items():
-        # Steps that the killed run had sent are not sent again: times may differ.
-        assert stored[step].keys() == values.keys(), step
-        assert {k: v for k, v in stored[step].items() if k not in timed} == {
-            k: v for k, v in values.items() if k not in timed
-        }
+        for found in (stored[step], uploaded[step]):
+            assert found.keys() == values.keys() and without_times(found) == without_times(values), step
 
     alone = make_sandbox(tmp_path / "alone", "tiny")
     alone.train()
@@ -177,6 +180,27 @@ def test_a_run_stopped_before_a_validation_adds_it_to_the_same_step(tracked: Run
     expected |= {3: {"train_loss": 3}, 4: {"train_loss": 4}}
     assert Recorder.kept == list(expected.items())
     assert in_tensorboard(tracked.directory) == expected
+
+
+def test_without_credentials_the_last_offline_folder_has_all_of_the_run(
+    tracked: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"ERROR_REPORTING": "false", "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("HOME", str(tracked.directory))
+    run, said = replace(tracked, config=replace(tracked.config, report_to=("wandb",))), []
+    trackers = Trackers(run, 0, said.append)
+    for step in (1, 2):
+        log(run, trackers, step, train_loss=step)
+    trackers.close("preempted")
+    trackers = Trackers(run, 2, said.append)
+    log(run, trackers, 2, val_loss=0.5)
+    log(run, trackers, 3, train_loss=3)
+    trackers.close("finished")
+    expected = {1: {"train_loss": 1}, 2: {"train_loss": 2, "val_loss": 0.5}, 3: {"train_loss": 3}}
+    assert in_wandb(run.directory) == expected and said == []
 
 
 def test_a_failure_is_one_warning_and_made_good_by_the_next_start(tracked: Run) -> None:
