@@ -87,7 +87,7 @@ def without_times(values: dict[str, float]) -> dict[str, float]:
 
 
 def test_each_step_arrives_once_though_the_run_is_killed(tmp_path: Path) -> None:
-    """In all three at once; and training is the same to the bit. What a killed run has sent keeps its times."""
+    """In all three at once; training is the same to the bit. What a killed run has sent keeps its times."""
     sandbox = make_sandbox(tmp_path, "tiny", report_to=ALL)
     sandbox.env |= {"TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path), "WANDB_SILENT": "true"}
     with wandb_server() as server:
