@@ -3,7 +3,8 @@
     checkpoints/20261121Z101500-iteration-617/
         model.safetensors        every parameter, float32
         optimizer.safetensors    every optimizer tensor, named PARAMETER.STATE
-        meta.json                progress and configs; size and SHA-256 of the two files; a digest of itself
+        tokenizer.json           of a data set that has one of its own
+        meta.json                progress and configs; size and SHA-256 of the other files; a digest of itself
     checkpoints/latest, best     relative links, a convenience; what is valid is decided by meta.json
 
 A checkpoint is written to a temporary folder, fsynced, and renamed. So after a crash it is complete or
@@ -31,6 +32,7 @@ from basemodel.command_line import require_plain_name
 from basemodel.errors import InputError, RunError
 from basemodel.files import fingerprint, sync
 from basemodel.json_config import read_json_object
+from basemodel.trained_tokenizer import TOKENIZER_FILE
 from basemodel.weights import save_tensors
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
@@ -59,10 +61,10 @@ class Saver:
     Leaving its context waits for the save in progress.
     """
 
-    def __init__(self, folder: Path, keep: int | None, log: Path) -> None:
+    def __init__(self, folder: Path, keep: int | None, log: Path, tokenizer: bytes | None = None) -> None:
         """Keep the newest `keep` checkpoints in `folder` and the best; None: all. `log` is fsynced before
-        each save, so that it is never behind a checkpoint."""
-        self.folder, self.keep, self.log = folder, keep, log
+        each save, so that it is never behind a checkpoint. `tokenizer` is a tokenizer.json to save too."""
+        self.folder, self.keep, self.log, self.tokenizer = folder, keep, log, tokenizer
         self.saved: str | None = None  # name of the last checkpoint on disk
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._job: Future[None] = Future()
@@ -101,7 +103,7 @@ class Saver:
 
     def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], meta: dict[str, Any]) -> None:
         sync(self.log)
-        path = save_checkpoint(self.folder, model, optimizer, meta)
+        path = save_checkpoint(self.folder, model, optimizer, meta, self.tokenizer)
         point_link(self.folder, "latest", path)
         if meta["is_best"]:
             point_link(self.folder, "best", path)
@@ -122,12 +124,16 @@ def _copy_to_host(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dic
 
 
 def save_checkpoint(
-    folder: Path, model: dict[str, Tensor], optimizer: dict[str, Tensor], meta: dict[str, Any]
+    folder: Path,
+    model: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    meta: dict[str, Any],
+    tokenizer: bytes | None = None,
 ) -> Path:
     """Write a checkpoint of CPU tensors into `folder`, durably, and return its path.
 
-    `meta` must have `global_step`. Raises RunError if that fails, for example on a full disk; then the folder
-    is as it was before.
+    `meta` must have `global_step`; `tokenizer` is the content of tokenizer.json. Raises RunError if that
+    fails, for example on a full disk; then the folder is as it was before.
     """
     now = datetime.now(UTC)
     while (path := folder / f"{now:%Y%m%dZ%H%M%S}-iteration-{meta['global_step']}").exists():
@@ -140,9 +146,11 @@ def save_checkpoint(
         temporary.mkdir()
         for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
             save_tensors(tensors, temporary / name)
-            sync(temporary / name)
-        files = {name: fingerprint(temporary / name) for name in (MODEL_FILE, OPTIMIZER_FILE)}
-        meta = meta | {"files": files}
+        if tokenizer is not None:
+            (temporary / TOKENIZER_FILE).write_bytes(tokenizer)
+        for file in (written := sorted(temporary.iterdir())):
+            sync(file)
+        meta = meta | {"files": {file.name: fingerprint(file) for file in written}}
         text = json.dumps(meta | {"digest": _digest(meta)}, indent=1, allow_nan=False)
         (temporary / META_FILE).write_text(text, encoding="utf-8")
         sync(temporary / META_FILE)
@@ -171,7 +179,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     digest = meta.pop("digest", None)
     if digest != _digest(meta):
         raise InputError(f"{path / META_FILE}: damaged (its own digest differs)")
-    for name in (MODEL_FILE, OPTIMIZER_FILE):
+    for name in (MODEL_FILE, OPTIMIZER_FILE, *(meta["files"].keys() & {TOKENIZER_FILE})):
         try:
             found = fingerprint(path / name)
         except OSError:

@@ -219,7 +219,8 @@ class Trainer:
         self.reporter = self.world.agree(
             lambda: Reporter(run, progress.step, progress.seconds, enabled=self.world.is_first)
         )
-        self.saver = checkpointing.Saver(run.checkpoints, run.config.keep_checkpoints, run.metrics)
+        keep, tokenizer = run.config.keep_checkpoints, run.data.tokenizer
+        self.saver = checkpointing.Saver(run.checkpoints, keep, run.metrics, tokenizer)
         self.reporter.status("running", progress.step)
         with StopSignal() as stop:
             try:
@@ -583,7 +584,7 @@ def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, 
     fingerprint = functools.partial(hub.fingerprint_files, folder, config.splits)
     files = world.agree(fingerprint, on=world.local_rank == 0)
     files = hub.same_on_all_nodes([each for each in world.all_gather(files) if each is not None])
-    return dataclasses.replace(run, plan=plan, data=run_data, files=files)
+    return dataclasses.replace(run, model_config=run_data.model_config, plan=plan, data=run_data, files=files)
 
 
 def make_trainer(run: Run, world: World, name: str | None, allow_change: bool) -> Trainer | None:

@@ -29,7 +29,8 @@ class GPTConfig:
     qkv_bias: bool
     tie_weights: bool = False
     init: Literal["pytorch", "gpt2"] = "pytorch"
-    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    tokenizer: Literal["gpt2", "bytes", "dataset"] = "gpt2"  # dataset: the data set's own tokenizer.json
+    end_of_text_id: int | None = None  # of the tokenizer "dataset"; null: read from its file
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
@@ -42,11 +43,16 @@ class GPTConfig:
             raise InputError(f"emb_dim {width} must be a multiple of n_heads {heads}")
         if not 0.0 <= rate < 1.0:
             raise InputError(f"drop_rate must be at least 0 and below 1, not {rate}")
+        if self.end_of_text_id is not None and self.tokenizer != "dataset":
+            raise InputError('end_of_text_id has no effect without "tokenizer": "dataset"')
+        if not 0 <= (self.end_of_text_id or 0) < size:
+            raise InputError(f"end_of_text_id must be from 0 to {size - 1}, not {self.end_of_text_id}")
 
     @property
     def end_of_text(self) -> int:
-        """The token that ends each document."""
-        return {"gpt2": 50_256, "bytes": 256}[self.tokenizer]
+        """The token that ends each document; the last one where no data set has said which."""
+        own = self.vocab_size - 1 if self.end_of_text_id is None else self.end_of_text_id
+        return {"gpt2": 50_256, "bytes": 256, "dataset": own}[self.tokenizer]
 
 
 class LayerNorm(nn.Module):

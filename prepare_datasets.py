@@ -5,6 +5,7 @@
     python prepare_datasets.py my-texts/ datasets/me/my-texts --stats        any text files
     python prepare_datasets.py roneneldan/TinyStories datasets/me/tiny-stories           a data set on the Hub
     python prepare_datasets.py HuggingFaceFW/fineweb datasets/me/fineweb-10b --name sample-10BT
+    python prepare_datasets.py german-texts/ datasets/me/german --train-tokenizer 16384   other languages
 
 The input is cut into shards of about 64 MB of text. Workers encode each shard straight to disk, and the
 results are joined in the order of the input. So the same text gives the same bytes whatever the number of
@@ -18,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import click
 from basemodel.command_line import FileSize, run_command
 from basemodel.dataset_files import Layout, card, count_passed_over, draw_lengths, lay_out, write_dataset
 from basemodel.documents import Piece, make_shards
-from basemodel.encoding import Settings, encode_all
+from basemodel.encoding import Settings, encode_all, sample_texts
 from basemodel.errors import InputError
 from basemodel.files import DISK_FULL, fingerprint, sync
 from basemodel.hub import check_push, push
@@ -37,12 +38,27 @@ from basemodel.readers import cut_into_pieces
 from basemodel.sources import Request, Source, find_source
 from basemodel.token_files import as_one_path, split_files
 from basemodel.tokenizer import GigatokenEncoder, get_tokenizer, set_up_engine
+from basemodel.trained_tokenizer import (
+    FEWEST_TOKENS,
+    MOST_TOKENS,
+    TOKENIZER_FILE,
+    read_tokenizer,
+    require_tokenizers,
+    train_tokenizer,
+)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source")
 @click.argument("output_dir", type=Path)
-@click.option("--tokenizer", type=click.Choice(["gpt2", "bytes"]), default="gpt2", show_default=True)
+@click.option("--tokenizer", metavar="gpt2|bytes|FILE", help="FILE is a tokenizer.json.  [default: gpt2]")
+@click.option(
+    "--train-tokenizer",
+    "train_size",
+    type=click.IntRange(FEWEST_TOKENS, MOST_TOKENS),
+    metavar="SIZE",
+    help="Train a tokenizer of SIZE tokens on the text.",
+)
 @click.option("--validation-fraction", type=float, default=0.01, show_default=True, help="Of the documents.")
 @click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), help="Default: one per core.")
 @click.option(
@@ -61,7 +77,8 @@ from basemodel.tokenizer import GigatokenEncoder, get_tokenizer, set_up_engine
 def main(
     source: str,
     output_dir: Path,
-    tokenizer: str,
+    tokenizer: str | None,
+    train_size: int | None,
     validation_fraction: float,
     workers: int,
     engine: str,
@@ -82,15 +99,17 @@ def main(
         raise InputError(f"--validation-fraction must be between 0 and 1, not {validation_fraction}")
     if not source or str(output_dir) == ".":
         raise InputError("SOURCE and OUTPUT_DIR must be named")
-    if engine == "gigatoken" and tokenizer != "gpt2":
+    named = choose_tokenizer(tokenizer, train_size)
+    settings = Settings(validation_fraction=validation_fraction, text_column=text_column, **named)
+    if engine == "gigatoken" and settings.tokenizer != "gpt2":
         raise InputError("--engine gigatoken works with the tokenizer gpt2 only")
-    wanted, settings = Request(source, **request), Settings(tokenizer, validation_fraction, text_column)
+    wanted = Request(source, **request)
     unfinished = output_dir.with_name(output_dir.name + ".incomplete")
     fetch = find_source(wanted, leave_out=(output_dir, unfinished))
     if repo_id:
         check_push(repo_id)
     if repo_id and (output_dir / "meta.json").exists():
-        check_prepared(output_dir, {**asdict(wanted), **asdict(settings)}, max_file_size)
+        check_prepared(output_dir, {**asdict(wanted), **settings.identity()}, max_file_size)
         print(f"{output_dir}: already prepared")
     else:
         require_empty(output_dir)
@@ -98,8 +117,13 @@ def main(
             require_empty(output_dir)  # nobody else can fill it now
             finished = folder / "finished"
             finished.mkdir()
-            gigatoken = set_up_engine(engine, get_tokenizer(tokenizer), folder)
-            layout, found = lay_out_text(fetch(), folder / "parts", settings, gigatoken, workers)
+            gigatoken = None
+            if settings.tokenizer != "dataset":
+                gigatoken = set_up_engine(engine, get_tokenizer(settings.tokenizer), folder)
+            text = fetch()
+            if settings.tokenizer == "dataset":
+                settings = add_tokenizer(folder, tokenizer, text, settings)
+            layout, found = lay_out_text(text, folder / "parts", settings, gigatoken, workers)
             description = "as tokens: one tensor 'tokens' per split, end-of-text after each document"
             meta = {"description": f"{source} {description}", **asdict(wanted), **found}
             meta |= write_dataset(finished, layout, settings, max_file_size)
@@ -110,6 +134,40 @@ def main(
     if repo_id:
         url = push(output_dir, repo_id, "Upload tokens", repo_type="dataset")
         print(f"Uploaded to {repo_id}: {url}")
+
+
+def choose_tokenizer(tokenizer: str | None, train_size: int | None) -> dict[str, Any]:
+    """What Settings says of the tokenizer that the options ask for. Raises InputError."""
+    if train_size is not None:
+        if tokenizer is not None:
+            raise InputError("give either --tokenizer or --train-tokenizer")
+        require_tokenizers()
+        return {"tokenizer": "dataset", "train_tokenizer": train_size}
+    if tokenizer in (None, "gpt2", "bytes"):
+        return {"tokenizer": tokenizer or "gpt2"}
+    file = Path(tokenizer)
+    if not file.is_file():
+        raise InputError(f"--tokenizer must be gpt2, bytes or a tokenizer.json; there is no file '{file}'")
+    read_tokenizer(file)
+    return {"tokenizer": "dataset", "tokenizer_sha256": fingerprint(file)["sha256"]}
+
+
+def add_tokenizer(folder: Path, file: str | None, source: Source, settings: Settings) -> Settings:
+    """Put the data set's own tokenizer into a folder: a copy of a file, or one trained on the source.
+
+    Returns settings that name it. Raises InputError.
+    """
+    path, size = folder / TOKENIZER_FILE, settings.train_tokenizer
+    if size is None:
+        shutil.copyfile(file, path)
+    elif source.bins:
+        raise InputError(f"{source.bins}: contains tokens, not text to train a tokenizer on")
+    else:
+        print(f"Training a tokenizer of {size:,} tokens")
+        train_tokenizer(sample_texts(find_pieces(source, settings), settings), size, path)
+        if (found := read_tokenizer(path).n_vocab) < size:
+            print(f"The text has enough repeated pairs for {found:,} tokens only")
+    return replace(settings, tokenizer_sha256=fingerprint(path)["sha256"], folder=folder)
 
 
 def lay_out_text(
@@ -125,7 +183,7 @@ def lay_out_text(
         "files_skipped": dict(source.skipped),
     }
     if source.bins:
-        return lay_out_bins(source.bins, get_tokenizer(settings.tokenizer)), found
+        return lay_out_bins(source.bins, get_tokenizer(settings.tokenizer, settings.folder)), found
     parts = encode_all(make_shards(find_pieces(source, settings)), parts_dir, settings, gigatoken, workers)
     try:
         return lay_out(parts, settings), found | count_passed_over(parts)
@@ -168,7 +226,7 @@ def check_prepared(folder: Path, wanted: dict[str, Any], max_file_size: int) -> 
     for name, sha256 in meta.get("sha256", {}).items():
         if not (folder / name).exists() or fingerprint(folder / name)["sha256"] != sha256:
             raise InputError(f"{folder / name}: is damaged; remove {folder} and prepare it again")
-        if (folder / name).stat().st_size > max_file_size:
+        if name != TOKENIZER_FILE and (folder / name).stat().st_size > max_file_size:
             raise InputError(
                 f"{folder / name}: is larger than --max-file-size; remove {folder} and prepare it again"
             )
@@ -226,16 +284,21 @@ def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
     finished.replace(output_dir)
     sync(output_dir.parent)
     shutil.rmtree(finished.parent, ignore_errors=True)
-    print(summary(meta))
+    for line in summary(meta):
+        print(line)
     for split, counts in meta["splits"].items():
         files = as_one_path(split_files(output_dir, split))
         print(f"{files}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
 
 
-def summary(meta: dict[str, Any]) -> str:
+def summary(meta: dict[str, Any]) -> list[str]:
     """What was read, and what was not as one might expect."""
     skipped = ", ".join(f"{count:,} {why}" for why, count in meta["files_skipped"].items() if count)
-    lines = [f"Read {_several(meta['files_read'], 'file')}" + (f"; skipped: {skipped}" if skipped else "")]
+    lines = []
+    if meta["files_read"]:
+        lines.append(
+            f"Read {_several(meta['files_read'], 'file')}" + (f"; skipped: {skipped}" if skipped else "")
+        )
     if meta.get("empty") or meta.get("null"):
         empty, null = _several(meta["empty"], "empty document"), _several(meta["null"], "null")
         lines.append(f"Skipped {empty} and {null}")
@@ -243,7 +306,7 @@ def summary(meta: dict[str, Any]) -> str:
         lines.append(f"Invalid UTF-8: {_several(meta['replaced'], 'character')} became U+FFFD")
     if meta.get("duplicates"):
         lines.append(f"Duplicates: {_several(meta['duplicates'], 'document')}, each a copy of another")
-    return "\n".join(lines)
+    return lines
 
 
 def _several(count: int, what: str) -> str:

@@ -82,7 +82,7 @@ def generate_command(
         read_records(data) if data else fetch_records(datasets_dir, data_url)
     )
     model = load_model(model_json, model_safetensors)
-    tokenizer = get_tokenizer(model.config.tokenizer)
+    tokenizer = get_tokenizer(model.config.tokenizer, model_safetensors.parent)
     how = FineTuning(**hyperparameters)
     train_tokens, validation_tokens = (encode_records(part, tokenizer, model) for part in (train, validation))
     print(f"{len(train):,} records to train on, {len(validation):,} to validate, {len(test):,} to answer")

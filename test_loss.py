@@ -21,13 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from basemodel.command_line import run_command
-from basemodel.data import Sequences, check_tokenizer
+from basemodel.data import Sequences, match_tokenizer
 from basemodel.errors import InputError, RunError
 from basemodel.hub import fetch_dataset
 from basemodel.loss import document_features
 from basemodel.measured_loss import MeasuredLoss, write_test_loss
 from basemodel.token_files import TokenFiles
 from basemodel.tokenizer import get_tokenizer
+from basemodel.trained_tokenizer import TOKENIZER_FILE, same_tokenizer
 from basemodel.weights import load_model
 from checkpointing import META_FILE
 from gpt import GPTConfig, GPTModel
@@ -64,13 +65,14 @@ def main(
     folder = fetch_dataset(datasets_dir, dataset, None, [split])
     sequences = Sequences(TokenFiles(folder, split), start_token, length, seed=0)
     count = check_data(sequences, tokens, configs)
-    for config in configs:
-        check_tokenizer(folder, config)
+    for (_, weights), model in zip(pairs, loaded, strict=True):
+        model.config = match_tokenizer(folder, model.config)
+        check_own_tokenizer(weights, model.config, folder)
 
     losses = sequence_losses(
         loaded, sequences, count, batch_size=batch_size, document_masking=document_masking
     )
-    size, no_bytes = count_bytes(sequences, count, configs[0].tokenizer)
+    size, no_bytes = count_bytes(sequences, count, configs[0].tokenizer, folder)
     results = []
     for (_, weights), row in zip(pairs, losses, strict=True):
         loss = row.mean().item()
@@ -134,6 +136,17 @@ def check_data(sequences: Sequences, tokens: int, configs: list[GPTConfig]) -> i
     return count
 
 
+def check_own_tokenizer(weights: Path, config: GPTConfig, dataset_folder: Path) -> None:
+    """Raise InputError if a model brings another tokenizer.json than the data set's, beside its weights."""
+    if config.tokenizer == "dataset" and (weights.parent / TOKENIZER_FILE).exists():
+        ours, theirs = (get_tokenizer("dataset", folder) for folder in (weights.parent, dataset_folder))
+        if not same_tokenizer(ours, theirs):
+            raise InputError(
+                f"{weights.parent / TOKENIZER_FILE}: is not the tokenizer of the data set {dataset_folder}; "
+                "measure the model on the text it was trained on, prepared with --tokenizer and this file"
+            )
+
+
 @torch.no_grad()
 def sequence_losses(
     models: list[GPTModel], sequences: Sequences, count: int, *, batch_size: int, document_masking: bool
@@ -153,11 +166,11 @@ def sequence_losses(
     return losses
 
 
-def count_bytes(sequences: Sequences, count: int, tokenizer_name: str) -> tuple[int, str]:
+def count_bytes(sequences: Sequences, count: int, tokenizer_name: str, folder: Path) -> tuple[int, str]:
     """The length in bytes of the text that the targets of the first `count` sequences encode, end-of-text not
-    counted; if it is 0, the second value says why."""
+    counted; if it is 0, the second value says why. `folder` is the data set's."""
     try:
-        tokenizer = get_tokenizer(tokenizer_name)
+        tokenizer = get_tokenizer(tokenizer_name, folder)
     except InputError as error:
         return 0, str(error)
     lengths = torch.zeros(65_536, dtype=torch.int64)

@@ -49,7 +49,7 @@ def main(
     if interactive and given:
         raise InputError("--interactive reads its prompts itself; leave out --prompt and --samples")
     model = load_model(model_json, model_safetensors)
-    tokenizer = get_tokenizer(model.config.tokenizer)
+    tokenizer = get_tokenizer(model.config.tokenizer, model_safetensors.parent)
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack characters
     if interactive:
         settings = {"temperature": temperature, "top-k": top_k, "tokens": tokens, "seed": seed}

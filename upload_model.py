@@ -56,7 +56,7 @@ def main(
     model = load_model(model_json, model_safetensors).cpu()
     if not all(tensor.isfinite().all() for tensor in model.tensors().values()):
         raise InputError(f"{model_safetensors}: contains NaN or infinite weights")
-    tokenizer = get_tokenizer(model.config.tokenizer)
+    tokenizer = get_tokenizer(model.config.tokenizer, model_safetensors.parent)
     if tokenizer.n_vocab > model.config.vocab_size:
         raise InputError(
             f"{model_json}: a vocabulary of {model.config.vocab_size} does not hold the {tokenizer.n_vocab} "

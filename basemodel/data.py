@@ -4,6 +4,7 @@ A data set is a folder DATASETS_DIR/OWNER/NAME with the tokens of two splits, tr
 one after another, each followed by the end-of-text token. It comes from the Hub or from prepare_datasets.py.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from basemodel.errors import InputError
 from basemodel.hub import dataset_folder
 from basemodel.json_config import read_json_object
 from basemodel.token_files import TokenFiles
+from basemodel.tokenizer import get_tokenizer
+from basemodel.trained_tokenizer import TOKENIZER_FILE
 from gpt import GPTConfig
 
 
@@ -122,12 +125,16 @@ class RunData:
 
     train: Sequences
     validation: Sequences | None
+    model_config: GPTConfig  # with the data set's end-of-text token
+    tokenizer: bytes | None  # the content of its tokenizer.json, if it has one of its own
+    folder: Path
 
 
 def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunData:
     """Open a run's token files. Raises InputError for a file that is missing, damaged or too short."""
     folder = dataset_folder(datasets_dir, config.dataset)
-    check_tokenizer(folder, model)
+    model = match_tokenizer(folder, model)
+    tokenizer = (folder / TOKENIZER_FILE).read_bytes() if model.tokenizer == "dataset" else None
 
     def sequences(split: str, start: int) -> Sequences:
         return Sequences(TokenFiles(folder, split), start, model.context_length, config.random_seed)
@@ -139,7 +146,7 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
             f"{model.context_length} after start_train_token {config.start_train_token}"
         )
     if config.validation_interval is None:
-        return RunData(train, None)
+        return RunData(train, None, model, tokenizer, folder)
     validation = sequences("validation", config.start_val_token)
     most = validation.count // config.microbatch_size
     if config.validation_batches > most:
@@ -148,25 +155,39 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
             f"validation batches of {config.microbatch_size} x {model.context_length} after start_val_token "
             f"{config.start_val_token}, not {config.validation_batches}"
         )
-    return RunData(train, validation)
+    return RunData(train, validation, model, tokenizer, folder)
 
 
-def check_tokenizer(folder: Path, model: GPTConfig) -> None:
-    """Raise InputError if the data set's meta.json names another tokenizer than the model's."""
-    if not (folder / "meta.json").exists():
-        return
-    meta = read_json_object(folder / "meta.json")
+def match_tokenizer(folder: Path, model: GPTConfig) -> GPTConfig:
+    """The model's config, with the end-of-text token of a data set's own tokenizer.
+
+    Raises InputError if the data set was made with another tokenizer than the model's, or one with more
+    tokens than the model has.
+    """
+    meta = read_json_object(folder / "meta.json") if (folder / "meta.json").exists() else {}
     theirs, vocab_size = meta.get("tokenizer", model.tokenizer), meta.get("vocab_size", 0)
     if theirs != model.tokenizer:
+        own = model.tokenizer == "dataset"
         raise InputError(
-            f"{folder}: its tokenizer is '{theirs}', the model's '{model.tokenizer}'; set tokenizer in "
-            f"model.json or prepare the text again with --tokenizer {model.tokenizer}"
+            f"{folder}: its tokenizer is '{theirs}', the model's '{model.tokenizer}'; set tokenizer to "
+            f"'{theirs}' and vocab_size to {vocab_size} in model.json, or prepare the text again with "
+            f"{'--train-tokenizer' if own else '--tokenizer'} {model.vocab_size if own else model.tokenizer}"
         )
+    end_of_text = model.end_of_text_id
+    if model.tokenizer == "dataset":
+        tokenizer = get_tokenizer("dataset", folder)
+        vocab_size, end_of_text = tokenizer.n_vocab, tokenizer.eot_token
     if isinstance(vocab_size, int) and vocab_size > model.vocab_size:
         raise InputError(
             f"{folder}: has a vocabulary of {vocab_size} tokens, the model only {model.vocab_size}; set "
-            "vocab_size to that"
+            f"vocab_size to {vocab_size}"
         )
+    if model.end_of_text_id not in (None, end_of_text):
+        raise InputError(
+            f"{folder}: its end-of-text token is {end_of_text}, the model's {model.end_of_text_id}; leave "
+            "end_of_text_id out of model.json"
+        )
+    return dataclasses.replace(model, end_of_text_id=end_of_text)
 
 
 def check_tokens(

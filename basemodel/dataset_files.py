@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from dataclasses import asdict
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from basemodel.encoding import COUNTED, SPLITS, Part, Settings
 from basemodel.errors import InputError, RunError
 from basemodel.token_files import split_names
 from basemodel.tokenizer import get_tokenizer, token_byte_lengths
+from basemodel.trained_tokenizer import TOKENIZER_FILE
 
 CONTEXT_LENGTH = 1024  # GPT-2's, for the histogram
 DOCUMENTS_AT_ONCE = 4_000_000  # whose hashes are in memory
@@ -22,19 +23,21 @@ Layout = dict[str, tuple[list[int], list[Segment]]]  # of each split: its size, 
 
 
 def write_dataset(folder: Path, layout: Layout, settings: Settings, max_file_size: int) -> dict[str, Any]:
-    """Write the token files of both splits, none above `max_file_size` bytes; return what meta.json says
-    about them.
+    """Write the token files of both splits, none above `max_file_size` bytes, and the data set's own
+    tokenizer, if it has one; return what meta.json says about them.
 
     Raises RunError if a part is damaged.
     """
-    tokenizer = get_tokenizer(settings.tokenizer)
-    sha256 = {}
+    tokenizer, sha256 = get_tokenizer(settings.tokenizer, settings.folder), {}
+    if settings.tokenizer == "dataset":
+        shutil.copyfile(settings.folder / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+        sha256[TOKENIZER_FILE] = settings.tokenizer_sha256
     for split, (_, segments) in layout.items():
         files = cut_segments(segments, capacity(max_file_size))
         for name, own in zip(split_names(split, len(files)), files, strict=True):
             sha256[name] = join_segments(own, folder / name)
     return {
-        **asdict(settings),
+        **settings.identity(),
         "vocab_size": tokenizer.n_vocab,
         "token_dtype": "uint16",
         "end_of_text": tokenizer.eot_token,
@@ -65,7 +68,7 @@ def lay_out(parts: list[Part], settings: Settings) -> Layout:
         if held_out == tokens:
             raise InputError("the source is too short to hold out any text for validation")
         segments["train"], segments["validation"] = split_off(segments["train"], held_out)
-        byte_lengths = token_byte_lengths(get_tokenizer(settings.tokenizer))
+        byte_lengths = token_byte_lengths(get_tokenizer(settings.tokenizer, settings.folder))
         sizes["train"] = np.array([documents, tokens - held_out, text_bytes(segments["train"], byte_lengths)])
         sizes["validation"] = np.array([1, held_out, text_bytes(segments["validation"], byte_lengths)])
     return {split: (sizes[split].tolist(), segments[split]) for split in SPLITS}
@@ -219,6 +222,7 @@ def card(name: str, meta: dict[str, Any]) -> str:
         tags=["tokens", meta["tokenizer"], "safetensors"],
         source_datasets=[meta["source"]] if meta["revision"] else None,
     )
+    tokenizer = "that of `tokenizer.json`" if meta["tokenizer"] == "dataset" else f"`{meta['tokenizer']}`"
     revision = f" at revision `{meta['revision']}`" if meta["revision"] else ""
     rows = "".join(
         f"| {split} | {counts['documents']:,} | {counts['tokens']:,} | {counts['bytes']:,} |\n"
@@ -231,7 +235,7 @@ def card(name: str, meta: dict[str, Any]) -> str:
 
 # {name}
 
-{meta["description"]}. The source is `{meta["source"]}`{revision}, the tokenizer `{meta["tokenizer"]}` with a
+{meta["description"]}. The source is `{meta["source"]}`{revision}, the tokenizer {tokenizer} with a
 vocabulary of {meta["vocab_size"]:,}.
 
 | split | documents | tokens | bytes of text |

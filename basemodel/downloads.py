@@ -27,8 +27,7 @@ from tqdm import tqdm
 from basemodel.errors import InputError
 from basemodel.files import fingerprint
 
-CONNECTIONS = 16  # at once, shared by all files
-FILES = 8  # at once
+CONNECTIONS = 8  # at once, over all files: more would be faster than this process can read
 PART_BYTES = 8 << 20, 64 << 20  # the least and the most that one request asks for
 WAITS = (0.5, 1, 2, 4, 8, 16)  # seconds between tries that bring nothing; then the download fails
 PASSING = (408, 429, 500, 502, 503, 504)  # HTTP statuses that another try may not meet
@@ -73,8 +72,8 @@ def fetch(files: dict[Path, RemoteFile], label: str) -> Iterator[tuple[Path, dic
         folder.mkdir(parents=True, exist_ok=True)
         _require_space(folder, files, label)
     total = sum(file.size or 0 for file in files.values())
-    with _Progress(label, total) as progress, _Line(progress) as line:
-        running = {line.files.submit(line.fetch, file, path): path for path, file in files.items()}
+    with _Progress(label, total) as progress, _Downloader(progress) as downloader:
+        running = {downloader.files.submit(downloader.fetch, *item): item[0] for item in files.items()}
         for future in as_completed(running):
             if not isinstance(future.exception(), _StoppedError):  # the error behind it is yet to come
                 yield running[future], future.result()
@@ -148,7 +147,7 @@ class _StoppedError(Exception):
     """Another file has failed, or the user has had enough."""
 
 
-class _Line:
+class _Downloader:
     """What the files of one download share: connections, progress, and the sign to stop."""
 
     def __init__(self, progress: _Progress) -> None:
@@ -158,9 +157,9 @@ class _Line:
         self.headers = build_hf_headers(headers={"Accept-Encoding": "identity"})
         self.progress = progress
         self.stop = threading.Event()
-        self.files, self.connections = ThreadPoolExecutor(FILES), ThreadPoolExecutor(CONNECTIONS)
+        self.files, self.connections = ThreadPoolExecutor(CONNECTIONS), ThreadPoolExecutor(CONNECTIONS)
 
-    def __enter__(self) -> "_Line":
+    def __enter__(self) -> "_Downloader":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -173,7 +172,7 @@ class _Line:
         self.files.shutdown(cancel_futures=True)
         self.connections.shutdown()
 
-    def fetch(self, file: RemoteFile, path: Path) -> dict[str, Any]:
+    def fetch(self, path: Path, file: RemoteFile) -> dict[str, Any]:
         """Download one file to `path` unless another process does; return its size and SHA-256."""
         incomplete = _incomplete(file, path)
         with _locked(incomplete, file.url, self.stop) as handle:
@@ -191,6 +190,7 @@ class _Line:
                         "removed, run the same command again to download it"
                     )
             os.fsync(handle)
+            os.ftruncate(handle, found["size"])  # last, for a kill after it costs what has come
             incomplete.replace(path)
         return found
 
@@ -203,7 +203,8 @@ class _Line:
             except Exception as error:  # hf_xet's have no common type
                 if self.stop.is_set():
                     raise
-                tqdm.write(f"{file.url}: hf_xet failed ({error}); fetching it over HTTP", file=sys.stderr)
+                problem = " ".join(str(error).split())
+                tqdm.write(f"{file.url}: hf_xet failed ({problem}); fetching it over HTTP", file=sys.stderr)
         with contextlib.suppress(_NoRangesError):
             if file.size is not None:
                 return self._by_parts(file, handle)
@@ -232,7 +233,7 @@ class _Line:
     @contextlib.contextmanager
     def _bar_for_the_hub(self) -> Iterator[type]:
         """A class that the Hub's client takes for a tqdm, and that counts here; back to 0 on an error."""
-        add, counted = self.progress.add, 0
+        add, stop, counted = self.progress.add, self.stop, 0
 
         class Bar(contextlib.nullcontext):
             def __init__(self, **_: object) -> None:
@@ -242,6 +243,8 @@ class _Line:
                 nonlocal counted
                 counted += count
                 add(count)
+                if stop.is_set():
+                    raise _StoppedError
 
             def ignore(self, *_: object, **__: object) -> None:
                 pass
@@ -278,7 +281,6 @@ class _Line:
             for future in running:
                 future.cancel()
             wait(running)  # nobody may write to a handle that is closed
-        os.ftruncate(handle, file.size)
         return {"size": file.size, "sha256": digest.hexdigest()}
 
     def _fetch_part(self, file: RemoteFile, parts: "_Parts", index: int) -> None:
@@ -287,7 +289,10 @@ class _Line:
 
         failures = 0
         while not self.stop.is_set() and (missing := parts.missing(index)):
-            error = InputError(f"{file.url} ended before its announced size of {file.size} bytes")
+            error = InputError(
+                f"{file.url} ended before its announced size of {file.size} bytes; run the same command "
+                "again, what has come is kept"
+            )
             try:
                 self._request(file, parts, index)
             except HTTPError as problem:
@@ -377,13 +382,14 @@ def _require_range(response: Any, file: RemoteFile, start: int) -> None:
 
 
 def _asked_wait(error: Exception) -> int:
-    """The seconds that a server which has had enough asks to be left alone."""
+    """The seconds for which a server that has had enough asks to be left alone, at most five minutes."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
     headers = getattr(getattr(error, "response", None), "headers", {})
-    limit = parse_ratelimit_headers(headers)
+    limit = parse_ratelimit_headers(headers)  # sent with every answer
     seconds = headers.get("Retry-After", "")
-    return int(seconds) if seconds.isdigit() else limit.reset_in_seconds + 1 if limit else 0
+    spent = limit is not None and limit.remaining == 0
+    return min(300, int(seconds) if seconds.isdigit() else limit.reset_in_seconds + 1 if spent else 0)
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ SPLITS = ("train", "validation")
 PART_FILES = (*SPLITS, "lengths", "hashes")
 COUNTED = ("documents", "tokens", "bytes")  # what a size counts, in int64; bytes of UTF-8, for bits per byte
 JOB_BYTES = 1_000_000  # of text
+SAMPLE_BYTES = 50_000_000  # of text, to train a tokenizer on
 # Forked workers share the loaded vocabulary. The threads that numpy and pyarrow keep survive a fork, and none
 # of ours runs yet; macOS's own libraries do not survive one.
 CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -50,6 +51,13 @@ class Settings:
     tokenizer: str
     validation_fraction: float
     text_column: str
+    train_tokenizer: int | None = None  # tokens that the tokenizer "dataset" was trained to have
+    tokenizer_sha256: str | None = None  # of its tokenizer.json
+    folder: Path | None = None  # where that is
+
+    def identity(self) -> dict[str, Any]:
+        """What decides about the tokens, for meta.json and to know what an earlier run has encoded."""
+        return {key: value for key, value in asdict(self).items() if key != "folder" and value is not None}
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ def encode_shard(
     What an earlier run has finished is read, to find the next document, but not encoded again. Raises
     InputError.
     """
-    key = [asdict(settings), *(piece.identity() for piece in shard)]
+    key = [settings.identity(), *(piece.identity() for piece in shard)]
     parts: list[Part] = []
     stream = None
     while not parts or not parts[-1].record["last"]:
@@ -201,8 +209,8 @@ def encoded_jobs(
     shard: list[Piece], skip: int, settings: Settings, gigatoken: GigatokenEncoder | None
 ) -> Iterator[Job]:
     """The same, encoded, in order; where there are more cores than shards, by several threads."""
-    encoder = gigatoken or tiktoken_encoder(settings.tokenizer)
-    end_of_text = get_tokenizer(settings.tokenizer).eot_token
+    encoder = gigatoken or tiktoken_encoder(settings.tokenizer, settings.folder)
+    end_of_text = get_tokenizer(settings.tokenizer, settings.folder).eot_token
     threads = 1 if gigatoken else _threads
     with ThreadPoolExecutor(threads) as pool:
         waiting: collections.deque[concurrent.futures.Future[Job]] = collections.deque()
@@ -273,6 +281,23 @@ def _end_with_parent() -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def sample_texts(pieces: list[Piece], settings: Settings) -> Iterator[str]:
+    """About SAMPLE_BYTES of the training documents: the first ones of each piece, in proportion to its size.
+
+    Raises InputError.
+    """
+    share = min(1.0, SAMPLE_BYTES / max(1, sum(piece.size for piece in pieces)))
+    for piece in pieces:
+        room = piece.size * share
+        documents = filter(None, read_documents(piece, settings.text_column))
+        training = (each for each in documents if not is_held_out(each, piece.split, settings))
+        for text in itertools.chain.from_iterable(training):
+            yield text.decode()
+            room -= len(text)
+            if share < 1 and room <= 0:
+                break
+
+
 class Progress(tqdm):
     """Bytes, documents, tokens, tokens/s and ETA: a bar on a terminal, else a line every 15 seconds."""
 
@@ -339,7 +364,7 @@ def encode_all(
 
     Raises InputError, and RunError if a worker is killed.
     """
-    tiktoken_encoder(settings.tokenizer)  # loaded here once for all forked workers
+    tiktoken_encoder(settings.tokenizer, settings.folder)  # loaded here once for all forked workers
     expected = [sum(piece.size for piece in shard) for shard in shards]
     parts: dict[int, list[Part]] = {}
     count = min(workers, len(shards))

@@ -16,6 +16,7 @@ from basemodel.errors import InputError, RunError
 from basemodel.files import DISK_FULL, fingerprint, replace_text
 from basemodel.json_config import read_json_object
 from basemodel.token_files import PATTERNS, missing_files, split_files, whole_set
+from basemodel.trained_tokenizer import TOKENIZER_FILE
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files
 
@@ -47,7 +48,16 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
             )
     if missing:
         _download(folder, dataset, next(filter(None, commits), revision), missing)
+    if _own_tokenizer(folder) and not (folder / TOKENIZER_FILE).exists():
+        commit = _known_fingerprints(folder).get("meta.json", {}).get("revision")
+        _download(folder, dataset, commit or revision, [TOKENIZER_FILE])
     return folder
+
+
+def _own_tokenizer(folder: Path) -> list[str]:
+    """The name of the data set's own tokenizer, if its meta.json says that it has one."""
+    meta = read_json_object(folder / "meta.json") if (folder / "meta.json").exists() else {}
+    return [TOKENIZER_FILE] if meta.get("tokenizer") == "dataset" else []
 
 
 def _download(folder: Path, dataset: str, revision: str | None, names: list[str]) -> None:
@@ -102,7 +112,8 @@ def _look_up_split(dataset: str, name: str, revision: str | None) -> dict[str, R
 
 
 def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The size and SHA-256 of the splits' files, and the commit ("revision") they were downloaded from.
+    """The size and SHA-256 of the splits' files and of the data set's own tokenizer, and the commit
+    ("revision") they were downloaded from.
 
     They are cached in the folder; a file is hashed again only if its size or modification time changed.
     Raises InputError if a hash differs from the one in the data set's meta.json.
@@ -112,6 +123,7 @@ def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str
     before = _known_fingerprints(folder)
     known = dict(before)
     names = [path.name for split in splits for path in split_files(folder, split)]
+    names += _own_tokenizer(folder)
     for name in names:
         path, stat = folder / name, (folder / name).stat()
         seen = known.get(name, {})

@@ -1,7 +1,6 @@
 """A model as a standard GPT-2 folder for transformers: weights, config.json, tokenizer, card, and a check."""
 
 import contextlib
-import itertools
 import json
 import shutil
 from datetime import timedelta
@@ -15,6 +14,7 @@ from basemodel.config import optimizer_in_words
 from basemodel.errors import InputError, RunError
 from basemodel.json_config import read_json_object
 from basemodel.measured_loss import read_test_loss
+from basemodel.trained_tokenizer import byte_characters, merges
 from basemodel.weights import save_tensors, to_huggingface
 from checkpointing import META_FILE
 from gpt import GPTConfig, GPTModel
@@ -83,9 +83,8 @@ def huggingface_config(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
 def write_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, context_length: int) -> None:
     """Write a tiktoken encoding as a Hugging Face GPT-2 tokenizer, in the old and the new file format."""
     from transformers import GPT2Tokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    characters, end_of_text = bytes_to_unicode(), tokenizer.decode([tokenizer.eot_token])
+    characters, end_of_text = byte_characters(), tokenizer.decode([tokenizer.eot_token])
 
     def written(token: bytes) -> str:
         return "".join(characters[byte] for byte in token)
@@ -96,25 +95,6 @@ def write_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, context_length: 
     exported = GPT2Tokenizer(vocab=vocab, merges=pairs, model_max_length=context_length)
     exported.save_pretrained(folder)
     exported.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt
-
-
-def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges of a byte-pair encoding, in order: each token comes from the two parts that are left of it
-    once all merges of lower rank have been applied, lowest first.
-
-    transformers' TikTokenConverter lists every possible split instead, 108,299 for GPT-2's 50,000 merges.
-    """
-    pairs = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            joined = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-            first = min(range(len(joined)), key=joined.__getitem__)
-            assert joined[first] < rank, f"token {rank} is not a merge of two tokens"
-            parts[first : first + 2] = [parts[first] + parts[first + 1]]
-        if len(parts) == 2:
-            pairs.append((parts[0], parts[1]))
-    return pairs
 
 
 def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, license: str | None) -> None:

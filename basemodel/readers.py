@@ -201,6 +201,7 @@ def _csv_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
             # All columns as they stand: with some of them left out, pandas drops what a row has too many.
             features=datasets.Features({name: datasets.Value("string") for name in columns}),
             keep_default_na=False,  # the word "null" is text
+            chunksize=500,  # rows in memory
             encoding_errors="replace",
         )
         for table in rows.with_format("arrow").iter(1000):

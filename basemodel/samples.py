@@ -18,9 +18,10 @@ SAMPLING = {"temperature": 1.0, "top_k": 25}
 
 
 def require_tokenizer(run: Run) -> None:
-    """Raise InputError if the run's prompts cannot be encoded."""
-    if run.config.sample_interval is not None:
-        shape = run.model_config
+    """Raise InputError if the run's prompts cannot be encoded. The data set's own tokenizer encodes anything,
+    and `open_data` requires it."""
+    shape = run.model_config
+    if run.config.sample_interval is not None and shape.tokenizer != "dataset":
         encode_prompts(get_tokenizer(shape.tokenizer), run.config.sample_prompts, shape.vocab_size)
 
 
@@ -33,7 +34,7 @@ def continue_prompts(run: Run, model: GPTModel, step: int) -> list[dict[str, Any
     twin = GPTModel.outline(model.config).eval()
     twin.load_state_dict(model.state_dict(), assign=True)
     generator = torch.Generator(model.tok_emb.weight.device).manual_seed(run.config.random_seed)
-    tokenizer, prompts = get_tokenizer(model.config.tokenizer), run.config.sample_prompts
+    tokenizer, prompts = get_tokenizer(model.config.tokenizer, run.data.folder), run.config.sample_prompts
     texts = continuations(twin, tokenizer, prompts, SAMPLE_TOKENS, generator=generator, **SAMPLING)
     seen = {"step": step, "tokens": step * run.plan.tokens_per_step}
     return [{**seen, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]

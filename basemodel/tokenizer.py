@@ -1,4 +1,4 @@
-"""The GPT-2 and byte tokenizers, and the two libraries that can encode with them: tiktoken and gigatoken."""
+"""The tokenizers by name, and the two libraries that can encode with them: tiktoken and gigatoken."""
 
 import base64
 import functools
@@ -13,15 +13,25 @@ import numpy as np
 import tiktoken
 
 from basemodel.errors import InputError
+from basemodel.trained_tokenizer import TOKENIZER_FILE, read_tokenizer
 
 Encoder = Callable[[Sequence[bytes]], np.ndarray]  # UTF-8 texts -> their tokens, end-of-text after each
 
 
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer "gpt2" (50,257 tokens) or "bytes" (the 256 bytes and end-of-text, no download needed).
+def get_tokenizer(name: str, folder: Path | None = None) -> tiktoken.Encoding:
+    """The tokenizer "gpt2" (50,257 tokens), "bytes" (the 256 bytes and end-of-text, no download needed) or
+    "dataset", whose tokenizer.json is in `folder`: a data set, a checkpoint, or where a model's weights are.
 
-    Raises InputError if the GPT-2 vocabulary is neither cached nor downloadable.
+    Raises InputError if the GPT-2 vocabulary is neither cached nor downloadable, or tokenizer.json is missing
+    or cannot be used.
     """
+    if name == "dataset":
+        if not (folder / TOKENIZER_FILE).exists():
+            raise InputError(
+                f"{folder / TOKENIZER_FILE}: no such file; the tokenizer 'dataset' needs the one of the data "
+                "set, which every checkpoint also has: copy it there"
+            )
+        return read_tokenizer(folder / TOKENIZER_FILE)
     if name == "bytes":
         ranks = {bytes([value]): value for value in range(256)}
         return tiktoken.Encoding(
@@ -64,9 +74,10 @@ class MarkingEncoder:
 
     END, MARK = b"\x1e", b"\x1f"  # of a text; of white space that belongs to the word after it
     PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x1e\x1f]+|\s+|[\x1e\x1f]"
-    # One of the marks, or white space beyond ASCII: texts with these are encoded one by one.
+    # One of the marks, or white space beyond ASCII: texts with these are encoded one by one. `re` is fast at
+    # alternatives that all begin with a literal.
     UNUSUAL = re.compile(
-        rb"[\x1e\x1f]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80"
+        rb"\x1e|\x1f|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80"
     )
     IS_SPACE = np.isin(np.arange(256), list(b"\t\n\v\f\r "))
 
@@ -103,9 +114,9 @@ class MarkingEncoder:
 
 
 @functools.cache
-def tiktoken_encoder(name: str) -> Encoder:
-    """An encoder that uses tiktoken with the tokenizer of this name."""
-    tokenizer = get_tokenizer(name)
+def tiktoken_encoder(name: str, folder: Path | None = None) -> Encoder:
+    """An encoder that uses tiktoken with the tokenizer that `get_tokenizer` gives."""
+    tokenizer = get_tokenizer(name, folder)
     if name != "bytes":
         return MarkingEncoder(tokenizer)
     one = functools.partial(encode, tokenizer)

@@ -7,12 +7,12 @@ connection (the Hub's own client without Xet) and ours. Then ours again, every c
 process killed ten times, with the bytes that the server has sent.
 """
 
-import hashlib
 import http.server
-import multiprocessing
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -24,6 +24,7 @@ from common import spread
 
 from basemodel.command_line import run_command
 from basemodel.errors import RunError
+from basemodel.files import fingerprint
 
 DATASET, NAME = "far/away", "train.safetensors"
 
@@ -36,8 +37,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, file: Path, latency: float, bytes_per_second: float) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.file, self.size = file, file.stat().st_size
-        with file.open("rb") as content:
-            self.sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+        self.sha256 = fingerprint(file)["sha256"]
         self.latency, self.bytes_per_second = latency, bytes_per_second
         self.sent = 0
         self.lock = threading.Lock()
@@ -92,34 +92,36 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or place < end
 
 
-def fetch(url: str, folder: Path, one_stream: bool) -> None:
-    """Fetch the file, in a process of its own: the Hub's client reads its settings when it is imported."""
-    os.environ |= {"HF_ENDPOINT": url, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"}
-    from basemodel import hub
-
+def fetch(folder: str, one_stream: bool) -> None:
+    """Fetch the file into a folder, over one connection or as training does."""
     if one_stream:
         import huggingface_hub
 
         huggingface_hub.hf_hub_download(DATASET, NAME, repo_type="dataset", local_dir=folder)
     else:
-        hub.fetch_dataset(folder, DATASET, None, ["train"])
+        from basemodel import hub
+
+        hub.fetch_dataset(Path(folder), DATASET, None, ["train"])
 
 
-def start(server: Server, folder: Path, one_stream: bool = False) -> multiprocessing.Process:
-    """Start to fetch the file into a folder."""
-    url = f"http://127.0.0.1:{server.server_port}"
-    process = multiprocessing.get_context("spawn").Process(target=fetch, args=(url, folder, one_stream))
-    process.start()
-    return process
+def start(server: Server, folder: Path, one_stream: bool = False) -> subprocess.Popen:
+    """Start to fetch the file in another process: the Hub's client reads its settings when it is imported."""
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(folder / "home")}
+    code = f"import fetching; fetching.fetch({str(folder)!r}, {one_stream})"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | hub | {"HF_HUB_DISABLE_XET": "1"},
+        cwd=Path(__file__).parent,
+        stderr=subprocess.DEVNULL,
+    )
 
 
-def finish(process: multiprocessing.Process, server: Server, folder: Path) -> None:
+def finish(process: subprocess.Popen, server: Server, folder: Path) -> None:
     """Wait for a process, and see that the file is right."""
-    process.join()
-    (found,) = folder.rglob(NAME)
-    with found.open("rb") as content:
-        if process.exitcode or hashlib.file_digest(content, "sha256").hexdigest() != server.sha256:
-            raise RunError(f"{found} is not what the server has")
+    status = process.wait()
+    (found,) = folder.rglob(NAME) if status == 0 else [folder]
+    if status or fingerprint(found)["sha256"] != server.sha256:
+        raise RunError(f"{found} is not what the server has")
 
 
 def timed(server: Server, folder: Path, one_stream: bool) -> float:
@@ -136,14 +138,14 @@ def disturbed(server: Server, folder: Path, times: int) -> float:
     server.sent = 0
     for step in range(1, times + 1):
         process = start(server, folder)
-        while server.sent < server.size * step / (times + 1) and process.is_alive():
+        while server.sent < server.size * step / (times + 1) and process.poll() is None:
             time.sleep(0.001)
         server.cut.set()  # first every connection breaks
         time.sleep(0.2)
         server.cut.clear()
         time.sleep(0.5)  # they are begun again
         process.kill()
-        process.join()
+        process.wait()
     finish(start(server, folder), server, folder)
     shutil.rmtree(folder)
     return server.sent / server.size

@@ -4,11 +4,13 @@
     python benchmarks/prepare.py --megabytes 2300 --rounds 1 --no-plain          the memory for much text
 
 Makes a corpus of mixed text in four parquet files, then runs in turns: the plain loop in one process, and
-prepare_datasets.py with each engine and number of workers, each from the start of the process to its end.
+prepare_datasets.py with each engine and number of workers, each from the start of the process to its end;
+also, with tiktoken, on the same text in files of other types (`--only csv`, say, for that one).
 Memory is resident memory, read from /proc ten times a second: of the largest process, and of all together.
 Linux only. The GPT-2 vocabulary must be at hand.
 """
 
+import csv
 import itertools
 import json
 import os
@@ -38,6 +40,7 @@ from basemodel.python_docs import python_docs
 from basemodel.tokenizer import get_tokenizer
 
 FILES = 4
+OTHER_TYPES = ("jsonl.zst", "json", "csv", "arrow")
 
 
 # --- the corpus
@@ -97,6 +100,34 @@ def write_corpus(folder: Path, megabytes: float) -> None:
                 table = pyarrow.table({"text": list(itertools.islice(documents, count))}, schema=schema)
                 writer.write_table(table)
                 left -= table.nbytes
+
+
+def write_as(kind: str, corpus: Path, folder: Path) -> None:
+    """Write the same documents into files of another type."""
+    folder.mkdir()
+    for file in sorted(corpus.glob("*.parquet")):
+        path = folder / f"{file.stem}.{kind}"
+        tables = (
+            pyarrow.Table.from_batches([b]) for b in pyarrow.parquet.ParquetFile(file).iter_batches(1000)
+        )
+        if kind == "arrow":
+            with pyarrow.ipc.new_stream(path, pyarrow.schema({"text": pyarrow.string()})) as out:
+                for table in tables:
+                    out.write_table(table)
+            continue
+        texts = (text for table in tables for text in table["text"].to_pylist())
+        if kind == "csv":
+            with path.open("w", newline="", encoding="utf-8") as out:
+                csv.writer(out).writerows(itertools.chain([["text"]], ([text] for text in texts)))
+        elif kind == "json":
+            with path.open("w", encoding="utf-8") as out:
+                for i, text in enumerate(texts):
+                    out.write((",\n" if i else "[") + json.dumps({"text": text}))
+                out.write("]")
+        else:
+            with pyarrow.CompressedOutputStream(str(path), "zstd") as out:
+                for text in texts:
+                    out.write(json.dumps({"text": text}).encode() + b"\n")
 
 
 # --- the sides
@@ -188,8 +219,14 @@ def main(
         for engine, workers in itertools.product(engines, counts):
             options = ["--engine", engine, "--workers", str(workers)]
             sides[f"{engine}, {workers}"] = ["prepare_datasets.py", str(corpus), str(output), *options]
+        for kind in OTHER_TYPES:
+            options = ["--engine", "tiktoken", "--workers", str(counts[-1])]
+            sides[kind] = ["prepare_datasets.py", f"{corpus}-{kind}", str(output), *options]
         if only:
             sides = {name: side for name, side in sides.items() if name.startswith(("plain", *only))}
+        for kind in OTHER_TYPES:
+            if kind in sides and not Path(f"{corpus}-{kind}").exists():
+                write_as(kind, corpus, Path(f"{corpus}-{kind}"))
         results = {name: Runs() for name in sides}
         tokens: set[int] = set()
         hashes: set[str] = set()

@@ -61,7 +61,8 @@ MODELS = [
     ("drop_rate", [0, 0.999], [-0.1, 1, None]),
     ("qkv_bias", [True, False], [None, 1]),
     ("init", ["pytorch", "gpt2"], ["normal"]),
-    ("tokenizer", ["gpt2", "bytes"], ["gpt3"]),
+    ("tokenizer", ["gpt2", "bytes", "dataset"], ["gpt3"]),
+    ("end_of_text_id", [None], [0, -1, "0"]),  # of GPT-2's tokenizer
 ]
 # The contract's tables, key by key.
 DEFAULTS = {

@@ -149,10 +149,10 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tmp_path: Pat
     def patch(rank: int) -> None:
         real = checkpointing.save_checkpoint
 
-        def save(folder: Path, model: dict, optimizer: dict, meta: dict) -> Path:
+        def save(folder: Path, model: dict, optimizer: dict, meta: dict, tokenizer: bytes | None) -> Path:
             if meta["global_step"] == 10:  # larger files than that are refused from now on
                 resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
-            return real(folder, model, optimizer, meta)
+            return real(folder, model, optimizer, meta, tokenizer)
 
         checkpointing.save_checkpoint = save
 

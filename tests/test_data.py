@@ -11,7 +11,7 @@ import pytest
 from helpers import MODEL, random_tokens, write_dataset
 
 from basemodel.config import TrainConfig
-from basemodel.data import Sequences, check_tokenizer, check_tokens, open_data, plan_batches
+from basemodel.data import Sequences, check_tokens, match_tokenizer, open_data, plan_batches
 from basemodel.errors import InputError
 from basemodel.hub import fingerprint_files
 from basemodel.optimizer import learning_rate_at
@@ -31,7 +31,7 @@ def config(**values: object) -> TrainConfig:
 @pytest.mark.parametrize("meta", [None, {"description": "tokens", "token_dtype": "uint16", "files": {}}])
 def test_published_data_sets_say_little_of_themselves(tmp_path: Path, meta: dict | None) -> None:
     folder = write_dataset(tmp_path, meta=meta)
-    check_tokenizer(folder, GPTConfig(**MODEL))
+    match_tokenizer(folder, GPTConfig(**MODEL))
     data = (folder / "train.safetensors").read_bytes()
     found = fingerprint_files(folder, ["train"])["train.safetensors"]
     assert (found["size"], found["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())

@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -205,12 +206,17 @@ def test_what_has_come_of_another_content_is_not_used(hub: Hub, tmp_path: Path) 
     assert same_files(folder / "train.safetensors", tmp_path / "hub/far/away/train.safetensors")
 
 
-def test_files_of_a_set_come_into_the_hubs_cache_once(hub: Hub, tmp_path: Path) -> None:
+def test_files_of_a_set_come_side_by_side_into_the_hubs_cache_and_once(hub: Hub, tmp_path: Path) -> None:
     there = tmp_path / "hub/far/away"
     (there / "deep").mkdir()
     shutil.copy(there / "validation.safetensors", there / "deep/copy.bin")
     names = ["train.safetensors", "validation.safetensors", "deep/copy.bin"]
-    paths = download_files("far/away", names, "0" * 40)
+    hub.hold = 1_000
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(download_files, "far/away", names, "0" * 40)
+        wait_for(lambda: len(hub.ranges) == 4 or running.done(), "three parts and a small file at once")
+        hub.hold = None
+        paths = running.result()
     assert all(same_files(path, there / name) for path, name in zip(paths, names, strict=True))
     assert hub.sent == SIZE + (there / "validation.safetensors").stat().st_size, "equal files come once"
     hub.requests.clear()

@@ -70,18 +70,7 @@ def test_the_core_dependencies_are_the_nine() -> None:
     assert sorted(each.name for each in requirements()) == sorted(CORE)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=[pytest.mark.xfail(strict=True, reason="prepare_datasets.py does not use it yet")]
-            if name == "datasets"
-            else [],
-        )
-        for name in sorted(CORE)
-    ],
-)
+@pytest.mark.parametrize("name", sorted(CORE))
 def test_each_core_dependency_is_used(name: str) -> None:
     assert any(name == package for path in PRODUCT for package, _ in imports(ast.parse(path.read_text())))
 

@@ -22,7 +22,7 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
-from basemodel.data import BatchPlan
+from basemodel.data import BatchPlan, open_data
 from basemodel.generation import continuations
 from basemodel.run import Run
 from basemodel.run_folder import read_samples, set_earlier_results_aside
@@ -142,7 +142,9 @@ def test_prompts_that_cannot_be_encoded_end_a_run_before_it_begins(
 def test_the_modules_that_sample_are_not_compiled_and_drop_nothing_out(sandbox: Sandbox) -> None:
     """Compiled blocks would be compiled again for every length."""
     sandbox.write_run("tiny", {**MODEL, **BYTES, "drop_rate": 0.5, "tie_weights": True}, {"random_seed": 7})
-    run = replace(Run.read(sandbox.path / "runs", "tiny"), plan=BatchPlan(1, 1, 1, 16, 1))
+    run = Run.read(sandbox.path / "runs", "tiny")
+    data = open_data(run.config, run.model_config, sandbox.datasets)
+    run = replace(run, data=data, plan=BatchPlan(1, 1, 1, 16, 1))
     model = GPTModel(run.model_config)
     alike = GPTModel(run.model_config).eval()
     alike.load_state_dict(model.state_dict())
