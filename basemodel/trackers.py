@@ -1,7 +1,7 @@
 """The values of metrics.jsonl in TensorBoard, Weights & Biases and Trackio (extra [log]).
 
-None of them is a reason to stop training. One that fails is left out with a warning, and gets what it has
-missed from metrics.jsonl when the run is resumed.
+None of them is a reason to stop training. One that fails is left out with a warning; when the run is resumed,
+W&B and Trackio get what they have missed from metrics.jsonl.
 """
 
 import dataclasses
