@@ -32,6 +32,7 @@ from basemodel.files import replace_text
 from basemodel.json_config import read_config
 from basemodel.measured_loss import MeasuredLoss, read_test_loss
 from basemodel.run_folder import find_run, read_metrics, read_status
+from basemodel.task_results import TaskResult, headlines, read_task_results
 from gpt import GPTConfig, GPTModel
 
 UNKNOWN = "–"
@@ -85,6 +86,7 @@ class RunSummary:
     validation: Points
     validation_loss: float | None  # the best so far
     test: MeasuredLoss | None  # of the best checkpoint, else of the latest
+    tasks: list[TaskResult]  # likewise
     tokens: int | None  # seen so far
     seconds: float | None  # over all resumed parts
     global_batch: int | None  # sequences per optimizer step
@@ -97,7 +99,7 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     folder = find_run(runs_dir, name)
     model_config = read_config(GPTConfig, folder / "model.json")
     config = read_config(TrainConfig, folder / "train.json")
-    tests = (read_test_loss(folder / "checkpoints" / link) for link in ("best", "latest"))
+    checkpoints = [folder / "checkpoints" / link for link in ("best", "latest")]
     metrics = [
         line for line in read_metrics(folder / "metrics.jsonl") if {"tokens", "seconds"} <= line.keys()
     ]
@@ -114,7 +116,8 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
         train=binned(curve(metrics, "train_loss")),
         validation=validation,
         validation_loss=min((loss for _, loss in validation), default=None),
-        test=next((test for test in tests if test), None),
+        test=next(filter(None, map(read_test_loss, checkpoints)), None),
+        tasks=headlines(next(filter(None, map(read_task_results, checkpoints)), [])),
         tokens=last.get("tokens"),
         seconds=last.get("seconds"),
         global_batch=step and step["tokens"] // step["step"] // model_config.context_length,
@@ -147,6 +150,8 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
         changed = (key for key in config if config[key] != first[key])
         return ", ".join(f"{key} {json.dumps(first[key])} → {json.dumps(config[key])}" for key in changed)
 
+    tasks = dict.fromkeys(result.title for run in runs for result in run.tasks)
+
     return [
         {
             "run": run.folder.name,
@@ -156,6 +161,8 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
             "global batch": shown(run.global_batch, "{:,}"),
             "validation loss": shown(run.validation_loss, "{:.4f}"),
             "test loss": UNKNOWN if run.test is None else str(run.test),
+            **dict.fromkeys(tasks, UNKNOWN),
+            **{result.title: str(result) for result in run.tasks},
             "tokens/s": shown(run.tokens_per_second, "{:,.0f}"),
             "hours": shown(run.seconds and run.seconds / 3600, "{:.2f}"),
             "cost": shown(run.status.get("cost_usd"), "${:,.2f}"),
@@ -169,8 +176,11 @@ def notes(runs: list[RunSummary]) -> list[str]:
     """Warnings for readers of the table."""
     tests = [run.test for run in runs if run.test]
     if any(not test.same_data(tests[0]) for test in tests):
-        where = (f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,}" for test in tests)
-        return [f"The test losses were measured on different data: {'; '.join(dict.fromkeys(where))} tokens."]
+        where = (
+            f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,} tokens in {test.windows}"
+            for test in tests
+        )
+        return [f"The test losses were measured on different data: {'; '.join(dict.fromkeys(where))}."]
     return []
 
 
@@ -178,18 +188,26 @@ def draw_chart(runs: list[RunSummary], path: Path) -> None:
     """Draw the runs' losses over tokens seen, one color per run, as a PNG in xkcd style."""
     with xkcd_chart(path, (11, 7)) as figure:
         axes = figure.subplots()
+        top = highest_loss(runs)
         for index, run in enumerate(runs):
             color = f"C{index}"
             styles = ((run.train, {"alpha": 0.4}), (run.validation, {"marker": "o", "markersize": 5}))
             for points, style in styles:
+                # Without those above, from which a line would come into the picture.
+                points = [point for point in points if point[1] <= top]
                 axes.plot(*np.reshape(points, (-1, 2)).T, color=color, linewidth=2, **style)
             axes.plot([], [], color=color, label=run.folder.name)
         axes.set(xlabel="tokens seen", ylabel="nats per token", title="validation (dots) and training loss")
-        # Above the training losses after a twentieth of the tokens: the first ones would squash the rest.
-        longest = max(run.tokens or 0 for run in runs)
-        losses = [loss for run in runs for tokens, loss in run.train if tokens >= longest / 20]
-        axes.set_ylim(top=1.02 * max(losses, default=1.0))
+        axes.set_ylim(top=1.02 * top)
         axes.legend()
+
+
+def highest_loss(runs: list[RunSummary]) -> float:
+    """The highest loss to draw, of those after a twentieth of the tokens: the first ones would squash the
+    rest."""
+    longest = max(run.tokens or 0 for run in runs)
+    points = (point for run in runs for point in (*run.train, *run.validation))
+    return max((loss for tokens, loss in points if tokens >= longest / 20), default=1.0)
 
 
 def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, seconds: int) -> None:

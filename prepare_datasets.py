@@ -288,7 +288,7 @@ def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
         print(line)
     for split, counts in meta["splits"].items():
         files = as_one_path(split_files(output_dir, split))
-        print(f"{files}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+        print(f"{files}: {_several(counts['documents'], 'document')}, {counts['tokens']:,} tokens")
 
 
 def summary(meta: dict[str, Any]) -> list[str]:

@@ -27,6 +27,7 @@ from basemodel.generation import continuations
 from basemodel.instructions import FIELDS, fetch_records, prompt_of, read_records, split_records
 from basemodel.judging import RESULTS_ENDING, Judge, exact_match, judge_all, read_questions, token_f1
 from basemodel.tokenizer import get_tokenizer
+from basemodel.weight_files import folder_of
 from basemodel.weights import load_model
 
 DATA_URL = (
@@ -82,7 +83,7 @@ def generate_command(
         read_records(data) if data else fetch_records(datasets_dir, data_url)
     )
     model = load_model(model_json, model_safetensors)
-    tokenizer = get_tokenizer(model.config.tokenizer, model_safetensors.parent)
+    tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
     how = FineTuning(**hyperparameters)
     train_tokens, validation_tokens = (encode_records(part, tokenizer, model) for part in (train, validation))
     print(f"{len(train):,} records to train on, {len(validation):,} to validate, {len(test):,} to answer")
@@ -142,7 +143,13 @@ def judge_command(
     if scores:
         lines = [
             {field: question[field] for field in FIELDS}
-            | {title: dict(zip(names, values[:, index], strict=True)) for title, values in found.items()}
+            | {
+                title: {
+                    name: None if np.isnan(score) else score
+                    for name, score in zip(names, values[:, index], strict=True)
+                }
+                for title, values in found.items()
+            }
             for index, question in enumerate(questions)
         ]
         replace_text(scores, json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
@@ -159,7 +166,9 @@ def print_scores(title: str, names: list[str], scores: np.ndarray, seed: int) ->
     """Print Markdown tables of the models' mean scores, best first, and of the difference between each pair.
 
     Differences are taken per question, so questions that are hard for all do not widen their intervals.
+    Questions without scores (NaN) are left out, and counted.
     """
+    asked, scores = scores.shape[1], scores[:, ~np.isnan(scores).any(axis=0)]
 
     def print_rows(heading: str, labels: list[str], values: np.ndarray, form: str) -> None:
         print(f"\n| {heading} | mean | 95% interval |\n| --- | --- | --- |")
@@ -168,6 +177,11 @@ def print_scores(title: str, names: list[str], scores: np.ndarray, seed: int) ->
 
     order = sorted(range(len(names)), key=lambda index: -scores[index].mean())
     print(f"\n{title}, {scores.shape[1]} questions")
+    if skipped := asked - scores.shape[1]:
+        print(
+            f"{skipped} of {asked} questions had no valid scores: means and intervals leave them out and say "
+            "nothing of them; the same command asks for them again"
+        )
     print_rows("model", [names[index] for index in order], scores[order], ".1f")
     pairs = list(itertools.combinations(order, 2))
     if pairs:

@@ -5,9 +5,11 @@
     python test_loss.py datasets runs/demo/model.json runs/demo/checkpoints/best/model.safetensors \\
         --dataset local/python-docs --start-token 0 --tokens 65536
     python test_loss.py datasets A/model.json A/model.safetensors B/model.json B/model.safetensors ...
+    python test_loss.py datasets ... --windows harness       figures that compare with lm-evaluation-harness's
 
 Several models are measured in one pass over the data and shown as a table. The loss of a checkpoint is kept
-beside it, in test-loss.json, for compare_runs.py and upload_model.py.
+beside it, in test-loss.json, for compare_runs.py and upload_model.py. Of a small data set, what there is
+is measured.
 """
 
 import math
@@ -24,12 +26,14 @@ from basemodel.command_line import run_command
 from basemodel.data import Sequences, match_tokenizer
 from basemodel.errors import InputError, RunError
 from basemodel.hub import fetch_dataset
-from basemodel.loss import document_features
+from basemodel.loss import IGNORED, document_features
 from basemodel.measured_loss import MeasuredLoss, write_test_loss
 from basemodel.token_files import TokenFiles
-from basemodel.tokenizer import get_tokenizer
+from basemodel.tokenizer import get_tokenizer, token_byte_lengths
 from basemodel.trained_tokenizer import TOKENIZER_FILE, same_tokenizer
+from basemodel.weight_files import folder_of
 from basemodel.weights import load_model
+from basemodel.windows import DocumentSlice, ScoredSlice, SequenceSlice
 from checkpointing import META_FILE
 from gpt import GPTConfig, GPTModel
 
@@ -44,7 +48,16 @@ from gpt import GPTConfig, GPTModel
 @click.option("--batch-size", type=click.IntRange(1), default=6, show_default=True)
 @click.option("--context-length", type=click.IntRange(1), help="Tokens per sequence; default: the models'.")
 @click.option("--document-masking", is_flag=True, help="Tokens attend to their own document alone.")
+@click.option(
+    "--windows",
+    type=click.Choice(["sequences", "harness"]),
+    default="sequences",
+    show_default=True,
+    help="harness: each document by itself, as lm-evaluation-harness's loglikelihood_rolling has it.",
+)
+@click.pass_context
 def main(
+    context: click.Context,
     datasets_dir: Path,
     models: tuple[Path, ...],
     dataset: str,
@@ -54,8 +67,13 @@ def main(
     batch_size: int,
     context_length: int | None,
     document_masking: bool,
+    windows: str,
 ) -> None:
     """Measure the loss of the models in MODEL_SAFETENSORS, ours or Hugging Face GPT-2's."""
+    if document_masking and windows == "harness":
+        raise InputError(
+            "--document-masking goes with --windows sequences; the harness's are documents anyway"
+        )
     if len(models) % 2:
         raise InputError(f"models come in pairs, MODEL_JSON MODEL_SAFETENSORS; {models[-1]} has no partner")
     pairs = list(zip(models[::2], models[1::2], strict=True))
@@ -63,40 +81,43 @@ def main(
     configs = [model.config for model in loaded]
     length = choose_length(configs, context_length)
     folder = fetch_dataset(datasets_dir, dataset, None, [split])
-    sequences = Sequences(TokenFiles(folder, split), start_token, length, seed=0)
-    count = check_data(sequences, tokens, configs)
-    for (_, weights), model in zip(pairs, loaded, strict=True):
-        model.config = match_tokenizer(folder, model.config)
-        check_own_tokenizer(weights, model.config, folder)
+    check_together(folder, pairs, loaded)
+    configs = [model.config for model in loaded]
+    file = TokenFiles(folder, split)
+    if context.get_parameter_source("start_token") is click.core.ParameterSource.DEFAULT:
+        start_token = start_within(file, start_token, length)
+    choose = choose_sequences if windows == "sequences" else choose_documents
+    part = choose(file, start_token, tokens, length, configs)
 
-    losses = sequence_losses(
-        loaded, sequences, count, batch_size=batch_size, document_masking=document_masking
-    )
-    size, no_bytes = count_bytes(sequences, count, configs[0].tokenizer, folder)
+    sums = unit_losses(loaded, part, batch_size=batch_size, document_masking=document_masking)
+    total = part.sizes.sum().item()
+    size, no_bytes = count_bytes(part, configs[0].tokenizer, folder)
     results = []
-    for (_, weights), row in zip(pairs, losses, strict=True):
-        loss = row.mean().item()
+    for (_, weights), row in zip(pairs, sums, strict=True):
+        loss = row.sum().item() / total
         if not math.isfinite(loss):
             raise RunError(f"{weights}: the loss is {loss:.3g}: damaged weights, or training diverged")
         result = MeasuredLoss(
             dataset=dataset,
             split=split,
             start_token=start_token,
-            tokens=count * length,
+            tokens=int(total),
             context_length=length,
             loss=loss,
-            perplexity=row.mean().exp().item(),
-            standard_error=row.std().item() / math.sqrt(count) if count > 1 else None,
-            bits_per_byte=row.sum().item() * length / math.log(2) / size if size else None,
+            perplexity=(row.sum() / total).exp().item(),
+            standard_error=standard_error(row, part.sizes),
+            bits_per_byte=row.sum().item() / math.log(2) / size if size else None,
             measured=datetime.now(UTC).isoformat(timespec="seconds"),
             document_masking=document_masking,
+            windows="sequences" if windows == "sequences" else "harness windows",
         )
         results.append(result)
-        if (weights.parent / META_FILE).exists():  # a checkpoint of this project
-            write_test_loss(weights.parent, result)
-    print(f"{count:,} sequences of {length:,} tokens from {sequences.tokens}")
+        if (folder_of(weights) / META_FILE).exists():  # a checkpoint of this project
+            write_test_loss(folder_of(weights), result)
+    print(f"{part} from {file}")
     if len(results) > 1:
-        print_table([weights for _, weights in pairs], results, losses, no_bytes)
+        differences = [(row.sum().item() / total, standard_error(row, part.sizes)) for row in sums - sums[0]]
+        print_table([weights for _, weights in pairs], results, differences, no_bytes)
     else:
         (result,) = results
         print(f"Loss against our test dataset: {result.loss:.3f}")
@@ -118,66 +139,117 @@ def choose_length(configs: list[GPTConfig], asked: int | None) -> int:
     return asked or lengths[0]
 
 
-def check_data(sequences: Sequences, tokens: int, configs: list[GPTConfig]) -> int:
-    """How many sequences `tokens` tokens make. Raises InputError if there are fewer, or a model cannot read
-    them."""
-    if len({config.tokenizer for config in configs}) > 1:
+def check_together(folder: Path, pairs: list[tuple[Path, Path]], models: list[GPTModel]) -> None:
+    """Raise InputError unless all models read a data set's tokens; tell them its end-of-text."""
+    if len({model.config.tokenizer for model in models}) > 1:
         raise InputError("the models' tokenizers differ; measure each on a data set of its own")
-    split, start, length = sequences.tokens, sequences.start, sequences.length
-    count = tokens // length
-    if not 0 < count <= sequences.count:
-        hint = "; --start-token 0 begins at the start" if start else ""
+    for (_, weights), model in zip(pairs, models, strict=True):
+        model.config = match_tokenizer(folder, model.config)
+        check_own_tokenizer(folder_of(weights), model.config, folder)
+
+
+def start_within(file: TokenFiles, start: int, length: int) -> int:
+    """Where to start if nobody has said: `start`, or the beginning of a file that ends before it."""
+    if Sequences(file, start, length, seed=0).count:
+        return start
+    print(f"There are only {file.count:,} tokens, none to measure after the first {start:,}; starting at 0")
+    return 0
+
+
+def choose_sequences(
+    file: TokenFiles, start: int, tokens: int, length: int, configs: list[GPTConfig]
+) -> SequenceSlice:
+    """The sequences that `tokens` tokens from `start` on make, or as many as there are. Raises InputError if
+    there are none, or a model cannot read them."""
+    sequences = Sequences(file, start, length, seed=0)
+    if not sequences.count:
+        hint = f"; --start-token can be at most {file.count - length - 1}" if file.count > length else ""
         raise InputError(
-            f"{split}: has {split.count:,} tokens, which make {sequences.count} sequences of {length} "
-            f"after --start-token {start}; --tokens {tokens} asks for {count}{hint}"
+            f"{file}: has {file.count:,} tokens, not one sequence of {length} and its target after "
+            f"--start-token {start}{hint}"
         )
+    asked = tokens // length
+    if not asked:
+        raise InputError(f"--tokens {tokens} is less than one sequence; use {length} or more")
+    count = min(asked, sequences.count)
+    if count < asked:
+        print(f"Only {count:,} of the {asked:,} sequences asked for are there; measuring those")
+    file.check_vocabulary(start, start + count * length + 1, min(config.vocab_size for config in configs))
+    return SequenceSlice(sequences, count)
+
+
+def choose_documents(
+    file: TokenFiles, start: int, tokens: int, length: int, configs: list[GPTConfig]
+) -> DocumentSlice:
+    """The documents in `tokens` tokens from `start` on, or in as many as there are. Raises InputError if
+    there are none, or a model cannot read them."""
+    stop, end_of_text = min(start + tokens, file.count), configs[0].end_of_text
     smallest = min(config.vocab_size for config in configs)
-    split.check_vocabulary(start, start + count * length + 1, smallest)
-    return count
+    if end_of_text >= smallest:
+        raise InputError(f"a model's vocabulary of {smallest} leaves out end-of-text, {end_of_text}")
+    if start < file.count < start + tokens:
+        print(f"Only {stop - start:,} of the {tokens:,} tokens asked for are there; measuring those")
+    part = DocumentSlice(file, start, stop, length, end_of_text)
+    if start >= file.count or not part.documents:
+        raise InputError(
+            f"{file}: no document begins in the {tokens:,} tokens after --start-token {start} of "
+            f"{file.count:,}; --start-token 0 begins at the start"
+        )
+    file.check_vocabulary(start, stop, smallest)
+    return part
 
 
-def check_own_tokenizer(weights: Path, config: GPTConfig, dataset_folder: Path) -> None:
+def check_own_tokenizer(own_folder: Path, config: GPTConfig, dataset_folder: Path) -> None:
     """Raise InputError if a model brings another tokenizer.json than the data set's, beside its weights."""
-    if config.tokenizer == "dataset" and (weights.parent / TOKENIZER_FILE).exists():
-        ours, theirs = (get_tokenizer("dataset", folder) for folder in (weights.parent, dataset_folder))
+    if config.tokenizer == "dataset" and (own_folder / TOKENIZER_FILE).exists():
+        ours, theirs = (get_tokenizer("dataset", folder) for folder in (own_folder, dataset_folder))
         if not same_tokenizer(ours, theirs):
             raise InputError(
-                f"{weights.parent / TOKENIZER_FILE}: is not the tokenizer of the data set {dataset_folder}; "
+                f"{own_folder / TOKENIZER_FILE}: is not the tokenizer of the data set {dataset_folder}; "
                 "measure the model on the text it was trained on, prepared with --tokenizer and this file"
             )
 
 
 @torch.no_grad()
-def sequence_losses(
-    models: list[GPTModel], sequences: Sequences, count: int, *, batch_size: int, document_masking: bool
+def unit_losses(
+    models: list[GPTModel], part: ScoredSlice, *, batch_size: int, document_masking: bool
 ) -> Tensor:
-    """Each model's mean loss on each of the first `count` sequences, in nats per token: (models, count),
-    float64, on the CPU. The data are read once."""
-    losses = torch.zeros(len(models), count, dtype=torch.float64)
+    """Each model's loss on each unit of `part`, summed over its tokens, in nats: (models, units), float64, on
+    the CPU. The data are read once."""
+    losses = torch.zeros(len(models), len(part.sizes), dtype=torch.float64)
     features_of = document_features if document_masking else GPTModel.features
-    for first in tqdm(range(0, count, batch_size), unit="batch", disable=None):
-        batch = sequences.read(first, min(batch_size, count - first)).long()
-        for model, row in zip(models, losses, strict=True):
-            tokens = batch.to(model.tok_emb.weight.device)
-            features = features_of(model, tokens[:, :-1])
-            # Sequence by sequence: the logits of a batch would take gigabytes.
-            for index, (x, targets) in enumerate(zip(features, tokens[:, 1:], strict=True), start=first):
-                row[index] = F.cross_entropy(model.out_head(x), targets, reduction="none").double().mean()
+    total = math.ceil(part.rows / batch_size)
+    for batch in tqdm(part.batches(batch_size), total=total, unit="batch", disable=None):
+        for model, sums in zip(models, losses, strict=True):
+            device = model.tok_emb.weight.device
+            features, targets = features_of(model, batch.inputs.to(device)), batch.targets.to(device)
+            # Row by row: the logits of a batch would take gigabytes.
+            for x, y, unit in zip(features, targets, batch.units, strict=True):
+                scored = y != IGNORED
+                sums[unit] += (
+                    F.cross_entropy(model.out_head(x[scored]), y[scored], reduction="none").double().sum()
+                )
     return losses
 
 
-def count_bytes(sequences: Sequences, count: int, tokenizer_name: str, folder: Path) -> tuple[int, str]:
-    """The length in bytes of the text that the targets of the first `count` sequences encode, end-of-text not
-    counted; if it is 0, the second value says why. `folder` is the data set's."""
+def standard_error(sums: Tensor, sizes: Tensor) -> float | None:
+    """The standard error of sums.sum() / sizes.sum(), a ratio of two means over independent units (Cochran
+    1977, section 2.11); None for a single unit."""
+    count, total = len(sums), sizes.sum()
+    if count < 2:
+        return None
+    residuals = sums - sums.sum() / total * sizes
+    return math.sqrt(residuals.square().sum().item() * count / (count - 1)) / total.item()
+
+
+def count_bytes(part: ScoredSlice, tokenizer_name: str, folder: Path) -> tuple[int, str]:
+    """The length in bytes of the text that the scored tokens encode, end-of-text not counted; if it is 0, the
+    second value says why. `folder` is the data set's."""
     try:
-        tokenizer = get_tokenizer(tokenizer_name, folder)
+        lengths = token_byte_lengths(get_tokenizer(tokenizer_name, folder))
     except InputError as error:
         return 0, str(error)
-    lengths = torch.zeros(65_536, dtype=torch.int64)
-    pieces = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
-    lengths[: len(pieces)] = torch.tensor([len(piece) for piece in pieces])
-    lengths[tokenizer.eot_token] = 0
-    size = sum(int(lengths[sequences.read(i, 1)[:, 1:].long()].sum()) for i in range(count))
+    size = sum(int(lengths[tokens].sum()) for tokens in part.scored())
     return size, "" if size else "the tokens encode no text"
 
 
@@ -186,17 +258,21 @@ def known(value: float | None, otherwise: str = "unknown") -> str:
     return otherwise if value is None else f"{value:.4f}"
 
 
-def print_table(weights: list[Path], results: list[MeasuredLoss], losses: Tensor, no_bytes: str) -> None:
+def print_table(
+    weights: list[Path],
+    results: list[MeasuredLoss],
+    differences: list[tuple[float, float | None]],
+    no_bytes: str,
+) -> None:
     """Print several models' results as a Markdown table.
 
-    The last column is the mean difference to the first model, sequence by sequence. Its standard error is far
-    smaller than those of the losses, because text that is hard for one model is hard for all.
+    The last column is the difference to the first model, with its standard error. That is far smaller than
+    those of the losses, because text that is hard for one model is hard for all.
     """
     print("\n| model | loss | standard error | perplexity | bits per byte | loss minus the first's |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for path, result, difference in zip(weights, results, losses - losses[0], strict=True):
-        versus = f"{difference.mean():+.4f}"
-        versus += f" ± {difference.std() / math.sqrt(len(difference)):.4f}" if len(difference) > 1 else ""
+    for path, result, (difference, error) in zip(weights, results, differences, strict=True):
+        versus = f"{difference:+.4f}" + ("" if error is None else f" ± {error:.4f}")
         cells = (
             str(path),
             f"{result.loss:.4f}",

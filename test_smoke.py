@@ -18,6 +18,7 @@ from basemodel.generation import continuations
 from basemodel.interactive import PromptLine, Temperature
 from basemodel.terminal import printable
 from basemodel.tokenizer import get_tokenizer
+from basemodel.weight_files import folder_of
 from basemodel.weights import load_model
 
 
@@ -27,7 +28,9 @@ from basemodel.weights import load_model
 @click.option("--prompt", "prompts", multiple=True, default=["Every effort moves you"], show_default=True)
 @click.option("--tokens", type=click.IntRange(1), default=20, show_default=True, help="At most, per sample.")
 @click.option("--temperature", type=Temperature(), default=1.0, show_default=True, help="0: no sampling.")
-@click.option("--top-k", type=click.IntRange(1), default=25, show_default=True, help="Tokens to sample from.")
+@click.option(
+    "--top-k", type=click.IntRange(0), default=25, show_default=True, help="Tokens to sample from; 0: all."
+)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="For reproducible samples.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Per prompt.")
 @click.option("--interactive", is_flag=True, help="Read prompts and settings from a prompt line.")
@@ -49,7 +52,7 @@ def main(
     if interactive and given:
         raise InputError("--interactive reads its prompts itself; leave out --prompt and --samples")
     model = load_model(model_json, model_safetensors)
-    tokenizer = get_tokenizer(model.config.tokenizer, model_safetensors.parent)
+    tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack characters
     if interactive:
         settings = {"temperature": temperature, "top-k": top_k, "tokens": tokens, "seed": seed}

@@ -18,6 +18,7 @@ from basemodel.errors import InputError
 from basemodel.hub import check_push, push
 from basemodel.huggingface import check_folder, write_model, write_model_card
 from basemodel.tokenizer import get_tokenizer
+from basemodel.weight_files import folder_of
 from basemodel.weights import load_model
 
 
@@ -56,7 +57,7 @@ def main(
     model = load_model(model_json, model_safetensors).cpu()
     if not all(tensor.isfinite().all() for tensor in model.tensors().values()):
         raise InputError(f"{model_safetensors}: contains NaN or infinite weights")
-    tokenizer = get_tokenizer(model.config.tokenizer, model_safetensors.parent)
+    tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
     if tokenizer.n_vocab > model.config.vocab_size:
         raise InputError(
             f"{model_json}: a vocabulary of {model.config.vocab_size} does not hold the {tokenizer.n_vocab} "

@@ -23,7 +23,7 @@ class Sampling:
     """How tokens are chosen, and when to stop."""
 
     temperature: float = 1.0  # 0: always the most likely token
-    top_k: int | None = None  # sample from the k most likely tokens; None: from all
+    top_k: int = 0  # sample from the k most likely tokens; 0: from all
     generator: torch.Generator | None = None
     stop: int | None = None  # end once every row has produced this token
     use_cache: bool = True  # of keys and values; without it, each token costs a pass over the whole context
@@ -32,7 +32,7 @@ class Sampling:
         """Map logits (B, V) to tokens (B, 1)."""
         if self.temperature == 0:
             return logits.argmax(-1, keepdim=True)
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
+        if 0 < self.top_k < logits.shape[-1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k).values[:, -1:], -math.inf)
         scaled = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         return torch.multinomial(F.softmax(scaled, dim=-1), 1, generator=self.generator)

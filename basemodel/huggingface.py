@@ -14,7 +14,10 @@ from basemodel.config import optimizer_in_words
 from basemodel.errors import InputError, RunError
 from basemodel.json_config import read_json_object
 from basemodel.measured_loss import read_test_loss
+from basemodel.model_config import gelu_name
+from basemodel.task_results import headlines, read_task_results
 from basemodel.trained_tokenizer import byte_characters, merges
+from basemodel.weight_files import folder_of
 from basemodel.weights import save_tensors, to_huggingface
 from checkpointing import META_FILE
 from gpt import GPTConfig, GPTModel
@@ -48,7 +51,9 @@ def write_model(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> 
     """Write weights, configuration and tokenizer files into an empty folder."""
     end_of_text = tokenizer.eot_token
     generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    config = huggingface_config(model.config, end_of_text)
+    # Without a limit, generation would go on past the last position.
+    generation["max_length"] = model.config.context_length
+    config = huggingface_config(model.config, end_of_text) | {"activation_function": gelu_name(model)}
     for name, values in (("config", config), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in to_huggingface(model.tensors()).items()}
@@ -68,7 +73,6 @@ def huggingface_config(config: GPTConfig, end_of_text: int) -> dict[str, Any]:
         "n_layer": config.n_layers,
         "n_head": config.n_heads,
         "n_inner": None,
-        "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "attn_pdrop": config.drop_rate,
         "embd_pdrop": config.drop_rate,
@@ -92,7 +96,9 @@ def write_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, context_length: 
     ranks = tokenizer._mergeable_ranks
     vocab = {written(token): rank for token, rank in ranks.items()} | {end_of_text: tokenizer.eot_token}
     pairs = [(written(a), written(b)) for a, b in merges(ranks)]
-    exported = GPT2Tokenizer(vocab=vocab, merges=pairs, model_max_length=context_length)
+    # Batches need padding, and to be continued they need it before the text.
+    padding = {"pad_token": end_of_text, "padding_side": "left"}
+    exported = GPT2Tokenizer(vocab=vocab, merges=pairs, model_max_length=context_length, **padding)
     exported.save_pretrained(folder)
     exported.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt
 
@@ -102,7 +108,7 @@ def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, li
     training. For one of a run's checkpoints, also copy the run's chart."""
     from huggingface_hub import ModelCardData
 
-    config, dataset = model.config, "local/"
+    config, dataset, checkpoint = model.config, "local/", folder_of(weights)
     facts = {
         "Parameters": f"{model.parameter_count():,}",
         "Shape": f"{config.n_layers} layers of {config.emb_dim}, {config.n_heads} heads, context "
@@ -111,16 +117,21 @@ def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, li
         f"dropout {config.drop_rate:g}",
     }
     with contextlib.suppress(InputError, KeyError):  # no meta.json, or not one of ours
-        meta = read_json_object(weights.parent / META_FILE)
+        meta = read_json_object(checkpoint / META_FILE)
         facts |= training_facts(meta)
         dataset = meta["train_config"]["dataset"]
-    if test := read_test_loss(weights.parent):
+    if test := read_test_loss(checkpoint):
         bits = f", {test.bits_per_byte:.4f} bits per byte" if test.bits_per_byte is not None else ""
         data = f"{test.dataset}, {test.split}, {test.tokens:,} tokens from {test.start_token:,} on"
+        data += ", in lm-evaluation-harness's windows" if test.windows != "sequences" else ""
         loss = f"{test.loss:.3f} nats per token, perplexity {test.perplexity:.2f}"
         facts["Test loss"] = f"{loss}{bits} ({data})"
+    for result in headlines(read_task_results(checkpoint)):
+        facts[result.title] = f"{result} (lm-evaluation-harness {result.harness})"
+    if config.tokenizer != "gpt2":
+        facts["llama.cpp"] = "not convertible: its converter does not know this tokenizer, only GPT-2's"
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    chart = weights.resolve().parent.parent.parent / CHART  # runs/RUN/checkpoints/NAME/model.safetensors
+    chart = checkpoint.resolve().parent.parent / CHART  # of runs/RUN/checkpoints/NAME
     if "Data" in facts and chart.exists():
         shutil.copyfile(chart, folder / CHART)
         rows += f"\n\n![Loss, learning rate and gradient norm during training]({CHART})"

@@ -21,7 +21,11 @@ def read_config(config_class: type[Config], path: Path) -> Config:
     not know (with the nearest that it does), a required key left out, a wrong type, or a value that the class
     refuses.
     """
-    values = read_json_object(path)
+    return checked_config(config_class, read_json_object(path), path)
+
+
+def checked_config(config_class: type[Config], values: dict[str, Any], path: Path) -> Config:
+    """The dataclass `config_class` with the `values` that a file holds. Raises InputError, as above."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for key in values:
         if key not in fields:

@@ -4,23 +4,31 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
 import string
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
 from basemodel.errors import InputError, RunError
 from basemodel.instructions import FIELDS, Record, read_records
+from basemodel.replies import BadReply, RefusedQuestion, WebPage, message_in, parse_scores, reason_in
 
 RESULTS_ENDING = "-ift-results.json"
 RESUME = "finished judgements are kept, and the same command resumes"
+PATIENCE = 3  # questions without scores, and none with, after which the judge is given up
+
+# Statuses of servers that refuse a JSON schema, among other things; of servers that refuse a question.
+SCHEMA_REFUSED = {400, 404, 422, 500, 501}
+QUESTION_REFUSED = {400, 413, 422}
 
 
 def read_questions(paths: tuple[Path, ...]) -> dict[str, list[Record]]:
@@ -89,22 +97,11 @@ def reply_schema(count: int) -> dict[str, Any]:
     return strict(**{f"answer_{number}": score for number in range(1, count + 1)})
 
 
-def parse_scores(reply: str, count: int) -> list[int] | None:
-    """The scores in a judge's reply, or None if it is malformed. Text around the JSON is allowed."""
-    try:
-        values = json.loads(reply[reply.index("{") : reply.rindex("}") + 1])
-        scores = [values[f"answer_{number}"]["score"] for number in range(1, count + 1)]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    good = len(values) == count and all(type(score) is int and 0 <= score <= 100 for score in scores)
-    return scores if good else None
-
-
 class ReplyCache:
     """Valid replies by request, one JSON line each on disk, so that nothing is asked, and paid for, twice."""
 
     def __init__(self, path: Path) -> None:
-        self.replies: dict[str, str] = {}
+        self.replies: dict[str, Any] = {}
         try:
             self._file = path.open("a+b", buffering=0)
             self._file.seek(0)
@@ -119,9 +116,14 @@ class ReplyCache:
             self._file.write(b"\n")
 
     def add(self, key: str, reply: str) -> None:
-        """Keep a reply; it is on disk when this returns. One call appends it, so threads need no lock."""
-        self.replies[key] = reply
-        self._file.write(json.dumps({"key": key, "reply": reply}).encode() + b"\n")
+        """Keep a reply; it is on disk when this returns."""
+        self.add_all({key: reply})
+
+    def add_all(self, replies: dict[str, Any]) -> None:
+        """Keep several replies at once. One call appends them, so threads need no lock."""
+        self.replies |= replies
+        lines = [json.dumps({"key": key, "reply": reply}) + "\n" for key, reply in replies.items()]
+        self._file.write("".join(lines).encode())
         os.fsync(self._file.fileno())
 
 
@@ -147,9 +149,11 @@ class Judge:
         self._openai = openai
         self._client = openai.OpenAI(api_key=self._key or "none", base_url=base_url, max_retries=retries)
         self.model, self.retries, self.cache = model, retries, ReplyCache(cache)
+        self._takes_schema: bool | None = None  # not known before the first reply
 
-    def scores(self, prompt: str, count: int) -> list[int]:
-        """The scores of the `count` answers in a prompt. Raises RunError if there is no valid reply."""
+    def scores(self, prompt: str, count: int) -> list[float]:
+        """The scores of the `count` answers in a prompt. Raises BadReply if no reply has them, RunError if
+        the server cannot be asked at all."""
         schema = {"name": "scores", "strict": True, "schema": reply_schema(count)}
         request = {
             "model": self.model,
@@ -158,33 +162,72 @@ class Judge:
         }
         asked = json.dumps([str(self._client.base_url), request], sort_keys=True)
         key = hashlib.sha256(asked.encode("utf-8", errors="surrogatepass")).hexdigest()
-        if (scores := parse_scores(self.cache.replies.get(key, ""), count)) is not None:
-            return scores
+        if key in self.cache.replies:
+            with contextlib.suppress(BadReply):
+                return parse_scores(self.cache.replies[key], count)
         for _ in range(self.retries + 1):
-            reply = self._ask(request)
-            if (scores := parse_scores(reply, count)) is not None:
+            try:
+                reply = self._ask(request)
+                scores = parse_scores(reply, count)
+            except RefusedQuestion:
+                raise
+            except BadReply as error:
+                reason = error
+                self._takes_schema = bool(self._takes_schema)
+            else:
+                self._takes_schema = self._takes_schema is not False
                 self.cache.add(key, reply)
                 return scores
-        raise RunError(
-            f"{self.model} gave no valid scores in {self.retries + 1} attempts; its last reply starts with "
-            f"{self._redacted(reply[:100])!r}; {RESUME}"
-        )
+        attempts = f"{self.retries + 1} attempts; the last reply" if self.retries else "its reply"
+        raise BadReply(self._redacted(f"{self.model} gave no valid scores in {attempts}: {reason}"))
 
     def _ask(self, request: dict[str, Any]) -> str:
-        """Ask once; the client itself retries after network errors and when the server is busy."""
+        """Ask once, without the schema if the server does not take it."""
         try:
-            done = self._client.chat.completions.create(**request)
-            return (done.choices[0].message.content if done.choices else None) or ""
+            if self._takes_schema is not False:
+                try:
+                    return self._post(request)
+                except self._openai.APIStatusError as error:
+                    if self._takes_schema or error.status_code not in SCHEMA_REFUSED:
+                        raise
+                    self._takes_schema = False
+            return self._post({key: value for key, value in request.items() if key != "response_format"})
+        except self._openai.APIStatusError as error:
+            self._fail(error)
+
+    def _post(self, request: dict[str, Any]) -> str:
+        """The text of the answer to a request; the client itself retries after network errors and when the
+        server is busy. Raises APIStatusError, BadReply, and RunError where there was no answer."""
+        try:
+            return message_in(self._client.chat.completions.with_raw_response.create(**request).text)
+        except WebPage as page:
+            reason = f"{page}; does the address lack /v1?"
         except self._openai.APIConnectionError as error:
             reason = f"no answer ({error.__cause__ or error})"
-        except self._openai.AuthenticationError:
-            reason = "the server refuses the key; set OPENAI_API_KEY to one that it accepts"
-        except self._openai.APIStatusError as error:
-            reason = f"status {error.status_code}: {error.message}"
+        except self._openai.APIStatusError:
+            raise
         except self._openai.OpenAIError as error:
             reason = str(error)
-        server = re.sub(r"//[^/@]*@", "//", str(self._client.base_url))  # without a password
-        raise RunError(f"{server}: {self._redacted(reason)}; {RESUME}")
+        raise self._stop(reason)
+
+    def _fail(self, error: Any) -> NoReturn:
+        """Raise what a status that is no success means, with the server's own reason."""
+        status, reason = error.status_code, reason_in(error.response.text)
+        if status in QUESTION_REFUSED:
+            raise RefusedQuestion(self._redacted(f"status {status}: {reason}")) from None
+        if status == 401:
+            reason = f"the server refuses the key; set OPENAI_API_KEY to one that it accepts ({reason})"
+        if status == 404 and "/v1" not in str(self._client.base_url):
+            reason += "; does the address lack /v1?"
+        raise self._stop(f"status {status}: {reason}") from None
+
+    def _stop(self, reason: str) -> RunError:
+        return RunError(f"{self.server}: {self._redacted(reason)}; {RESUME}")
+
+    @property
+    def server(self) -> str:
+        """The server's address, without a password."""
+        return re.sub(r"//[^/@]*@", "//", str(self._client.base_url))
 
     def _redacted(self, text: str) -> str:
         """Text from outside, without the key."""
@@ -192,26 +235,42 @@ class Judge:
 
 
 def judge_all(results: dict[str, list[Record]], judge: Judge, seed: int, parallel: int) -> np.ndarray:
-    """Each model's score on each question, (models, questions).
+    """Each model's score on each question, (models, questions); NaN for questions that the judge did not
+    score, which are named on standard error.
 
     The judge sees all answers to a question at once, in an order that depends on the seed and the question's
-    number.
+    number. Raises RunError if it scores none of the first questions.
     """
     names, count = list(results), len(next(iter(results.values())))
+    scored: list[int] = []
+    skipped: dict[int, str] = {}
 
-    def score(index: int) -> list[int]:
+    def score(index: int) -> list[float]:
         order = random.Random(f"{seed} {index}").sample(names, len(names))
         try:
             scores = judge.scores(judge_prompt([results[name][index] for name in order]), len(order))
+        except BadReply as reason:
+            skipped[index] = str(reason)
+            if not scored and len(skipped) >= min(PATIENCE, count):
+                raise RunError(f"{judge.server}: {reason}; {RESUME}") from None
+            return [math.nan] * len(names)
+        scored.append(index)
+        return [scores[order.index(name)] for name in names]
+
+    def score_or_stop(index: int) -> list[float]:
+        try:
+            return score(index)
         except BaseException:
             # Here, or this thread would ask, and pay for, the next question before it could be stopped.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        return [scores[order.index(name)] for name in names]
 
     pool = ThreadPoolExecutor(parallel)
     try:
-        rows = tqdm(pool.map(score, range(count)), total=count, unit="question", disable=None)
-        return np.array(list(rows), dtype=float).T
+        rows = tqdm(pool.map(score_or_stop, range(count)), total=count, unit="question", disable=None)
+        values = np.array(list(rows), dtype=float).T
     finally:
         pool.shutdown(cancel_futures=True)
+    for index, reason in sorted(skipped.items()):
+        print(f"Record {index} is skipped: {reason}", file=sys.stderr)
+    return values

@@ -27,6 +27,7 @@ class MeasuredLoss:
     bits_per_byte: float | None  # None if the vocabulary is missing or the tokens encode no text
     measured: str  # when
     document_masking: bool = False
+    windows: str = "sequences"  # or "harness windows", of documents
 
     def __str__(self) -> str:
         error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
@@ -34,7 +35,7 @@ class MeasuredLoss:
 
     def same_data(self, other: "MeasuredLoss") -> bool:
         """Whether both were measured on the same sequences."""
-        keys = ("dataset", "split", "start_token", "tokens", "context_length", "document_masking")
+        keys = ("dataset", "split", "start_token", "tokens", "context_length", "document_masking", "windows")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
 

@@ -113,6 +113,9 @@ def _walk(source: Path, leave_out: set[Path]) -> tuple[list[Path], Counter[str]]
         skipped["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
         folders[:] = [name for name in folders if not name.startswith(".")]
         folders[:] = [name for name in folders if Path(folder, name).resolve() not in leave_out]
+        if "meta.json" in names and any(fnmatch.fnmatch(name, "train*.safetensors") for name in names):
+            skipped["prepared data sets"] += 1
+            continue
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             if path.is_file() and file_type(path):
                 paths.append(path)
@@ -127,7 +130,11 @@ def _in_splits(source: Path, paths: list[Path], skipped: Counter[str], wanted: s
     if wanted != "train" or any(VALIDATION.search(name.lower()) for name in names.values()):
         splits = in_another_process(splits_by_name, source)
         split_of = {Path(file): split for split, files in splits.items() for file in files}
-        if {wanted, "validation"} <= set(splits) and all(path.absolute() in split_of for path in paths):
+        if (
+            wanted != "validation"
+            and {wanted, "validation"} <= set(splits)
+            and all(path.absolute() in split_of for path in paths)
+        ):
             of_path = {path: split_of[path.absolute()] for path in paths}
             others = [path for path in paths if of_path[path] not in (wanted, "validation")]
             skipped += Counter(f"of the split '{of_path[path]}'" for path in others)
@@ -140,7 +147,10 @@ def _in_splits(source: Path, paths: list[Path], skipped: Counter[str], wanted: s
                 skipped,
             )
         if wanted != "train":
-            raise InputError(f"{source}: has no split '{wanted}' and 'validation' that its file names tell")
+            raise InputError(
+                f"{source}: the names of its files and folders tell no split '{wanted}' and another for "
+                "validation; leave --split out to read them all"
+            )
     return Source([(path, None) for path in paths], skipped)
 
 
@@ -160,7 +170,10 @@ def splits_by_name(folder: Path) -> dict[str, list[str]]:
 
 
 def _may_be_on_hub(source: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+", source) is not None
+    return (
+        file_type(Path(source)) is None
+        and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+", source) is not None
+    )
 
 
 def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], str]:

@@ -52,8 +52,10 @@ def encode(tokenizer: tiktoken.Encoding, text: bytes) -> np.ndarray:
 
 
 def token_byte_lengths(tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """The bytes of text that each token stands for: int64, (n_vocab,). End-of-text stands for none."""
-    lengths = np.array([len(piece) for piece in tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))])
+    """The bytes of text that each of the 65,536 possible tokens stands for, int64; end-of-text has none."""
+    lengths = np.zeros(65_536, np.int64)
+    pieces = tokenizer.decode_tokens_bytes(range(tokenizer.n_vocab))
+    lengths[: len(pieces)] = [len(piece) for piece in pieces]
     lengths[tokenizer.eot_token] = 0
     return lengths
 

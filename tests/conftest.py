@@ -142,3 +142,17 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
             return hub
 
         yield serve
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[type], str]]:
+    """A function that serves HTTP on 127.0.0.1 until the test ends, and returns the address."""
+    with contextlib.ExitStack() as stack:
+
+        def start(handler: type) -> str:
+            server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+            stack.callback(server.shutdown)
+            return f"http://127.0.0.1:{server.server_port}"
+
+        yield start

@@ -29,8 +29,9 @@ class FolderHub:
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    hub: FolderHub
+class Answering(http.server.BaseHTTPRequestHandler):
+    """Answers as the Hub's API does: JSON, or bytes."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args: Any) -> None:
@@ -45,6 +46,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
+
+
+class _Handler(Answering):
+    hub: FolderHub
 
     def do_GET(self) -> None:
         path = urllib.parse.unquote(self.path.partition("?")[0])

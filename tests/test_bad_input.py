@@ -302,11 +302,11 @@ def test_evaluation_of_what_is_not_there(model_files: tuple[Path, Path], sandbox
         "test_smoke.py", config, weights.with_name("nothing.safetensors")
     )
     assert "nothing.json: no such file" in refused("test_smoke.py", config.with_name("nothing.json"), weights)
-    assert "damaged or not a safetensors file" in refused("test_smoke.py", config, config)
+    assert "model.json: is JSON, not weights" in refused("test_smoke.py", config, config)
     loss = ("test_loss.py", sandbox.datasets, *model_files, "--dataset")
-    error = refused(*loss, "test/tokens")
-    assert "has 2,000 tokens, which make 0 sequences of 16 after --start-token 50000000" in error
-    assert "--start-token 0 begins at the start" in error
+    error = refused(*loss, "test/tokens", "--start-token", "50000000")
+    assert "has 2,000 tokens, not one sequence of 16 and its target after --start-token 50000000" in error
+    assert "--start-token can be at most 1983" in error
     assert "must be OWNER/NAME" in refused(*loss, "tokens")
     assert "must be a plain name" in refused(*loss, "../tokens")
 
@@ -321,7 +321,7 @@ def test_preparation_of_what_is_no_text(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for source, message in (
         ("nothing", "nothing: no such file or folder"),
-        ("empty", "empty: contains no .parquet, .jsonl"),
+        ("empty", "empty: contains no .parquet, .arrow, .jsonl"),
         ("text.doc", "text.doc: unknown file type"),
         ("broken.jsonl", 'broken.jsonl: line 2 is not a JSON object with a string "text"'),
         ("broken.jsonl.gz", "broken.jsonl.gz: cannot be read"),

@@ -1,5 +1,6 @@
 """compare_runs.py: the table, the chart, and the page that follows runs."""
 
+import contextlib
 import dataclasses
 import html.parser
 import json
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from helpers import Sandbox, refused, run_script, write_dataset
+from matplotlib.figure import Figure
 
+import compare_runs
 from basemodel.errors import InputError
 from basemodel.measured_loss import MeasuredLoss, write_test_loss
 from compare_runs import main, notes, read_run
@@ -92,6 +95,33 @@ def test_table_chart_and_page(runs: Sandbox) -> None:
     assert first["cells"]["now"] == "finished"
     assert first["validation"] == [[step * 128, loss] for step, loss in zip((0, 4, 8), lines, strict=True)]
     assert third["train"] == []
+
+
+def test_the_chart_holds_what_it_draws(
+    runs: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses of the first steps, far above the others, would draw lines from outside the picture."""
+    one = read_run(runs.path / "runs", "one")
+    one = dataclasses.replace(
+        one,
+        tokens=1000,
+        train=[(10, 9.0), (40, 6.0), (50, 5.0), (500, 4.0), (1000, 3.0)],
+        validation=[(0, 11.0), (500, 5.5), (1000, 3.5)],
+    )
+    figures = []
+
+    @contextlib.contextmanager
+    def figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+        figures.append(Figure())
+        yield figures[0]
+
+    monkeypatch.setattr(compare_runs, "xkcd_chart", figure)
+    compare_runs.draw_chart([one], tmp_path / "chart.png")
+    axes = figures[0].axes[0]
+    train, validation, _ = (line.get_xydata().tolist() for line in axes.lines)
+    assert train == [[50, 5.0], [500, 4.0], [1000, 3.0]]
+    assert validation == [[500, 5.5], [1000, 3.5]]
+    assert axes.get_ylim()[1] >= 5.5
 
 
 def test_the_share_of_validation_follows_from_the_metrics(tmp_path: Path) -> None:

@@ -123,6 +123,8 @@ def test_options_do_what_they_say(bytes_model: tuple[Path, Path]) -> None:
     assert continued("--temperature", "0", "--tokens", "7") == likeliest[7]
     assert continued("--top-k", "1") == likeliest[20]
     assert continued("--top-k", "2", "--seed", "5") != likeliest[20]
+    assert continued("--top-k", "0", "--seed", "5") == continued("--top-k", "257", "--seed", "5")
+    assert continued("--top-k", "0", "--seed", "5") != continued("--seed", "5")
     assert continued("--temperature", "0.001", "--seed", "5") == likeliest[20]
 
 

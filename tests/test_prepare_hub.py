@@ -9,9 +9,9 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
+from folder_hub import Answering
 from helpers import Finished, Script, requested_range, wait_for
 from huggingface_hub import DatasetCard
 from texts import assert_holds, split_texts
@@ -68,24 +68,10 @@ class FakeHub:
         return [part for method, path, part in self.requests if method == "GET" and path.endswith(name)]
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(Answering):
     """The Hub's API, as far as a data set of a few files needs it."""
 
     hub: FakeHub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def answer(self, content: Any, status: int = 200, **headers: str) -> None:
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", headers.get("X_Length", str(len(data))))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
 
     def missing(self) -> None:
         self.answer({"error": "not found"}, 404, X_Error_Code="EntryNotFound")

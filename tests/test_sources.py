@@ -246,9 +246,12 @@ def test_what_describes_a_data_set_is_not_its_text(tmp_path: Path) -> None:
     assert read(tmp_path)[0] == ["# notes", "text"], "among texts a README is one"
     (tmp_path / "data-00000-of-00001.arrow").write_bytes(arrow(table(["row"])))
     (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "prepared").mkdir()
+    for name in ("README.md", "meta.json", "train.safetensors"):
+        (tmp_path / "prepared" / name).write_text("{}")
     texts, found = read(tmp_path)
     assert texts == ["text", "row"]
-    assert found.skipped["descriptions of data sets"] == 2
+    assert found.skipped == {"hidden": 0, "descriptions of data sets": 2, "prepared data sets": 1}
 
 
 @pytest.mark.parametrize("layout", ["folders", "names"])
@@ -276,7 +279,9 @@ def test_a_folder_of_splits(tmp_path: Path, layout: str) -> None:
         ("missing", {}, "no such file or folder"),
         ("./owner/name", {}, "no such file or folder"),
         ("a/b/c", {}, "no such file or folder"),
-        (".", {"split": "tset"}, "has no split 'tset'"),
+        ("owner/notes.md", {}, "no such file or folder"),
+        (".", {"split": "tset"}, "tell no split 'tset'"),
+        (".", {"split": "validation"}, "tell no split 'validation'"),
         (".", {"files": "*.parquet"}, "that match --files '*.parquet'"),
         (".", {"name": "x"}, "--name is for a data set on the Hub"),
     ],

@@ -76,6 +76,36 @@ def test_transformers_computes_and_continues_the_same(tmp_path: Path, tied: bool
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (not tied)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_pipelines_batches_and_collators_take_the_folder_as_it_is(tmp_path: Path, tied: bool) -> None:
+    torch.manual_seed(0)
+    model = GPTModel(replace(CONFIG, tie_weights=tied)).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("scale" in name), std=0.1)
+    huggingface.write_model(tmp_path, model, get_tokenizer("bytes"))
+    pipeline = transformers.pipeline("text-generation", model=str(tmp_path))
+    for _ in range(10):  # without a limit it would go on past the last of 32 positions
+        assert pipeline("Return the")[0]["generated_text"].startswith("Return the")
+    tokenizer, theirs = transformers.AutoTokenizer.from_pretrained(tmp_path), pipeline.model
+    prompts = ["Return the", "a", "if x"]
+    together = theirs.generate(
+        **tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=9, do_sample=False
+    )
+    for prompt, row in zip(prompts, together, strict=True):
+        ours = generate(model, torch.tensor([list(prompt.encode())]), 9, temperature=0, stop=256)[0]
+        ours = ours[len(prompt) :].tolist()
+        assert row[10 : 10 + len(ours)].tolist() == ours
+    records = [tokenizer(prompt) for prompt in prompts]
+    default = transformers.DataCollatorWithPadding(tokenizer)(records)
+    assert default["input_ids"].shape == (3, 10)
+    batch = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)(records)
+    assert (batch["labels"] != -100).sum() == len("".join(prompts))
+    assert theirs(**batch).loss.isfinite()
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(**default).logits, theirs(**default).logits)
+
+
 def test_a_huggingface_model_comes_back_bit_by_bit() -> None:
     torch.manual_seed(0)
     shape = {"vocab_size": 257, "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 4}
@@ -147,7 +177,9 @@ def test_the_folder_holds_what_is_known_of_the_run(trained: tuple[Sandbox, Path]
 
     _, checkpoint = trained
     output = tmp_path / "exported/tiny"
-    done = run_script(*upload(trained, output, "--license", "mit"))
+    command = [*upload(trained, output, "--license", "mit")]
+    command[2] = str(checkpoint)  # a folder will do, and its file does elsewhere
+    done = run_script(*command)
     assert done.returncode == 0, done.stderr
     difference = float(re.search(r"Largest logit difference .*: (\S+)", done.stdout)[1])
     assert difference <= 2e-5
@@ -165,6 +197,7 @@ def test_the_folder_holds_what_is_known_of_the_run(trained: tuple[Sandbox, Path]
     assert cells["Validation loss"].startswith(f"{meta['val_loss']:.3f}")
     assert meta["device"] in cells["Hardware"]
     assert cells["Cost"] == f"${meta['seconds']:.2f}"
+    assert cells["llama.cpp"].startswith("not convertible")  # its converter knows GPT-2's tokenizer
     chart = re.search(r"!\[.*\]\((.*)\)", card.text)[1]
     assert (output / chart).read_bytes() == b"a chart"
     with pytest.raises(InputError, match="already exists"):
