@@ -1,4 +1,7 @@
-"""What a model in training says: samples.jsonl."""
+"""What a model in training says: samples.jsonl.
+
+What needs tiktoken is imported where it is used: a run without samples does without it.
+"""
 
 import json
 from typing import Any
@@ -6,10 +9,8 @@ from typing import Any
 import torch
 
 from basemodel.files import replace_text
-from basemodel.generation import continuations, encode_prompts
 from basemodel.run import Run
 from basemodel.run_folder import read_samples
-from basemodel.tokenizer import get_tokenizer
 from gpt import GPTModel
 
 # As `test_smoke.py --tokens 50 --seed RANDOM_SEED` with the run's prompts samples from a checkpoint.
@@ -22,6 +23,9 @@ def require_tokenizer(run: Run) -> None:
     and `open_data` requires it."""
     shape = run.model_config
     if run.config.sample_interval is not None and shape.tokenizer != "dataset":
+        from basemodel.generation import encode_prompts
+        from basemodel.tokenizer import get_tokenizer
+
         encode_prompts(get_tokenizer(shape.tokenizer), run.config.sample_prompts, shape.vocab_size)
 
 
@@ -31,6 +35,9 @@ def continue_prompts(run: Run, model: GPTModel, step: int) -> list[dict[str, Any
     Training does not notice: the modules that compute are others, never compiled and never in training mode,
     with the same weights; and the random numbers come from a generator of their own.
     """
+    from basemodel.generation import continuations
+    from basemodel.tokenizer import get_tokenizer
+
     twin = GPTModel.outline(model.config).eval()
     twin.load_state_dict(model.state_dict(), assign=True)
     generator = torch.Generator(model.tok_emb.weight.device).manual_seed(run.config.random_seed)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import ROOT, run_script, write_model
+from safetensors.torch import load_file, save_file
 
 from basemodel import interactive
 from basemodel.interactive import PromptLine
@@ -157,9 +158,15 @@ class Terminal:
         os.write(self.handle, keys.encode())
 
 
-def test_on_a_terminal(files: list[str]) -> None:
-    """Ctrl-C stops an answer and discards a line, Ctrl-D leaves."""
-    terminal = Terminal("test_smoke.py", *files, "--interactive", "--tokens", "1000000")
+def test_on_a_terminal(tmp_path: Path) -> None:
+    """Ctrl-C stops an answer and discards a line, Ctrl-D leaves. The model never ends by itself."""
+    model_json, weights = write_model(tmp_path, context_length=48)
+    tensors = load_file(weights)
+    tensors["final_norm.shift"].fill_(5.0)
+    tensors["out_head.weight"][256].fill_(-1.0)
+    save_file(tensors, weights)
+    options = ("--interactive", "--tokens", "1000000")
+    terminal = Terminal("test_smoke.py", str(model_json), str(weights), *options)
     assert "Ctrl-C stops an answer" in terminal.expect("> $")
     terminal.type("abc\n")
     terminal.expect(r"abc\r\nabc.{100}")
