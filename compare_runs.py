@@ -142,6 +142,13 @@ def shown(value: float | None, form: str) -> str:
     return UNKNOWN if value is None else form.format(value)
 
 
+def cost(status: dict[str, Any]) -> str:
+    """What a run has cost so far and, while it is running, what it will have cost at its end."""
+    so_far = shown(status.get("cost_usd"), "${:,.2f}")
+    expected = status.get("expected_cost_usd") if status.get("status") == "running" else None
+    return so_far if expected is None else f"{so_far} of ${expected:,.2f}"
+
+
 def table(runs: list[RunSummary]) -> list[dict[str, str]]:
     """One row per run, by column."""
     first = runs[0].config
@@ -165,7 +172,7 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
             **{result.title: str(result) for result in run.tasks},
             "tokens/s": shown(run.tokens_per_second, "{:,.0f}"),
             "hours": shown(run.seconds and run.seconds / 3600, "{:.2f}"),
-            "cost": shown(run.status.get("cost_usd"), "${:,.2f}"),
+            "cost": cost(run.status),
             "validation time": shown(run.validation_share, "{:.0%}"),
         }
         for run in runs

@@ -5,6 +5,7 @@ keys are those of GPTConfig (gpt.py) and TrainConfig (basemodel/config.py). Data
     python ddp_train.py demo datasets                 one process, on the GPU if there is one, else on the CPU
     python ddp_train.py demo datasets --resume        continue from the newest valid checkpoint
     python ddp_train.py demo datasets --plan          say what the run would do, and what it would cost
+    python ddp_train.py original --plan --on all      which machine to rent: what each would take and cost
     python ddp_train.py original -f                   find the largest microbatch that fits
     torchrun --nproc_per_node=8 ddp_train.py 8xh100m80 datasets       the eight GPUs of one machine
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 ddp_train.py ...
@@ -34,19 +35,27 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpointing
-from basemodel import data, hub, memory, microbatch, run_folder, token_files
+from basemodel import data, hub, memory, microbatch, run_folder
+from basemodel.budget import Budget, has_ended
 from basemodel.command_line import run_command
 from basemodel.compilation import compile_if_wanted
 from basemodel.config import TrainConfig
 from basemodel.distributed import StopSignal, World, join_world, lost_processes_explained
 from basemodel.errors import InputError, RunError
 from basemodel.loss import NextTokenLoss
-from basemodel.optimizer import allocate_state, learning_rate_at, make_optimizer, set_learning_rate, step_if
+from basemodel.optimizer import allocate_state, make_optimizer, set_learning_rate, step_if
 from basemodel.pending import PendingSteps, StepResult
-from basemodel.plan import print_plan
+from basemodel.plan import is_for_machines, open_if_here, plan_on_machines, plan_options, print_plan
 from basemodel.precision import autocast, choose_precision, set_up_arithmetic
-from basemodel.reporting import Reporter, check_reporting
-from basemodel.resume import find_checkpoint, provenance, rng_state, set_rng_state, was_started_before
+from basemodel.reporting import Reporter, check_reporting, complete_status
+from basemodel.resume import (
+    check_space,
+    find_checkpoint,
+    provenance,
+    rng_state,
+    set_rng_state,
+    was_started_before,
+)
 from basemodel.run import Run
 from basemodel.watchdog import hung_steps_ended
 from basemodel.weights import load_tensors
@@ -77,7 +86,9 @@ class Learner:
         self.precision = choose_precision(config, world.device)
         set_up_arithmetic(self.precision, deterministic=config.deterministic)
         torch.manual_seed(config.random_seed)
-        self.model = GPTModel(model_config).to(world.device)
+        self.model = GPTModel(model_config)
+        if world.device.type != "cpu":
+            self.model.to(world.device)
         self.loss_module = NextTokenLoss(self.model, document_masking=config.document_masking)
         compile_if_wanted(self.loss_module, config, world, self._warm_up, any_size=any_size)
         self.optimizer = make_optimizer(self.model, config, self.precision, peers=world)
@@ -206,7 +217,7 @@ class Trainer:
     def __init__(self, run: Run, world: World) -> None:
         self.run, self.world = run, world
         self.learner = Learner(run.config, run.model_config, world)
-        self.progress = Progress()
+        self.progress, self.budget = Progress(), Budget(run, world)
 
     def train(self) -> int:
         """Train to the last step, or until a signal arrives: then all processes stop after the same step.
@@ -219,6 +230,7 @@ class Trainer:
         self.reporter = self.world.agree(
             lambda: Reporter(run, progress.step, progress.seconds, enabled=self.world.is_first)
         )
+        self.reporter.watch(self.world, compiled=self.learner.loss_module.is_compiled)
         keep, tokenizer = run.config.keep_checkpoints, run.data.tokenizer
         self.saver = checkpointing.Saver(run.checkpoints, keep, run.metrics, tokenizer)
         self.reporter.status("running", progress.step)
@@ -252,18 +264,19 @@ class Trainer:
 
         Returns False if a signal arrived before all work was done.
         """
-        run, plan, progress = self.run, self.run.plan, self.progress
+        progress = self.progress
         # Before the first step, and where a stop left it undone.
         if progress.work_due and not self._validate_and_save(stop):
             return False
         pending.restart_clock()
-        while progress.step < plan.steps:
-            starts = plan.microbatch_starts(progress.step, self.world.rank)
+        while progress.step < self.run.plan.steps:
+            starts = self.run.plan.microbatch_starts(progress.step, self.world.rank)
             microbatches = [self._read(first) for first in starts]
-            learning_rate = learning_rate_at(progress.step, plan.steps, run.config)
+            learning_rate = self.run.learning_rate_at(progress.step)
             result = self.learner.train_step(microbatches, learning_rate, stop=bool(stop))
             progress.step += 1
-            progress.work_due = run.has_work_after(progress.step)
+            self.run = self.budget.kept(self.run, progress.step, self.reporter)
+            progress.work_due = self.run.has_work_after(progress.step)
 
             # A GPU's results are read one step late, so that it never waits for Python.
             pending.add(progress.step, result)
@@ -284,9 +297,9 @@ class Trainer:
 
     def _read(self, first: int) -> Tensor:
         """The microbatch that starts with sequence `first`, (B, T + 1), on the device."""
-        return data.to_device(
-            self.run.data.train.read(first, self.run.plan.microbatch_size), self.world.device
-        )
+        with self.reporter.reading():
+            found = self.run.data.train.read(first, self.run.plan.microbatch_size)
+        return data.to_device(found, self.world.device)
 
     def _log(self, results: list[tuple[int, StepResult, float]]) -> None:
         """Log finished steps, each with its result and its seconds.
@@ -294,7 +307,7 @@ class Trainer:
         Raises Diverged after too many steps in a row whose loss or gradient is not finite.
         """
         for step, result, seconds in results:
-            rate = learning_rate_at(step - 1, self.run.plan.steps, self.run.config)
+            rate = self.run.learning_rate_at(step - 1)
             values = {"train_loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": rate}
             self.reporter.step(step, values, step_seconds=seconds)
             if math.isfinite(result.loss):
@@ -398,7 +411,7 @@ class Trainer:
             "val_loss": progress.val_loss,
             "best_loss": progress.best_loss if math.isfinite(progress.best_loss) else None,
             "recent_losses": list(progress.recent_losses),
-            "learning_rate": learning_rate_at(progress.step - 1, run.plan.steps, run.config),
+            "learning_rate": run.learning_rate_at(progress.step - 1),
             "seconds": self.reporter.seconds(),
             "scaler": self.learner.scaler.state_dict(),
             "global_batch": run.plan.global_batch,
@@ -427,6 +440,7 @@ class Trainer:
             best_loss=math.inf if meta["best_loss"] is None else meta["best_loss"],
             **{key: meta[key] for key in ("skipped", "seconds", "train_loss", "val_loss", "recent_losses")},
         )
+        self.run = self.budget.resumed(self.run, meta)
         lines = [f"Resuming after step {self.progress.step:,}, from {Path(source).name}"]
         if len(meta["rng"]) == world.size:
             set_rng_state(meta["rng"][world.rank], world.device)
@@ -462,6 +476,7 @@ def advice_after_divergence(run: Run) -> str:
 @click.option("--resume", is_flag=True, help="Continue from the newest valid checkpoint, if there is one.")
 @click.option("-f", "--find-max-microbatch-size", is_flag=True, help="Find the largest microbatch that fits.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print what the run would do, and exit.")
+@plan_options
 @click.option("--runs-dir", type=click.Path(path_type=Path), default=Path(__file__).parent / "runs")
 @click.option(
     "--allow-config-change", is_flag=True, help="Continue although the configs or the data set have changed."
@@ -484,6 +499,7 @@ def main(
     runs_dir: Path,
     allow_config_change: bool,
     collective_timeout: float,
+    **planning: Any,
 ) -> int:
     """Train the run RUN, a folder of runs/ with model.json and train.json, on a data set kept in
     DATASETS_DIR.
@@ -495,7 +511,8 @@ def main(
         raise InputError("give either -f or --plan")
     if checkpoint and resume:
         raise InputError("give either a checkpoint's name or --resume, which finds the newest")
-    if not datasets_dir and not find_max_microbatch_size:
+    elsewhere = is_for_machines(only_plan, planning)
+    if not datasets_dir and not find_max_microbatch_size and not elsewhere:
         raise InputError("DATASETS_DIR is missing: the folder of the data sets")
     status = 0
     with lost_processes_explained():
@@ -505,6 +522,9 @@ def main(
                 size = find_max_microbatch(run, world, stop)
             if world.is_first:
                 print(f"Max microbatch size was {size}")
+        elif elsewhere:
+            if world.is_first:
+                plan_on_machines(run, datasets_dir, Learner, planning)
         elif only_plan:
             show_plan(run, datasets_dir, world)
         else:
@@ -522,9 +542,7 @@ def main(
 
 def show_plan(run: Run, datasets_dir: Path, world: World) -> None:
     """Print what the run would do, using the data if they are already downloaded."""
-    folder = hub.dataset_folder(datasets_dir, run.config.dataset)
-    here = not token_files.missing_files(folder, run.config.splits)
-    run_data = data.open_data(run.config, run.model_config, datasets_dir) if here else None
+    run_data = open_if_here(run, datasets_dir)
     plan = data.plan_batches(
         run.config, run.model_config.context_length, world.size, run_data and run_data.train.count
     )
@@ -593,14 +611,12 @@ def make_trainer(run: Run, world: World, name: str | None, allow_change: bool) -
     None if the checkpoint is from the last step: nothing is left to do.
     """
     checkpoint = world.agree(lambda: find_checkpoint(run, name, allow_change), on=world.is_first)
-    meta = checkpoint.meta if checkpoint else {"global_step": None, "settled": False}
-    step, settled = world.broadcast((meta["global_step"], meta["settled"]))
-    if settled and step >= run.plan.steps:
+    found = (checkpoint.meta["global_step"], has_ended(run, checkpoint.meta)) if checkpoint else (None, False)
+    step, ended = world.broadcast(found)
+    if ended:
         if world.is_first:
-            print(
-                f"{run.name} is finished: {checkpoint.path.name} is from the last of {run.plan.steps:,} steps"
-            )
-            complete_status(run, checkpoint)
+            print(f"{run.name} is finished: {checkpoint.path.name} is from the last of {step:,} steps")
+            complete_status(run, checkpoint.meta, checkpoint.path.name)
         return None
     if world.is_first:
         print_plan(run, world)
@@ -613,23 +629,6 @@ def make_trainer(run: Run, world: World, name: str | None, allow_change: bool) -
     if step is not None:
         trainer.restore(checkpoint)
     return trainer
-
-
-def complete_status(run: Run, last: checkpointing.Checkpoint) -> None:
-    """Draw the chart and write the status of a run that was killed just before this."""
-    if run_folder.read_status(run.directory).get("status") != "finished":
-        step = last.meta["global_step"]
-        reporter = Reporter(run, step, last.meta["seconds"], enabled=True)
-        reporter.loss, reporter.checkpoint = last.meta["train_loss"], last.path.name
-        reporter.chart(final=True)
-        reporter.close("finished", step)
-
-
-def check_space(run: Run, step: int) -> None:
-    """Raise InputError if the disk has no room for the checkpoints still to be written after step `step`."""
-    parameters = GPTModel.outline(run.model_config).parameter_count()
-    to_come, keep = run.saves_from(step), run.config.keep_checkpoints
-    checkpointing.require_space(run.checkpoints, to_come, keep, parameters)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from basemodel.target import device_type, is_planned
+
 # A boolean (B, 1, T, S), true where a query attends to a key, or FlexAttention's BlockMask; None: causal.
 AttentionMask = Tensor | BlockMask
 
 
-def within_documents(tokens: Tensor, end_of_text: int, *, flex: bool) -> tuple[Tensor, AttentionMask]:
+def within_documents(tokens: Tensor, end_of_text: int, *, flex: bool) -> tuple[Tensor, AttentionMask | None]:
     """For tokens (B, T) that attend to their own document alone: their positions in it (B, T), and the mask.
 
     As a target, end-of-text closes a document; as an input, it starts the next one, whose first token is
@@ -21,6 +23,8 @@ def within_documents(tokens: Tensor, end_of_text: int, *, flex: bool) -> tuple[T
     B, T = tokens.shape
     index = torch.arange(T, device=tokens.device)
     starts = torch.where(tokens == end_of_text, index, 0).cummax(dim=1).values  # of each token's document
+    if flex and is_planned():
+        return index - starts, None  # a block mask takes next to nothing
     if flex:
 
         def attends(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -77,8 +81,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dropout:
     """Attention of queries (B, H, T, D) to keys and values (B, H, S, D); causal where `mask` is None."""
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask)
+    if is_planned():  # a GPU's fused kernels keep no dropout mask, and take masks in the precision of q
+        mask, dropout = None if mask is None else mask.to(q.dtype), 0.0
     how = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None}
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
+    if device_type(q) == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
         # On CPUs the backward pass of short bf16 attention takes three times as long as in float32.
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)

@@ -47,6 +47,8 @@ class TrainConfig:
     keep_checkpoints: int | None = None  # the newest N and the best; null: all
     random_seed: int = 42
     usd_per_hour: float | None = None  # for the cost so far
+    max_hours: float | None = None  # the run then ends in time, with its schedule finished
+    max_usd: float | None = None  # the same, in dollars at usd_per_hour
     sample_interval: int | None = None  # null: no samples
     sample_prompts: tuple[str, ...] = ("Every effort moves you",)
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # the values of metrics.jsonl
@@ -83,6 +85,8 @@ class TrainConfig:
             raise InputError(
                 f'precision "{self.precision}" contradicts "use_amp": false, which means "fp32"; drop one'
             )
+        if self.max_usd is not None and self.usd_per_hour is None:
+            raise InputError("max_usd needs usd_per_hour, the price of the machine")
         if self.validation_interval is not None and self.validation_batches <= 0:
             raise InputError("validation_batches must be at least 1 where validation_interval is set")
         if self.sample_interval is not None and not self.sample_prompts:
@@ -110,6 +114,13 @@ class TrainConfig:
     def schedule(self) -> str:
         """The learning-rate schedule: "constant", "cosine" or "wsd"."""
         return self.lr_schedule or ("cosine" if self.schedule_learning_rate else "constant")
+
+    @property
+    def max_seconds(self) -> float | None:
+        """How long the run may train, by max_hours and max_usd; None: as long as it takes."""
+        hours = [] if self.max_hours is None else [self.max_hours]
+        hours += [] if self.max_usd is None else [self.max_usd / self.usd_per_hour]
+        return 3600 * min(hours) if hours else None
 
     @property
     def splits(self) -> list[str]:
@@ -161,6 +172,8 @@ POSITIVE_OR_NULL = (
     "sample_interval",
     "clipping_max_norm",
     "usd_per_hour",
+    "max_hours",
+    "max_usd",
 )
 
 

@@ -5,6 +5,8 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,14 +14,21 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from basemodel import charts, machines
+from basemodel.data import BatchPlan
+from basemodel.deviation import SpeedWatch
+from basemodel.distributed import World
 from basemodel.errors import RunError
+from basemodel.figures import Figure, add_figure, speed_hash, today
 from basemodel.files import replace_text
+from basemodel.memory import peak_memory
 from basemodel.run import Run
-from basemodel.run_folder import read_metrics
+from basemodel.run_folder import read_metrics, read_status
 from basemodel.samples import continue_prompts, keep_samples, require_tokenizer
 from basemodel.terminal import one_line
 from basemodel.trackers import Trackers, require_packages
 from gpt import GPTModel
+
+ENOUGH_STEPS = 100  # for a speed that later plans may use
 
 
 def check_reporting(run: Run) -> None:
@@ -33,10 +42,16 @@ class Reporter:
 
     def __init__(self, run: Run, step: int, seconds: float, *, enabled: bool) -> None:
         """`run` goes on after `step` steps and `seconds` of training; only an `enabled` process reports."""
-        self.run, self.plan, self.enabled = run, run.plan, enabled
+        self.run, self.enabled = run, enabled
         self.step_seconds: float | None = None  # moving average over `_timed` steps
         self._timed = 0
         self.loss: float | None = None
+        self.started = time.monotonic() - seconds
+        known = read_status(run.directory).get("paid_seconds") if step else None
+        self._lost = max(0.0, known - seconds) if isinstance(known, float) else 0.0
+        self._watch: SpeedWatch | None = None
+        self._reading = self._stepping = 0.0  # seconds since the start
+        self._pauses: dict[str, float] = {}  # how long the last ones took
         self.checkpoint: str | None = None  # the last one on disk
         self._begun_at = step
         self._last_status = self._last_line = self._last_chart = self._chart_seconds = 0.0
@@ -50,16 +65,47 @@ class Reporter:
             self._trackers = Trackers(run, step, self.say)
             options = {"unit": "step", "disable": None, "dynamic_ncols": True}  # None: unless on a terminal
             self._bar = tqdm(total=self.plan.steps, initial=step, **options)
-        self.started = time.monotonic() - seconds  # from now on: what trackers take to start does not count
+
+    @property
+    def plan(self) -> BatchPlan:
+        """The run's batches and steps."""
+        return self.run.plan
+
+    def watch(self, world: World, *, compiled: bool) -> None:
+        """Compare the speed with what was planned, and keep it when the run has finished."""
+        if self.enabled:
+            self._world, self._compiled = world, compiled
+            self._watch = SpeedWatch(self.run, world.device_name, compiled=compiled)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Time the reading of data."""
+        start = time.monotonic()
+        yield
+        self._reading += time.monotonic() - start
+
+    def follow(self, run: Run) -> None:
+        """Report on the same run with another end."""
+        self.run = run
+        if self.enabled:
+            self._bar.total = run.plan.steps
 
     def seconds(self) -> float:
         """Seconds of training so far, including those before the run was resumed."""
         return time.monotonic() - self.started
 
-    def cost(self) -> float | None:
-        """US dollars so far, if the config has a price."""
+    def paid_seconds(self) -> float:
+        """Seconds of training so far, with those of steps that were lost and repeated."""
+        return self.seconds() + self._lost
+
+    def pause_seconds(self, kind: str) -> float:
+        """Seconds of the last "validation", "checkpoint" or "chart"; 0 before the first."""
+        return self._chart_seconds if kind == "chart" else self._pauses.get(f"{kind}_seconds", 0.0)
+
+    def cost(self, more_seconds: float = 0.0) -> float | None:
+        """US dollars so far, and for `more_seconds`, if the config has a price."""
         price = self.run.config.usd_per_hour
-        return None if price is None else price * self.seconds() / 3600
+        return None if price is None else price * (self.paid_seconds() + more_seconds) / 3600
 
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar."""
@@ -74,6 +120,7 @@ class Reporter:
         if self._line.get("step") != step:
             self.flush()
             self._line = {"step": step, "tokens": step * self.plan.tokens_per_step}
+        self._pauses |= values
         self._line |= values | {"seconds": round(self.seconds(), 3)}
 
     def flush(self) -> None:
@@ -106,7 +153,7 @@ class Reporter:
         """Log a finished training step (`values` has at least train_loss) and show the progress."""
         if not self.enabled:
             return
-        self._timed += 1
+        self._timed, self._stepping = self._timed + 1, self._stepping + step_seconds
         weight = max(0.05, 1 / self._timed)  # at first a plain mean, because the first step is slow
         self.step_seconds = (1 - weight) * (self.step_seconds or 0.0) + weight * step_seconds
         speed = self.plan.tokens_per_step / max(step_seconds, 1e-9)
@@ -114,7 +161,11 @@ class Reporter:
         self.loss = loss if math.isfinite(loss) else None
         self.log(step, {**values, "tokens_per_second": round(speed, 1), **self._mfu(speed)})
         self._bar.update(step - self._bar.n)
-        cost = "" if self.cost() is None else f", ${self.cost():.2f}"
+        share = self._reading / max(self._stepping, 1e-9)
+        if self._watch and (line := self._watch.look(self._timed, self.tokens_per_second, share)):
+            self.say(line)
+        expected = self.cost(self._eta(step))
+        cost = "" if expected is None else f", ${self.cost():.2f} of ${expected:.2f}"
         mfu = "".join(f", {share:.0%} MFU" for share in self._mfu(self.tokens_per_second).values())
         text = f"loss {loss:.3f}, {self.tokens_per_second:,.0f} tokens/s{mfu}{cost}"
         now = time.monotonic()
@@ -158,7 +209,9 @@ class Reporter:
             **self._mfu(self.tokens_per_second),
             "eta_seconds": 0.0 if status == "finished" else self._eta(step),
             "seconds": self.seconds(),
+            "paid_seconds": self.paid_seconds(),
             "cost_usd": self.cost(),
+            "expected_cost_usd": self.cost(0.0 if status == "finished" else self._eta(step)),
             "checkpoint": self.checkpoint,
             "pid": os.getpid(),
             "launchers": self.run.launchers,
@@ -194,11 +247,22 @@ class Reporter:
         self.chart(final=True)
         seconds, tokens = self.seconds(), step * self.plan.tokens_per_step
         self.close("finished", step)
+        self._keep_figure()
         self.say(f"Training complete in {seconds:,.3f} seconds")
         self.say(f"Tokens seen: {tokens:,}")
         self.say(f"Throughput: {tokens / seconds:,.0f} tokens/second")
         for name, loss in (("train", train_loss), ("val", val_loss)):
             self.say(f"Final {name} loss: " + ("not measured" if loss is None else f"{loss:.3f}"))
+
+    def _keep_figure(self) -> None:
+        """Keep the speed for later plans, if it is that of enough steps."""
+        if self._watch and self._timed >= ENOUGH_STEPS:
+            run, plan = self.run, self.plan
+            device = self._world.device_name, machines.device_memory_gib(), plan.processes
+            step = speed_hash(run.model_config, run.config, compiled=self._compiled), plan.microbatch_size
+            peak = peak_memory(self._world.device)
+            figure = Figure(*device, *step, self.tokens_per_second, peak, f"run {run.name}", today())
+            add_figure(run.directory.parent, figure)
 
     def close(self, status: str, step: int, **more: Any) -> None:
         """Write the last status and close the bar and the files."""
@@ -208,6 +272,17 @@ class Reporter:
             self._bar.close()
             self._metrics.close()
             self._trackers.close(status)
+
+
+def complete_status(run: Run, last: dict[str, Any], checkpoint: str) -> None:
+    """Draw the chart and write the status of a run that was killed just before this; `last` is the meta.json
+    of its last checkpoint."""
+    if read_status(run.directory).get("status") != "finished":
+        step = last["global_step"]
+        reporter = Reporter(run, step, last["seconds"], enabled=True)
+        reporter.loss, reporter.checkpoint = last["train_loss"], checkpoint
+        reporter.chart(final=True)
+        reporter.close("finished", step)
 
 
 def _cut_back_metrics(path: Path, step: int) -> BinaryIO:

@@ -20,6 +20,7 @@ from basemodel.errors import InputError
 from basemodel.run import Run
 from basemodel.run_folder import read_status
 from basemodel.token_files import whole_set
+from gpt import GPTModel
 
 # Keys of train.json that may change when a run goes on: they say how the same work is split, kept, checked or
 # shown.
@@ -29,6 +30,8 @@ FREE_ON_RESUME = {
     "global_batch_size",
     "compile",
     "usd_per_hour",
+    "max_hours",
+    "max_usd",
     "checkpoint_interval",
     "keep_checkpoints",
     "validation_interval",
@@ -68,6 +71,13 @@ def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpoin
             "min_train_tokens, or name an earlier checkpoint"
         )
     return checkpoint
+
+
+def check_space(run: Run, step: int) -> None:
+    """Raise InputError if the disk has no room for the checkpoints still to be written after step `step`."""
+    parameters = GPTModel.outline(run.model_config).parameter_count()
+    to_come, keep = run.saves_from(step), run.config.keep_checkpoints
+    checkpointing.require_space(run.checkpoints, to_come, keep, parameters)
 
 
 def rng_state(device: torch.device) -> dict[str, str]:

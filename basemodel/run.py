@@ -9,13 +9,14 @@ from basemodel.config import TrainConfig
 from basemodel.data import BatchPlan, RunData
 from basemodel.errors import InputError
 from basemodel.json_config import read_config
+from basemodel.optimizer import learning_rate_at
 from basemodel.run_folder import find_run
 from gpt import GPTConfig
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is trained, on which data, and where the results go. Nothing of it changes during training."""
+    """What is trained, on which data, and where the results go. Only a budget changes its end."""
 
     directory: Path
     config: TrainConfig
@@ -63,6 +64,10 @@ class Run:
     def checkpoint_interval(self) -> int | None:
         """Global steps between two checkpoints; None: only one, at the end."""
         return self.config.checkpoint_interval or self.config.validation_interval
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of step `step`, from 0."""
+        return learning_rate_at(step, self.plan.steps, self.config)
 
     def validates_after(self, step: int) -> bool:
         """Whether to validate after `step` steps: before the first, at the interval, and at the end."""

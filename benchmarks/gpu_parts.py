@@ -21,6 +21,7 @@ from throughput import in_turns, make_side, synchronize
 from basemodel.config import TrainConfig
 from basemodel.distributed import join_world
 from basemodel.errors import RunError
+from basemodel.figures import Figure, add_figure, speed_hash, today
 from basemodel.json_config import read_json_object
 from basemodel.machines import peak_flops
 from basemodel.memory import is_out_of_memory, peak_memory
@@ -208,6 +209,11 @@ def speed(setup: Setup, report: Report) -> None:
         share = mfu(middle, flops, setup.device_name)
         first = f"{found['first_step_seconds']:.1f}"
         report.row(*cells, spread(speeds, ",.0f"), share, f"{found['peak_gib']:.2f}", first, ratio)
+        if side != "plain" and not setup.tiny:
+            shape, config = GPTConfig(**model), TrainConfig(**values)
+            step = speed_hash(shape, config, compiled=side == "compiled"), config.microbatch_size
+            device = setup.device_name, setup.device_gib, 1
+            add_figure(ROOT / "runs", Figure(*device, *step, middle, found["peak_gib"], "make gpu", today()))
     if problems:
         raise RunError(f"{problems} kinds of steps failed")
 

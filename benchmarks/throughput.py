@@ -33,7 +33,9 @@ from torch.nn.parallel import DistributedDataParallel
 from basemodel.command_line import run_command
 from basemodel.config import TrainConfig
 from basemodel.distributed import World, join_world
+from basemodel.figures import Figure, add_figure, speed_hash, today
 from basemodel.json_config import read_config
+from basemodel.machines import device_memory_gib
 from basemodel.memory import keep_freed_memory
 from basemodel.precision import choose_precision
 from ddp_train import Learner
@@ -216,6 +218,7 @@ def main(
     if world.is_first:
         results = summarise(configs, model_config, seconds, single, world)
         show(results)
+        keep_figures(results, configs, model_config, runs_dir)
         if json_file:
             json_file.write_text(json.dumps(results, indent=1))
     if dist.is_initialized():
@@ -261,6 +264,23 @@ def summarise(
             base = results["sides"]["plain"]["tokens_per_second"]
             results["sides"][side]["ratio"] = [ours / one for ours, one in zip(speeds, base, strict=True)]
     return results
+
+
+def keep_figures(
+    results: dict[str, Any], configs: dict[str, TrainConfig], model_config: GPTConfig, runs_dir: Path
+) -> None:
+    """Keep what was measured of our own sides, for plans."""
+    device = results["device"], device_memory_gib(), results["processes"]
+    for side in configs.keys() - {"plain"}:
+        row, config = results["sides"][side], configs[side]
+        figure = (
+            statistics.median(row["tokens_per_second"]),
+            row["peak_gib"],
+            "benchmarks/throughput.py",
+            today(),
+        )
+        step = speed_hash(model_config, config, compiled=side == "compiled"), config.microbatch_size
+        add_figure(runs_dir, Figure(*device, *step, *figure))
 
 
 def in_words(config: TrainConfig) -> str:

@@ -263,13 +263,20 @@ def test_speed_time_and_cost_are_those_of_the_clock(sandbox: Sandbox) -> None:
         "Tokens seen: 1,024",
         f"Throughput: {1024 / 218:,.0f} tokens/second",
     ]
-    shown = re.findall(r"step (\d)/8: .* (\d+) tokens/s, \$(\d+\.\d\d), ETA (\S+)", out.stderr)
+    shown = re.findall(
+        r"step (\d)/8: .* (\d+) tokens/s, \$(\d+\.\d\d) of \$(\d+\.\d\d), ETA (\S+)", out.stderr
+    )
     costs = [f"{end / 16:.2f}" for end in (46, 62, 78, 94, 140, 156, 172, 188)]
     left = ["01:52", "01:36", "01:20", "01:04", "00:48", "00:32", "00:16", "00:00"]
-    assert shown == list(zip("12345678", "8" * 8, costs, left, strict=True))
+    expected = [
+        f"{(end + 16 * (8 - step)) / 16:.2f}"
+        for step, end in enumerate((46, 62, 78, 94, 140, 156, 172, 188), 1)
+    ]
+    assert shown == list(zip("12345678", "8" * 8, costs, expected, left, strict=True))
     status = sandbox.status()
     assert status["tokens_per_second"] == pytest.approx(8)
     assert status["seconds"] == 218 and status["cost_usd"] == pytest.approx(218 / 16)
+    assert status["expected_cost_usd"] == status["cost_usd"]
     assert status["eta_seconds"] == 0
 
     plan = sandbox.train("tiny", "--plan")
@@ -280,7 +287,8 @@ def test_speed_time_and_cost_are_those_of_the_clock(sandbox: Sandbox) -> None:
 GPU = """
 from basemodel import machines
 machines.current_device_name = lambda: "NVIDIA A100-SXM4-40GB"
-machines.PEAK_TFLOPS.update({"A10": 2e-6, "A100": 1e-6})
+known = machines.peak_flops
+machines.peak_flops = lambda name: known(name) and known(name) / 312e6  # an A100 does 1,000,000 FLOP/s
 """
 
 
