@@ -93,6 +93,7 @@ class WeightsAndBiases:
             config=settings_of(run),
             settings=wandb.Settings(console="off", init_timeout=START_SECONDS),
         )
+        self._teardown = wandb.teardown
         self.last = self._run.starting_step - 1
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -100,8 +101,9 @@ class WeightsAndBiases:
         self._run.log(values, step=step, commit=True)
 
     def close(self, *, failed: bool) -> None:
-        """Wait for the upload."""
+        """Wait for the upload, and until W&B's own process has written its files."""
         self._run.finish(exit_code=int(failed))
+        self._teardown()
 
 
 class Trackio:

@@ -60,7 +60,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 def in_wandb(run_dir: Path) -> Values:
     """What the last offline folder holds."""
-    path = max(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    (path,) = run_dir.glob("wandb/latest-run/*.wandb")
     values: Values = {}
     for record in wandb_records(path):
         if record.WhichOneof("record_type") == "history":
@@ -200,7 +200,8 @@ def test_without_credentials_the_last_offline_folder_has_all_of_the_run(
     log(run, trackers, 3, train_loss=3)
     trackers.close("finished")
     expected = {1: {"train_loss": 1}, 2: {"train_loss": 2, "val_loss": 0.5}, 3: {"train_loss": 3}}
-    assert in_wandb(run.directory) == expected and said == []
+    assert said == []
+    assert in_wandb(run.directory) == expected
 
 
 def test_a_failure_is_one_warning_and_made_good_by_the_next_start(tracked: Run) -> None:
