@@ -5,8 +5,8 @@
     python compare_runs.py demo demo-tied --html runs/compare.html
     python -m http.server --directory runs          then look at http://localhost:8000/compare.html
 
-The page is self-contained. When served together with the runs' folders, it also polls their metrics.jsonl and
-status.json, and so follows runs in progress.
+The page is self-contained. When served together with the runs' folders, it also polls their metrics.jsonl,
+status.json and samples.jsonl, and so follows runs in progress.
 """
 
 import dataclasses
@@ -25,19 +25,20 @@ import click
 import numpy as np
 
 from basemodel.charts import xkcd_chart
-from basemodel.command_line import run_command
+from basemodel.command_line import require_file_path, run_command
 from basemodel.config import TrainConfig
 from basemodel.errors import InputError
 from basemodel.files import replace_text
 from basemodel.json_config import read_config
 from basemodel.measured_loss import MeasuredLoss, read_test_loss
-from basemodel.run_folder import find_run, read_metrics, read_status
+from basemodel.run_folder import find_run, read_metrics, read_samples, read_status
 from basemodel.task_results import TaskResult, headlines, read_task_results
 from gpt import GPTConfig, GPTModel
 
 UNKNOWN = "–"
-BINS = 200  # points in a training curve
-Points = list[tuple[int, float]]  # tokens seen, loss
+BINS = 200  # points in a curve of all steps
+SAMPLES = 100  # of a run, kept in the page; served with the runs' folders, it reads all of them
+Points = list[tuple[int, float]]  # tokens seen, value
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,10 +52,7 @@ Points = list[tuple[int, float]]  # tokens seen, loss
 def main(run_names: tuple[str, ...], chart: Path, page: Path | None, refresh: int, runs_dir: Path) -> None:
     """Compare the runs RUN ..., folders in runs/: print a Markdown table and chart their losses."""
     for path in filter(None, (chart, page)):
-        if not path.parent.is_dir():
-            raise InputError(f"{path}: no such folder: {path.parent}")
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder; name a file")
+        require_file_path(path)
     for name in run_names:
         if run_names.count(name) > 1:
             raise InputError(f"run '{name}' is named twice")
@@ -82,8 +80,11 @@ class RunSummary:
     config: dict[str, Any]  # model.json and train.json, with their defaults
     parameters: int
     status: dict[str, Any]
-    train: Points  # binned
+    train: Points  # the training loss, binned
     validation: Points
+    learning_rate: Points  # binned
+    grad_norm: Points  # binned
+    samples: list[dict[str, Any]]  # what the model said while it trained
     validation_loss: float | None  # the best so far
     test: MeasuredLoss | None  # of the best checkpoint, else of the latest
     tasks: list[TaskResult]  # likewise
@@ -115,9 +116,12 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
         status=read_status(folder),
         train=binned(curve(metrics, "train_loss")),
         validation=validation,
+        learning_rate=binned(curve(metrics, "learning_rate")),
+        grad_norm=binned(curve(metrics, "grad_norm")),
+        samples=read_samples(folder / "samples.jsonl"),
         validation_loss=min((loss for _, loss in validation), default=None),
         test=next(filter(None, map(read_test_loss, checkpoints)), None),
-        tasks=headlines(next(filter(None, map(read_task_results, checkpoints)), [])),
+        tasks=next(filter(None, map(read_task_results, checkpoints)), []),
         tokens=last.get("tokens"),
         seconds=last.get("seconds"),
         global_batch=step and step["tokens"] // step["step"] // model_config.context_length,
@@ -127,7 +131,7 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
 
 
 def curve(metrics: list[dict[str, Any]], key: str) -> Points:
-    """A loss over the tokens seen, without NaN, which the file holds as null."""
+    """A value over the tokens seen, without NaN, which the file holds as null."""
     return [(line["tokens"], line[key]) for line in metrics if line.get(key) is not None]
 
 
@@ -157,7 +161,7 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
         changed = (key for key in config if config[key] != first[key])
         return ", ".join(f"{key} {json.dumps(first[key])} → {json.dumps(config[key])}" for key in changed)
 
-    tasks = dict.fromkeys(result.title for run in runs for result in run.tasks)
+    tasks = dict.fromkeys(result.title for run in runs for result in headlines(run.tasks))
 
     return [
         {
@@ -169,7 +173,7 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
             "validation loss": shown(run.validation_loss, "{:.4f}"),
             "test loss": UNKNOWN if run.test is None else str(run.test),
             **dict.fromkeys(tasks, UNKNOWN),
-            **{result.title: str(result) for result in run.tasks},
+            **{result.title: str(result) for result in headlines(run.tasks)},
             "tokens/s": shown(run.tokens_per_second, "{:,.0f}"),
             "hours": shown(run.seconds and run.seconds / 3600, "{:.2f}"),
             "cost": cost(run.status),
@@ -219,21 +223,14 @@ def highest_loss(runs: list[RunSummary]) -> float:
 
 def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, seconds: int) -> None:
     """Write a page that shows the runs and, when served with their folders, follows them."""
-    content = [
-        {
-            "folder": quote(os.path.relpath(run.folder.resolve(), path.resolve().parent)),
-            "cells": {
-                **dict.fromkeys(("run", "differs from the first by", "now", "minutes to go"), UNKNOWN),
-                **cells,
-                "now": run.status.get("status", "not started"),
-            },
-            "train": run.train,
-            "validation": run.validation,
-        }
-        for run, cells in zip(runs, rows, strict=True)
-    ]
+    titles = {result.title for run in runs for result in run.tasks}  # which have a table of their own there
+    rows = [{column: cell for column, cell in row.items() if column not in titles} for row in rows]
+    content = [page_entry(run, cells, path) for run, cells in zip(runs, rows, strict=True)]
+    for entry, group in zip(content, groups(runs), strict=True):
+        entry["group"] = group
+    title = " / ".join(run.folder.name for run in runs[:4]) + (" …" if len(runs) > 4 else "")
     values = {
-        "TITLE": html.escape(" / ".join(run.folder.name for run in runs)),
+        "TITLE": html.escape(title),
         "NOTES": html.escape(" ".join(notes(runs))),
         "RUNS": json.dumps(content).replace("<", r"\u003c"),  # so that no text can end the script element
         "SECONDS": str(seconds),
@@ -243,6 +240,46 @@ def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, s
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = re.sub("@([A-Z]+)@", lambda match: values[match[1]], template)
     replace_text(path, page)
+
+
+def page_entry(run: RunSummary, cells: dict[str, str], page: Path) -> dict[str, Any]:
+    """What the page holds of a run: the table's `cells` and more, its curves, samples and tasks."""
+    price, status = run.config["usd_per_hour"], run.status.get("status", "not started")
+    hours = 0.0 if status == "finished" else (run.status.get("eta_seconds") or 0) / 3600 or None
+    more = {
+        "now": status,
+        "minutes to go": shown(hours and 60 * hours, "{:,.1f}"),
+        "cost": shown(run.status.get("cost_usd"), "${:,.2f}"),
+        "cost to come": shown(None if None in (price, hours) else price * hours, "${:,.2f}"),
+    }
+    first = "run", "now", "validation loss", "test loss", "hours", "minutes to go", "cost", "cost to come"
+    last = "differs from the first by"  # which may be long
+    order = dict.fromkeys((*first, *cells, last))
+    steps = sorted({sample["step"] for sample in run.samples})
+    kept = {*steps[:: max(1, len(run.samples) // SAMPLES)], *steps[-1:]}
+    return {
+        "folder": quote(os.path.relpath(run.folder.resolve(), page.resolve().parent)),
+        "cells": {key: (cells | more)[key] for key in sorted(order, key=last.__eq__)},
+        "price": price,
+        "train": run.train,
+        "validation": run.validation,
+        "learning_rate": run.learning_rate,
+        "grad_norm": run.grad_norm,
+        "samples": [sample for sample in run.samples if sample["step"] in kept],
+        "samples_to_come": bool(run.samples or run.config.get("sample_interval")),
+        "tasks": {result.title: str(result) for result in run.tasks},
+    }
+
+
+def groups(runs: list[RunSummary]) -> list[str]:
+    """The name of each run's group: those that differ in random_seed alone share the first one's name."""
+    names: dict[str, str] = {}
+    for run in runs:
+        key = json.dumps({**run.config, "random_seed": None})
+        if key not in names:
+            name = re.sub(r"[-_.]*seed[-_.]?\d+$", "", run.folder.name)
+            names[key] = run.folder.name if name in ("", *names.values()) else name
+    return [names[json.dumps({**run.config, "random_seed": None})] for run in runs]
 
 
 if __name__ == "__main__":

@@ -81,6 +81,14 @@ def require_inside(folder: Path, path: Path) -> None:
         raise InputError(f"{path}: is a link that points outside {folder}; give the folder itself")
 
 
+def require_file_path(path: Path) -> None:
+    """Raise InputError unless a file can be written to `path`, as far as folders go."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: no such folder: {path.parent}")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
+
+
 def require_repo_id(repo_id: str, what: str = "dataset") -> None:
     """Raise InputError unless `repo_id`, of a `what` on the Hub, is OWNER/NAME, with plain names."""
     owner, slash, name = repo_id.partition("/")

@@ -80,7 +80,7 @@ class TrainConfig:
                 raise InputError(f"{key} must be from 0 to 100, not {getattr(self, key)}")
         self._check_schedule()
         if self.optimizer != "muon" and self.muon_learning_rate != TrainConfig.muon_learning_rate:
-            raise InputError('muon_learning_rate has no effect without "optimizer": "muon"')
+            raise InputError('muon_learning_rate has no effect without "optimizer": "muon"; leave it out')
         if not self.use_amp and self.precision not in ("auto", "fp32"):
             raise InputError(
                 f'precision "{self.precision}" contradicts "use_amp": false, which means "fp32"; drop one'
@@ -108,7 +108,7 @@ class TrainConfig:
                 f"warmup_period_percent {warmup:g} and decay_period_percent {decay:g} add up to more than 100"
             )
         if self.schedule != "wsd" and decay != TrainConfig.decay_period_percent:
-            raise InputError('decay_period_percent has no effect without "lr_schedule": "wsd"')
+            raise InputError('decay_period_percent has no effect without "lr_schedule": "wsd"; leave it out')
 
     @property
     def schedule(self) -> str:

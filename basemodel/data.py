@@ -20,7 +20,6 @@ from basemodel.errors import InputError
 from basemodel.hub import dataset_folder
 from basemodel.json_config import read_json_object
 from basemodel.token_files import TokenFiles
-from basemodel.tokenizer import get_tokenizer
 from basemodel.trained_tokenizer import TOKENIZER_FILE
 from gpt import GPTConfig
 
@@ -175,6 +174,8 @@ def match_tokenizer(folder: Path, model: GPTConfig) -> GPTConfig:
         )
     end_of_text = model.end_of_text_id
     if model.tokenizer == "dataset":
+        from basemodel.tokenizer import get_tokenizer  # and with it tiktoken, which nothing else here needs
+
         tokenizer = get_tokenizer("dataset", folder)
         vocab_size, end_of_text = tokenizer.n_vocab, tokenizer.eot_token
     if isinstance(vocab_size, int) and vocab_size > model.vocab_size:

@@ -6,6 +6,7 @@ import json
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -24,21 +25,26 @@ def read_config(config_class: type[Config], path: Path) -> Config:
     return checked_config(config_class, read_json_object(path), path)
 
 
-def checked_config(config_class: type[Config], values: dict[str, Any], path: Path) -> Config:
-    """The dataclass `config_class` with the `values` that a file holds. Raises InputError, as above."""
+def checked_config(config_class: type[Config], values: dict[str, Any], source: Path | str) -> Config:
+    """The dataclass of a JSON object's values, checked as in `read_config`; errors name their `source`."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for key in values:
-        if key not in fields:
-            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
-            raise InputError(f"{path}: unknown key '{key}'; did you mean '{nearest}'?")
+        require_known(key, fields, source)
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
-            raise InputError(f"{path}: the key '{name}' is missing")
+            raise InputError(f"{source}: the key '{name}' is missing")
     hints = typing.get_type_hints(config_class)
     try:
         return config_class(**{key: _checked(key, value, hints[key]) for key, value in values.items()})
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{source}: {error}") from None
+
+
+def require_known(key: str, known: Iterable[str], source: Path | str) -> None:
+    """Raise InputError, naming the nearest key, unless `key` is one of the `known`."""
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        raise InputError(f"{source}: unknown key '{key}'; did you mean '{nearest}'?")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

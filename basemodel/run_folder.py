@@ -91,6 +91,20 @@ def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
         time.sleep(0.2)
 
 
+def is_locked(run_dir: Path) -> bool:
+    """Whether another process holds the lock of a run's folder, because it trains the run."""
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks on this file system
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
 def set_earlier_results_aside(directory: Path) -> Path | None:
     """Move the results of an earlier run into a new subfolder and return it; None if there are none."""
     names = ("checkpoints", "metrics.jsonl", "status.json", "training-run-chart.png", "samples.jsonl")

@@ -11,12 +11,13 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import tiktoken
+from typing import TYPE_CHECKING, Any
 
 from basemodel.errors import InputError
 from basemodel.json_config import read_json_object
+
+if TYPE_CHECKING:
+    import tiktoken  # slow to import, and not needed to train on tokens
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -60,7 +61,7 @@ def train_tokenizer(texts: Iterator[str], size: int, path: Path) -> None:
     tokenizer.save(str(path))
 
 
-def read_tokenizer(path: Path) -> tiktoken.Encoding:
+def read_tokenizer(path: Path) -> "tiktoken.Encoding":
     """The tokenizer of a tokenizer.json, as a tiktoken encoding with the same ids.
 
     Raises InputError, saying what is different, for anything but a byte-level BPE with GPT-2's pattern and
@@ -74,7 +75,9 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
 
 
 @functools.lru_cache(maxsize=8)  # until the file changes
-def _read_tokenizer(path: Path, mtime_ns: int, size: int) -> tiktoken.Encoding:
+def _read_tokenizer(path: Path, mtime_ns: int, size: int) -> "tiktoken.Encoding":
+    import tiktoken
+
     content = read_json_object(path)
     try:
         model = _checked_model(content)
@@ -90,7 +93,7 @@ def _read_tokenizer(path: Path, mtime_ns: int, size: int) -> tiktoken.Encoding:
     )
 
 
-def same_tokenizer(one: tiktoken.Encoding, other: tiktoken.Encoding) -> bool:
+def same_tokenizer(one: "tiktoken.Encoding", other: "tiktoken.Encoding") -> bool:
     """Whether two tokenizers of `read_tokenizer` give the same ids."""
     return (one._mergeable_ranks, one.eot_token) == (other._mergeable_ranks, other.eot_token)
 

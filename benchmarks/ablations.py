@@ -1,93 +1,59 @@
-"""What each change to the demo's recipe does to its loss, time and memory, beside the noise of seeds.
+"""What each change to the demo's recipe does to its loss, beside the noise of seeds, and to its step time.
 
     python benchmarks/ablations.py datasets /tmp/ablations      runs/demo and every runs/demo-*, three seeds
 
-Trains every run with every seed by `ddp_train.py`, `--at-once` of them at a time on their share of the cores,
-and validates each on all of the validation split. Stopped, it goes on with the same command. Steps are timed
-afterwards, in turns on all cores, when nothing trains. Prints a Markdown table.
+Has ablate.py train them in FOLDER, the demo-* runs as variations of the demo, and validate each on all of the
+validation split. Stopped, it goes on with the same command. Steps are timed afterwards, in turns, when
+nothing trains. Prints two Markdown tables.
 """
 
+import dataclasses
 import functools
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from common import ROOT, measured_code, require, runs_dir_option, spread
+from common import runs_dir_option
 
+import ablate
 from basemodel.command_line import run_command
 from basemodel.config import TrainConfig
 from basemodel.distributed import join_world
-from basemodel.errors import RunError
 from basemodel.hub import dataset_folder
 from basemodel.json_config import read_config, read_json_object
 from basemodel.token_files import TokenFiles
 from ddp_train import Learner
 from gpt import GPTConfig
 
-RESULT = "ablation.json"  # in the folder of a run that is done
+
+def all_settings(run_dir: Path) -> dict[str, Any]:
+    """The keys of a run's two files, with their defaults, but for those of validation."""
+    configs = read_config(GPTConfig, run_dir / "model.json"), read_config(TrainConfig, run_dir / "train.json")
+    values = {key: value for each in configs for key, value in dataclasses.asdict(each).items()}
+    return {key: value for key, value in values.items() if not key.startswith("validation_")}
 
 
-def changes(run: str, runs_dir: Path) -> str:
-    """What a run changes in the demo's two files."""
-    said = []
-    for name in ("model", "train"):
-        ours, demo = (read_json_object(runs_dir / each / f"{name}.json") for each in (run, "demo"))
-        keys = [key for key in {**ours, **demo} if ours.get(key) != demo.get(key)]
-        keys = [key for key in keys if not key.startswith("validation_")]
-        said += [f"{key} {json.dumps(ours[key]) if key in ours else 'left out'}" for key in keys]
-    return ", ".join(said)
+def variation(run_dir: Path, base: Path) -> str:
+    """What a run changes in the base, as `--vary` has it."""
+    ours, theirs = all_settings(run_dir), all_settings(base)
+    return ",".join(f"{key}={json.dumps(ours[key])}" for key in ours if ours[key] != theirs[key])
 
 
-def train(
-    run_dir: Path, seed: int, datasets: Path, folder: Path, *, threads: int, tokens: int | None
-) -> None:
-    """Train a run with a seed, or go on with it, and keep its loss and its process's peak memory."""
-    own = folder / f"{run_dir.name}-{seed}"
+def write_base(run_dir: Path, datasets: Path, own: Path, tokens: int | None) -> None:
+    """Write the base's two files to `own`: validated on all there is, at the end, and trained on `tokens`."""
     model, config = (read_json_object(run_dir / f"{name}.json") for name in ("model", "train"))
     split = TokenFiles(dataset_folder(datasets, config["dataset"]), "validation")
     batches = (split.count - 1) // model["context_length"] // config["microbatch_size"]
-    config |= {"random_seed": seed, "validation_interval": 1_000_000, "validation_batches": batches}
+    config |= {"validation_interval": 1_000_000, "validation_batches": batches}
     config |= {"checkpoint_interval": 500, "keep_checkpoints": 1}
     config |= {"min_train_tokens": tokens} if tokens else {}
-    of = [model, config, measured_code()]
-    if (own / RESULT).exists():
-        was = read_json_object(own / RESULT).get("of")
-        require(was == of, f"{own} is of another recipe, length, commit or PyTorch; name another FOLDER")
-        return
     own.mkdir(parents=True, exist_ok=True)
     (own / "model.json").write_text(json.dumps(model))
     (own / "train.json").write_text(json.dumps(config))
-    command = [
-        sys.executable,
-        "ddp_train.py",
-        own.name,
-        str(datasets.resolve()),
-        "--resume",
-        "--runs-dir",
-        folder,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with (own / "output.txt").open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-        _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise RunError(f"{own.name} failed; see {own / 'output.txt'}")
-    lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
-    loss = [line["val_loss"] for line in lines if "val_loss" in line][-1]
-    result = {"loss": loss, "gibibytes": used.ru_maxrss / 2**20, "of": of}
-    (own / RESULT).write_text(json.dumps(result))
-    print(f"{own.name}: {loss:.4f}", flush=True)
 
 
 def step_times(runs: list[str], runs_dir: Path, rounds: int) -> dict[str, float]:
@@ -110,58 +76,34 @@ def step_times(runs: list[str], runs_dir: Path, rounds: int) -> dict[str, float]
     return {run: statistics.median(each) for run, each in taken.items()}
 
 
-def print_table(
-    runs: dict[str, str], results: dict[tuple[str, int], dict[str, Any]], times: dict[str, float]
-) -> None:
-    """A row for each run: its change, loss, difference to the demo with the same seed, time and memory."""
-    seeds = sorted({seed for _, seed in results})
-    print(f"\nseeds {', '.join(map(str, seeds))}; median (least to most) over them\n")
-    print("| run | change | validation loss | less the demo's | step, ms | ratio | peak GiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for run, change in runs.items():
-        losses = [results[run, seed]["loss"] for seed in seeds]
-        lesser = [results[run, seed]["loss"] - results["demo", seed]["loss"] for seed in seeds]
-        mean, less = spread(losses, ".3f"), spread(lesser, "+.3f")
-        memory = max(results[run, seed]["gibibytes"] for seed in seeds)
-        cells = run, change, mean, less if run != "demo" else "", f"{times[run]:.1f}"
-        print(f"| {' | '.join(cells)} | {times[run] / times['demo']:.2f} | {memory:.2f} |")
-
-
 @click.command()
 @click.argument("datasets_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="From 42 on.")
-@click.option("--tokens", type=click.IntRange(min=1), help="Of each training; default: the runs' own.")
-@click.option(
-    "--at-once", type=click.IntRange(min=1), default=2, show_default=True, help="Trainings at a time."
-)
+@click.option("--tokens", type=click.IntRange(min=1), help="Of each training; default: the demo's own.")
 @click.option(
     "--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="Timed steps of each."
 )
 @runs_dir_option
 def main(
-    datasets_dir: Path,
-    folder: Path,
-    seeds: int,
-    tokens: int | None,
-    at_once: int,
-    rounds: int,
-    runs_dir: Path,
-) -> None:
+    datasets_dir: Path, folder: Path, seeds: int, tokens: int | None, rounds: int, runs_dir: Path
+) -> int | None:
     """Train runs/demo and runs/demo-* on DATASETS_DIR's data, in FOLDER, and compare them."""
-    runs = ["demo", *sorted(path.parent.name for path in runs_dir.glob("demo-*/train.json"))]
-    folder.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-    todo = [(run, seed) for seed, run in product(range(42, 42 + seeds), runs)]
-    common = {"datasets": datasets_dir, "folder": folder.resolve(), "threads": threads, "tokens": tokens}
-    with ThreadPoolExecutor(at_once) as pool:
-        try:
-            for done in [pool.submit(train, runs_dir / run, seed, **common) for run, seed in todo]:
-                done.result()
-        finally:  # after a failure or Ctrl-C no other begins
-            pool.shutdown(wait=False, cancel_futures=True)
-    results = {(run, seed): read_json_object(folder / f"{run}-{seed}" / RESULT) for run, seed in todo}
-    print_table({run: changes(run, runs_dir) for run in runs}, results, step_times(runs, runs_dir, rounds))
+    demo = runs_dir / "demo"
+    # Two dashes are ablate.py's own runs.
+    found = sorted(path.parent for path in runs_dir.glob("demo-*/train.json") if "--" not in path.parent.name)
+    varied = {run.name: variation(run, demo) for run in found}
+    write_base(demo, datasets_dir, folder / "demo", tokens)
+    options = ["--seeds", seeds, "--runs-dir", folder, "--chart", folder / "ablate.png"]
+    options += [word for text in varied.values() for word in ("--vary", text)]
+    command = [str(word) for word in ("demo", datasets_dir, *options)]
+    if status := ablate.main.main(command, standalone_mode=False):
+        return status
+    times = step_times(["demo", *varied], runs_dir, rounds)
+    print("\n| run | change | step, ms | ratio |\n| --- | --- | --- | --- |")
+    for run, taken in times.items():
+        print(f"| {run} | {varied.get(run, '')} | {taken:.1f} | {taken / times['demo']:.2f} |")
+    return None
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def write_model(folder: Path, seed: int = 0, **changes: Any) -> tuple[Path, Path
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 SCRIPTS = ("ddp_train", "prepare_datasets", "compare_runs", "upload_model")
-SCRIPTS += ("test_loss", "test_smoke", "test_ift", "test_harness")
+SCRIPTS += ("test_loss", "test_smoke", "test_ift", "test_harness", "ablate")
 HEAVY = (
     "torch._dynamo",
     "torch.distributed.run",

@@ -75,6 +75,7 @@ def assert_lines(said: str, *patterns: str) -> None:
 
 def test_every_benchmark_is_run_here() -> None:
     scripts = {path.stem for path in ROOT.glob("benchmarks/*.py")} - {"common", "reference", "gpu_parts"}
+    scripts.remove("roofline")  # whose figures test_plan.py checks
     assert scripts == set(
         re.findall(r'(?:measured|Script)\([^"]*"(?:benchmarks/)?(\w+)(?:\.py)?"', Path(__file__).read_text())
     )
@@ -82,18 +83,13 @@ def test_every_benchmark_is_run_here() -> None:
 
 def test_ablations(sandbox: Sandbox) -> None:
     command = sandbox.datasets, sandbox.path / "kept", "--seeds", 1, "--tokens", 256, "--rounds", 2
-    said = measured(sandbox, "ablations", *command)
-    assert_lines(said, rf"\| demo \| \| {SPREAD} \| \| {FIGURE} \| 1.00 \| {FIGURE} \|")
-    row = rf"\| {SIGNED} \| {FIGURE} \| {FIGURE} \| {FIGURE} \|"
-    assert_lines(said, rf"\| demo-rate \| learning_rate 0.02 \| {SPREAD} {row}")
-    # What is kept is read again, unless it is of other code.
-    assert "demo-rate-42" not in measured(sandbox, "ablations", *command)
-    kept = sandbox.path / "kept/demo-42/ablation.json"
-    *configs, code = json.loads(kept.read_text())["of"]
-    assert set(code) == {"commit", "torch"}
-    kept.write_text(json.dumps({"of": [*configs, code | {"torch": "2.11.0"}]}))
-    with pytest.raises(AssertionError, match="is of another recipe, length, commit or PyTorch"):
-        measured(sandbox, "ablations", *command)
+    forked = f"{BESIDE}; import test_ablate; test_ablate.fork_trainings()"
+    said = measured(sandbox, "ablations", *command, before=forked)
+    assert_lines(said, rf"\| demo \| 1 \| {FIGURE} \| .*", rf"\| learning_rate=0.02 \| 1 \| {FIGURE} \| .*")
+    assert_lines(said, rf"\| demo \| \| {FIGURE} \| 1.00 \|")
+    assert_lines(said, rf"\| demo-rate \| learning_rate=0.02 \| {FIGURE} \| {FIGURE} \|")
+    config = json.loads((sandbox.path / "kept/demo--learning_rate-0.02--seed-42/train.json").read_text())
+    assert (config["min_train_tokens"], config["validation_batches"]) == (256, 1999 // 16 // 2)
 
 
 def test_generation(sandbox: Sandbox) -> None:
@@ -105,6 +101,11 @@ def test_generation(sandbox: Sandbox) -> None:
 
 
 ABSENT = ("datasets", "pyarrow", "tiktoken")
+
+
+def test_footprint(sandbox: Sandbox) -> None:
+    said = measured(sandbox, "footprint", "--measure", "1M", "eager", runs=False)
+    assert_lines(said, FIGURE)
 
 
 def test_gpu(sandbox: Sandbox) -> None:
@@ -261,6 +262,12 @@ def test_prepare(sandbox: Sandbox) -> None:
     said = measured(sandbox, "prepare", *command, runs=False, before=few)
     for side in ("plain loop", "tiktoken, 1"):
         assert_lines(said, rf"\| {side} \| {SPREAD} \| {SPREAD} \| {FIGURE} \| {FIGURE}, {FIGURE} \|")
+
+
+def test_fetching(sandbox: Sandbox) -> None:
+    said = measured(sandbox, "fetching", "--megabytes", 2, "--rounds", 1, "--kills", 1, runs=False)
+    assert_lines(said, rf"One connection: {SPREAD} s for 2 MB", rf"Ours: {SPREAD} s")
+    assert_lines(said, rf"1 cuts and kills: the server sent {FIGURE} times the file; it ended right")
 
 
 def test_readers(sandbox: Sandbox) -> None:

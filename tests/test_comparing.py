@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import html.parser
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 import compare_runs
 from basemodel.errors import InputError
 from basemodel.measured_loss import MeasuredLoss, write_test_loss
+from basemodel.task_results import TaskResult, keep_task_results
 from compare_runs import main, notes, read_run
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
@@ -62,7 +64,7 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag: str, attributes: list) -> None:
         self._inside = dict(attributes).get("id", "")
         self.links += [value for name, value in attributes if name in ("src", "href")]
-        self.unclosed += [] if tag in ("meta",) else [tag]
+        self.unclosed += [] if tag in ("meta", "input") else [tag]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.unclosed.pop() == tag
@@ -95,6 +97,11 @@ def test_table_chart_and_page(runs: Sandbox) -> None:
     assert first["cells"]["now"] == "finished"
     assert first["validation"] == [[step * 128, loss] for step, loss in zip((0, 4, 8), lines, strict=True)]
     assert third["train"] == []
+    assert first["learning_rate"] == [[step * 128, 0.01] for step in range(1, 9)]
+    norms = runs.metrics("one", "grad_norm")
+    assert first["grad_norm"] == [[step * 128, norm] for step, norm in enumerate(norms, start=1)]
+    assert (first["cells"]["cost"], first["cells"]["cost to come"]) == (one["cost"], "$0.00")
+    assert third["cells"]["cost to come"] == "–"
 
 
 def test_the_chart_holds_what_it_draws(
@@ -203,28 +210,157 @@ def served(runs: Sandbox) -> Iterator[str]:
         server.terminate()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to render the page")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to render the page")
+
+
+def rendered(address: str, *options: str) -> str:
+    """The page as Chromium shows it after its scripts have run."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
+    done = subprocess.run(
+        [*command, "--dump-dom", "--enable-logging=stderr", *options, address],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Uncaught" not in done.stderr, done.stderr
+    return done.stdout
+
+
+@needs_chromium
 def test_the_page_follows_a_run_in_headless_chromium(runs: Sandbox, served: str) -> None:
     folder = runs.run_dir("later")
+    runs.write_run("later", train={**VALIDATE, "usd_per_hour": 8.0})
+    (folder / "samples.jsonl").write_text("")
     compare(runs, "one", "two", "later", "--html", runs.path / "runs/compare.html")
+    (folder / "samples.jsonl").unlink()
     # What happens after the page was made, half a line included.
     line = {"step": 3, "tokens": 384, "train_loss": 4.1, "val_loss": 3.9876, "seconds": 7200.0}
     (folder / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 4, "tok')
     now = {"status": "running", "step": 3, "total_steps": 8, "tokens": 384, "tokens_per_second": 4321.0}
-    now |= {"eta_seconds": 90.0, "seconds": 7200.0, "cost_usd": None}
+    now |= {"eta_seconds": 90.0, "seconds": 7200.0, "cost_usd": 16.0}
     (folder / "status.json").write_text(json.dumps(now))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
     picture = runs.path / "page.png"
-    command += ["--dump-dom", f"--screenshot={picture}", "--window-size=1200,900", f"{served}/compare.html"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    page = rendered(f"{served}/compare.html", f"--screenshot={picture}", "--window-size=1200,900")
     for name in ("metrics.jsonl", "status.json"):
         (folder / name).unlink()
-    cells = re.findall(r"<td>([^<]*)</td>", done.stdout)
-    assert "Uncaught" not in done.stderr
-    assert "running, 3 / 8 steps" in cells
-    assert "3.9876" in cells
-    assert "4,321" in cells
-    assert "2.00" in cells
-    assert "3 of 3 runs read" in done.stdout
-    assert done.stdout.count("<polyline") == 6
+    runs.write_run("later", train=VALIDATE)
+    cells = re.findall(r"<td>([^<]*)</td>", page)
+    for text in ("running, 3 / 8 steps", "3.9876", "4,321", "2.00", "1.5", "$16.00", "$0.20"):
+        assert text in cells, text
+    assert "$0.20 to come" in page
+    assert "3 of 3 runs read" in page
+    # Two losses, the learning rate and the gradient norm of each run.
+    assert page.count("<polyline") == 3 * 4
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def fifteen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of five configs with three seeds each, with samples and tasks."""
+    sandbox = Sandbox(tmp_path_factory.mktemp("fifteen"))
+    names = []
+    for rate in (1, 2, 3, 4, 5):
+        for seed in (42, 43, 44):
+            names.append(f"rate-{rate}--seed-{seed}")
+            train = {**VALIDATE, "learning_rate": rate / 100, "random_seed": seed}
+            folder = sandbox.write_run(names[-1], train=train)
+            lines = [{"step": 0, "tokens": 0, "val_loss": 99.0, "seconds": 0.1}]
+            lines += [
+                {"step": step, "tokens": 64 * step, "train_loss": 4 / step + rate, "grad_norm": 1 + step % 2}
+                | {"learning_rate": rate / 100, "seconds": step, "val_loss": 4 / step + rate + seed / 100}
+                for step in range(1, 9)
+            ]
+            (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+            said = [
+                {"step": step, "tokens": 64 * step, "prompt": prompt, "text": f"{step} </script>{last}{rate}"}
+                for step in (2, 4, 8)
+                for prompt, last in (("Every effort", "t"), ("Return the", "e"))
+            ]
+            (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, said)) + '\n{"step": 9')
+            best = folder / "checkpoints/best"
+            best.mkdir(parents=True)
+            kept = [
+                TaskResult("piqa", "acc", 0.5 + rate / 100, 0.01, True, 9, None, 0, None, "1", "1", "now")
+            ]
+            if seed == 42:
+                kept += [TaskResult("arc_easy", "acc", 0.25, None, True, 100, 100, 5, None, "1", "1", "now")]
+            keep_task_results(best, kept)
+    (sandbox.run_dir(names[-1]) / "checkpoints/best/harness.json").write_text('{"results": [{"task": 1')
+    page = sandbox.path / "compare.html"
+    compare(sandbox, *names, "--html", page)
+    return page
+
+
+def polylines(page: str, panel: str = "loss") -> list[tuple[str, str, list[float]]]:
+    """The curves of a panel: color, thickness, and heights on the screen."""
+    chart = page.partition(f'<svg id="{panel}"')[2].partition("</svg>")[0]
+    found = []
+    for style, inside in re.findall(r"<g style=\"--color: (#\w+)\"[^>]*>(.*?)</g>", chart):
+        for points, thickness in re.findall(r'<polyline points="([^"]*)" stroke-width="([\d.]+)"', inside):
+            found.append((style, thickness, [float(point.partition(",")[2]) for point in points.split()]))
+    return found
+
+
+@needs_chromium
+def test_fifteen_runs_are_readable(fifteen: Path) -> None:
+    page = rendered(f"file://{fifteen}")
+    colors = [color for color, thickness, _ in polylines(page) if thickness == "2.5"]
+    assert len(colors) == 15 and len(set(colors)) == 5
+    assert [colors[index] for index in (0, 1, 2)] == [colors[0]] * 3 and colors[3] != colors[0]
+    assert len(re.findall("rate-. × 3", page)) == 5
+    heights = [heights for _, _, heights in polylines(page)]
+    assert all(8 <= height <= 440 for curve in heights for height in curve)
+    assert all(len(curve) == 8 for curve in heights), "not the loss of 99 before training"
+    assert [len(polylines(page, panel)) for panel in ("learning_rate", "grad_norm")] == [15, 15]
+    tasks = page.partition('<table id="tasks">')[2].partition("</table>")[0]
+    assert re.findall("<th>(.*?)</th>", tasks) == [
+        "run",
+        "piqa acc",
+        "arc_easy acc (5-shot, first 100 documents)",
+    ]
+    assert (tasks.count("0.5300 ± 0.0100"), tasks.count("<td>0.2500</td>"), tasks.count("<tr")) == (3, 5, 15)
+    assert "0.5300" not in page.partition('<table id="table">')[2].partition("</table>")[0]
+    assert page.count("8 &lt;/script&gt;t1") == 3 and "2 &lt;/script&gt;" not in page
+
+
+@needs_chromium
+def test_a_view_is_chosen_by_clicking_and_kept_in_the_address(fifteen: Path) -> None:
+    clicks = """
+        const click = (where, index = 0) => document.querySelectorAll(where)[index].click();
+        const slide = (name, value) => {
+          control(name).value = value;
+          control(name).dispatchEvent(new Event("input"));
+        };
+        click("#legend button", 2);  // hides the second group
+        click("#table tr:nth-child(2) input");  // and the first run
+        click("[name=log]");
+        click("[name=only]");
+        slide("step", 1);
+        control("prompt").value = "Return the";
+        control("prompt").dispatchEvent(new Event("change"));
+        click("#table th", 2), click("#table th", 2);  // by validation loss, the worst first
+        document.title = location.hash;
+        const last = near.loss.at(-1), box = id("loss").getBoundingClientRect();
+        const there = { clientX: box.x + last.px, clientY: box.y + last.py };
+        id("loss").dispatchEvent(new PointerEvent("pointermove", there));
+    """
+    clicked = fifteen.with_name("clicked.html")
+    clicked.write_text(fifteen.read_text().replace("</html>", f"<script>{clicks}</script></html>"))
+    page = rendered(f"file://{clicked}")
+    hashed = re.search("<title>(.*?)</title>", page)[1].replace("&amp;", "&")
+    again = rendered(f"file://{fifteen}{hashed}")
+    for each in (page, again):
+        assert len(polylines(each)) == 15 - 3 - 1
+        losses = [4 / step + 5 + 0.44 for step in range(1, 9)]
+        heights = polylines(each)[-1][2][1:]
+        # Evenly spaced on the screen as their logarithms are.
+        ratio = (heights[1] - heights[0]) / (heights[3] - heights[0])
+        expected = [math.log(loss) for loss in losses]
+        assert ratio == pytest.approx((expected[1] - expected[0]) / (expected[3] - expected[0]), abs=0.02)
+        assert each.count("4 &lt;/script&gt;e1") == 2 and "&lt;/script&gt;e2" not in each
+    assert re.search(r'<div id="tip">rate-5--seed-44: validation loss 5.94 at 512 tokens</div>', page)
+    rows = re.findall(r'<tr[^>]*data-run="([^"]*)"', page.partition('<table id="table">')[2])
+    assert (rows[0], rows[14]) == ("rate-5--seed-44", "rate-1--seed-42")
+    smooth = polylines(rendered(f"file://{fifteen}#smooth=0.5"))[0][2]
+    # Of 5, 3 and 7/3, with weights 1, 1/2, 1/4 from the last one back: 5, 11/3 and 61/21.
+    assert (smooth[1] - smooth[0]) / (smooth[2] - smooth[0]) == pytest.approx(7 / 11, abs=0.01)

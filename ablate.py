@@ -1,0 +1,204 @@
+#!/usr/bin/env python3
+"""Which changes to a run help, and which differences are only the noise of the seed?
+
+    python ablate.py demo datasets --vary drop_rate=0.1 --vary tie_weights=true,learning_rate=0.01
+    python ablate.py baseline datasets --vary qkv_bias=true --seeds 5 --launch "torchrun --nproc_per_node=8"
+
+Trains BASE and each variation with several seeds, one after another, as plain runs in runs/, named by what
+they change: demo--drop_rate-0.1--seed-42. Stopped or killed, the same command continues; with more --seeds or
+another --vary, it trains only what is missing.
+"""
+
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+import click
+
+from basemodel.ablation import Study, final_loss
+from basemodel.command_line import require_file_path, run_command
+from basemodel.errors import InputError, RunError
+from basemodel.outcomes import draw_chart, notes, outcomes, table
+from basemodel.run_folder import is_locked, read_status
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("base", metavar="BASE")
+@click.argument("datasets_dir", type=click.Path(path_type=Path))
+@click.option(
+    "--vary",
+    "variations",
+    multiple=True,
+    required=True,
+    metavar="KEY=VALUE[,KEY=VALUE...]",
+    help="One variation: keys of train.json and model.json with other values; default leaves a key out.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="How many, from BASE's random_seed on.",
+)
+@click.option(
+    "--launch",
+    default=shlex.quote(sys.executable),
+    show_default="this Python",
+    help='What starts ddp_train.py, such as "torchrun --nproc_per_node=8".',
+)
+@click.option("--chart", type=Path, default="ablate.png", show_default=True)
+@click.option("--report", is_flag=True, help="Train nothing: show what there is so far.")
+@click.option("--runs-dir", type=click.Path(path_type=Path), default=Path(__file__).parent / "runs")
+def main(
+    base: str,
+    datasets_dir: Path,
+    *,
+    variations: tuple[str, ...],
+    seeds: int,
+    launch: str,
+    chart: Path,
+    report: bool,
+    runs_dir: Path,
+) -> int:
+    """Train the run BASE and variations of it with several seeds, on data sets kept in DATASETS_DIR, and say
+    which differences in validation loss stand out of the noise."""
+    study = Study.plan(runs_dir, base, variations, seeds)
+    require_file_path(chart)
+    failed: dict[str, str] = {}
+    if not report:
+        study.write_configs()
+        with Trainings(study, find_launcher(launch), datasets_dir) as trainings:
+            trainings.check()
+            if stopped := trainings.run():
+                print("Stopped; the same command continues", flush=True)
+                return 128 + stopped
+            failed = trainings.failed
+    print(f"\n{table(study)}")
+    for note in notes(study):
+        print(f"\n{note}")
+    if any(outcome.differences for outcome in outcomes(study)):
+        draw_chart(study, chart)
+        print(f"\nChart: {chart}")
+    if failed:
+        said = "; ".join(f"{name} {reason}" for name, reason in failed.items())
+        raise RunError(f"{len(failed)} trainings failed; the same command tries them again: {said}")
+    return 0
+
+
+def find_launcher(launch: str) -> list[str]:
+    """The words that start ddp_train.py. Raises InputError if there is no such program."""
+    try:
+        words = shlex.split(launch)
+    except ValueError as error:
+        raise InputError(f"--launch {launch}: {error}") from None
+    if not words:
+        raise InputError("--launch: must be a command, such as python or torchrun --nproc_per_node=8")
+    # First beside this Python: its environment may not be activated.
+    places = str(Path(sys.executable).parent), None
+    program = next(filter(None, (shutil.which(words[0], path=place) for place in places)), None)
+    if program is None:
+        raise InputError(f"--launch {launch}: there is no program '{words[0]}'")
+    return [program, *words[1:]]
+
+
+class Trainings:
+    """Trains the runs of a study one after another; a signal that asks to stop also stops the training."""
+
+    def __init__(self, study: Study, launcher: list[str], datasets_dir: Path) -> None:
+        self.study, self.launcher, self.datasets_dir = study, launcher, datasets_dir
+        self.failed: dict[str, str] = {}  # reasons, by the run's name
+        self.stopped: int | None = None  # by this signal
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> Self:
+        wanted = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+        heard = [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]  # as by nohup
+        self._handlers = {number: signal.signal(number, self._stop) for number in heard}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, _: object) -> None:
+        self.stopped = self.stopped or number
+        if self._process:
+            self._process.terminate()  # it saves a checkpoint first
+
+    def check(self) -> None:
+        """Have `--plan` check each variant that has not begun, here, with this launcher and data.
+
+        Raises InputError for the first that could not be trained.
+        """
+        for variant in self.study.variants:
+            folder = self.study.folder(variant, self.study.seeds[0])
+            if self.stopped or (folder / "metrics.jsonl").exists():
+                continue
+            done = self._start(folder, "--plan", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            said = done.communicate()[1]
+            if done.returncode and not self.stopped:
+                errors = re.findall("^Error: (.*)", said, re.MULTILINE) or said.strip().splitlines()[-1:]
+                raise InputError(f"{folder.name}: {errors[0] if errors else 'it cannot be started'}")
+
+    def run(self) -> int | None:
+        """Train what has not finished; return the signal that stopped it, if one did.
+
+        A training that fails, because it diverges for example, does not keep the others from being trained.
+        Raises RunError if the first one fails.
+        """
+        runs = self.study.runs()
+        for number, folder in enumerate(runs, start=1):
+            self._wait_for_others()
+            if not self.stopped and final_loss(folder) is None:
+                print(f"\n[{number}/{len(runs)}] {folder.name}", flush=True)
+                self._train(folder)
+            if self.stopped:
+                return self.stopped
+            if self.failed and number == 1:
+                raise RunError(f"{folder.name} {self.failed[folder.name]}")
+        return None
+
+    def _train(self, folder: Path) -> None:
+        """Train one run to its end, or as far as it gets."""
+        status = self._start(folder, "--resume").wait()
+        self._process = None
+        loss = final_loss(folder)
+        # Stopped from outside, as a preempted machine does; torchrun says only that its workers failed.
+        asked = [number for number in (signal.SIGTERM, signal.SIGINT) if status in (-number, 128 + number)]
+        if not self.stopped and asked:
+            self.stopped = asked[0]
+        elif status == 0 and loss is not None:
+            print(f"{folder.name}: validation loss {loss:.4f}", flush=True)
+        elif not self.stopped:
+            error = read_status(folder).get("error")
+            how = f"ended with exit status {status}" + ("" if status else ", without a result")
+            self.failed[folder.name] = f"failed: {error}" if error else how
+            print(f"{folder.name} {self.failed[folder.name]}", flush=True)
+
+    def _start(self, folder: Path, option: str, **streams: object) -> subprocess.Popen:
+        """Start ddp_train.py for a run, in a process group of its own, so that Ctrl-C reaches it once."""
+        words = [str(Path(__file__).with_name("ddp_train.py")), folder.name, str(self.datasets_dir), option]
+        command = [*self.launcher, *words, "--runs-dir", str(folder.parent)]
+        self._process = subprocess.Popen(command, process_group=0, **streams)
+        if self.stopped:
+            self._process.terminate()
+        return self._process
+
+    def _wait_for_others(self) -> None:
+        """Wait for what still trains a run of the study: an ablate.py that is killed leaves its training."""
+        for folder in self.study.runs():
+            if not self.stopped and is_locked(folder):
+                pid = read_status(folder).get("pid")
+                print(f"Waiting for process {pid}, which trains {folder.name}", flush=True)
+            while not self.stopped and is_locked(folder):
+                time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    run_command(main)
