@@ -47,7 +47,7 @@ from basemodel.optimizer import allocate_state, make_optimizer, set_learning_rat
 from basemodel.pending import PendingSteps, StepResult
 from basemodel.plan import is_for_machines, open_if_here, plan_on_machines, plan_options, print_plan
 from basemodel.precision import autocast, choose_precision, set_up_arithmetic
-from basemodel.reporting import Reporter, complete_status
+from basemodel.reporting import Reporter, check_reporting, complete_status
 from basemodel.resume import (
     check_space,
     find_checkpoint,
@@ -226,7 +226,10 @@ class Trainer:
         cannot be saved.
         """
         run, progress, pending = self.run, self.progress, PendingSteps(self.world.device)
-        self.reporter = Reporter(run, progress.step, progress.seconds, enabled=self.world.is_first)
+        # The others wait: a tracker may take long to reach its server.
+        self.reporter = self.world.agree(
+            lambda: Reporter(run, progress.step, progress.seconds, enabled=self.world.is_first)
+        )
         self.reporter.watch(self.world, compiled=self.learner.loss_module.is_compiled)
         keep, tokenizer = run.config.keep_checkpoints, run.data.tokenizer
         self.saver = checkpointing.Saver(run.checkpoints, keep, run.metrics, tokenizer)
@@ -318,14 +321,16 @@ class Trainer:
                 self.reporter.say(f"Skipped: {what}; the weights stay as they were")
 
     def _validate_and_save(self, stop: StopSignal) -> bool:
-        """Validate and save where that is due after this step, and draw the chart.
+        """Validate, sample and save where that is due after this step, and draw the chart.
 
         Returns False if a signal arrives during validation; the resumed run then repeats it, and decides as
         an uninterrupted run would.
         """
-        run, progress = self.run, self.progress
+        run, progress, world = self.run, self.progress, self.world
         if run.validates_after(progress.step) and not self._validate(stop):
             return False
+        if run.samples_after(progress.step):
+            world.agree(lambda: self.reporter.sample(self.learner.model, progress.step), on=world.is_first)
         progress.work_due = False
         if run.saves_after(progress.step):
             self._save()
@@ -559,7 +564,7 @@ def find_max_microbatch(run: Run, world: World, stop: StopSignal) -> int:
     with memory.memory_errors_explained("the model alone does not fit; use a smaller one or fewer processes"):
         learner = Learner(smallest, run.model_config, alone, any_size=True)
     learner.keeps_gradients = world.size > 1
-    try_size = functools.partial(rehearse, learner)
+    try_size = functools.partial(microbatch.rehearse, learner)
     size = microbatch.largest_that_fits(try_size, world, stop)
     if learner.loss_module.is_compiled:  # until now for any size, but a run compiles for its own
         torch.compiler.reset()
@@ -569,25 +574,6 @@ def find_max_microbatch(run: Run, world: World, stop: StopSignal) -> int:
     return size
 
 
-def rehearse(learner: Learner, size: int) -> str:
-    """Take two steps with microbatches of `size`, validate one, and describe memory and speed."""
-    config, shape, device = learner.config, learner.model.config, learner.world.device
-    learner.optimizer.zero_grad()  # left by a size that did not fit
-    memory.release_memory(device)
-    tokens = torch.randint(shape.vocab_size, (size, shape.context_length + 1)).to(device)
-    # With accumulation, gradients exist beside the activations of the second microbatch.
-    accumulates = config.global_batch_size is not None or config.gradient_accumulation_steps not in (None, 1)
-    microbatches = [tokens] * (2 if accumulates else 1)
-    for _ in range(2):
-        start = time.perf_counter()
-        learner.train_step(microbatches, learning_rate=0.0).tolist()  # waits for the device
-    speed = len(microbatches) * size * shape.context_length / (time.perf_counter() - start)
-    if config.validation_interval is not None:
-        learner.validation_loss(tokens)
-    peak, left = memory.peak_memory(device), memory.headroom(device)
-    return f"{peak:.2f} GiB, {speed:,.0f} tokens/s per process, {left:.1f} GiB left"
-
-
 def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, resume: bool) -> Run:
     """Lock the run's folder, download missing data, once per node, and check every token the run will use.
 
@@ -595,6 +581,7 @@ def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, 
     """
     config, model_config = run.config, run.model_config
     config.accumulation_for(world.size)  # raises an error here, not after a download
+    world.agree(functools.partial(check_reporting, run), on=world.is_first)
     if checkpoint is not None and not resume:
         world.agree(lambda: checkpointing.require_named(run.checkpoints, checkpoint), on=world.is_first)
     say = tqdm.write if resume else None

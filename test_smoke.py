@@ -3,10 +3,9 @@
 
 python test_smoke.py runs/demo/model.json runs/demo/checkpoints/best/model.safetensors --prompt "Return the"
 python test_smoke.py ... --prompt "Return the" --prompt "If the file" --samples 3 --seed 42
+python test_smoke.py ... --interactive
 """
 
-import math
-import re
 import sys
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import torch
 from basemodel.command_line import run_command
 from basemodel.errors import InputError
 from basemodel.generation import continuations
+from basemodel.interactive import PromptLine, Temperature
+from basemodel.terminal import printable
 from basemodel.tokenizer import get_tokenizer
 from basemodel.weight_files import folder_of
 from basemodel.weights import load_model
@@ -26,15 +27,16 @@ from basemodel.weights import load_model
 @click.argument("model_safetensors", type=Path)
 @click.option("--prompt", "prompts", multiple=True, default=["Every effort moves you"], show_default=True)
 @click.option("--tokens", type=click.IntRange(1), default=20, show_default=True, help="At most, per sample.")
-@click.option(
-    "--temperature", type=click.FloatRange(0, 1000), default=1.0, show_default=True, help="0: no sampling."
-)
+@click.option("--temperature", type=Temperature(), default=1.0, show_default=True, help="0: no sampling.")
 @click.option(
     "--top-k", type=click.IntRange(0), default=25, show_default=True, help="Tokens to sample from; 0: all."
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="For reproducible samples.")
 @click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Per prompt.")
+@click.option("--interactive", is_flag=True, help="Read prompts and settings from a prompt line.")
+@click.pass_context
 def main(
+    ctx: click.Context,
     model_json: Path,
     model_safetensors: Path,
     prompts: tuple[str, ...],
@@ -43,26 +45,26 @@ def main(
     top_k: int,
     seed: int | None,
     samples: int,
+    interactive: bool,
 ) -> None:
     """Continue one or more --prompt with the model in MODEL_SAFETENSORS, ours or a Hugging Face GPT-2."""
-    if math.isnan(temperature):
-        raise InputError("--temperature must be a number")
+    given = [name for name in ("prompts", "samples") if ctx.get_parameter_source(name).name == "COMMANDLINE"]
+    if interactive and given:
+        raise InputError("--interactive reads its prompts itself; leave out --prompt and --samples")
     model = load_model(model_json, model_safetensors)
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack characters
+    if interactive:
+        settings = {"temperature": temperature, "top-k": top_k, "tokens": tokens, "seed": seed}
+        types = {option.opts[0].removeprefix("--"): option.type for option in ctx.command.params}
+        return PromptLine(model, tokenizer, settings, types).run()
     generator = torch.Generator(model.tok_emb.weight.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     starts = [prompt for prompt in prompts for _ in range(samples)]
     options = {"temperature": temperature, "top_k": top_k, "generator": generator}
     texts = continuations(model, tokenizer, starts, tokens, **options)
-
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack characters
     separator = "\n\n" if len(texts) > 1 else "\n"
     print(separator.join(printable(start + text) for start, text in zip(starts, texts, strict=True)))
-
-
-def printable(text: str) -> str:
-    """The text with control characters, which could upset a terminal, escaped."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 if __name__ == "__main__":

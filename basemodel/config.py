@@ -49,6 +49,9 @@ class TrainConfig:
     usd_per_hour: float | None = None  # for the cost so far
     max_hours: float | None = None  # the run then ends in time, with its schedule finished
     max_usd: float | None = None  # the same, in dollars at usd_per_hour
+    sample_interval: int | None = None  # null: no samples
+    sample_prompts: tuple[str, ...] = ("Every effort moves you",)
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # the values of metrics.jsonl
     # Older spellings, of published runs
     schedule_learning_rate: bool = False  # true: "lr_schedule": "cosine"
     use_amp: bool = True  # false: "precision": "fp32"
@@ -86,6 +89,8 @@ class TrainConfig:
             raise InputError("max_usd needs usd_per_hour, the price of the machine")
         if self.validation_interval is not None and self.validation_batches <= 0:
             raise InputError("validation_batches must be at least 1 where validation_interval is set")
+        if self.sample_interval is not None and not self.sample_prompts:
+            raise InputError("sample_prompts must have at least one prompt where sample_interval is set")
 
     def _check_schedule(self) -> None:
         if self.schedule_learning_rate and self.schedule != "cosine":
@@ -164,6 +169,7 @@ POSITIVE_OR_NULL = (
     "checkpoint_interval",
     "validation_interval",
     "keep_checkpoints",
+    "sample_interval",
     "clipping_max_norm",
     "usd_per_hour",
     "max_hours",

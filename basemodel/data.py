@@ -126,6 +126,7 @@ class RunData:
     validation: Sequences | None
     model_config: GPTConfig  # with the data set's end-of-text token
     tokenizer: bytes | None  # the content of its tokenizer.json, if it has one of its own
+    folder: Path
 
 
 def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunData:
@@ -144,7 +145,7 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
             f"{model.context_length} after start_train_token {config.start_train_token}"
         )
     if config.validation_interval is None:
-        return RunData(train, None, model, tokenizer)
+        return RunData(train, None, model, tokenizer, folder)
     validation = sequences("validation", config.start_val_token)
     most = validation.count // config.microbatch_size
     if config.validation_batches > most:
@@ -153,7 +154,7 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
             f"validation batches of {config.microbatch_size} x {model.context_length} after start_val_token "
             f"{config.start_val_token}, not {config.validation_batches}"
         )
-    return RunData(train, validation, model, tokenizer)
+    return RunData(train, validation, model, tokenizer, folder)
 
 
 def match_tokenizer(folder: Path, model: GPTConfig) -> GPTConfig:

@@ -1,7 +1,7 @@
 """Generating text: continuing token sequences, and prompts in batches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +38,16 @@ class Sampling:
         return torch.multinomial(F.softmax(scaled, dim=-1), 1, generator=self.generator)
 
 
+def generate(model: GPTModel, tokens: Tensor, count: int, **options: Any) -> Tensor:
+    """Continue tokens (B, T) as `stream` does; return (B, T + count) or fewer columns."""
+    return torch.cat([tokens, *stream(model, tokens, count, **options)], dim=1)
+
+
 @torch.no_grad()
-def generate(
+def stream(
     model: GPTModel, tokens: Tensor, count: int, padding: Tensor | None = None, **options: Any
-) -> Tensor:
-    """Continue tokens (B, T), T at least 1, by up to `count` tokens; return (B, T + count) or fewer columns.
+) -> Iterator[Tensor]:
+    """Continue tokens (B, T), T at least 1, by up to `count` tokens; yield each column (B, 1) at once.
 
     `options` are Sampling's fields. The first `padding` (B,) tokens of each row are ignored. Past the context
     length the model sees the last context_length tokens; then every position shifts with each token, and the
@@ -61,9 +66,21 @@ def generate(
         if not logits.isfinite().all():
             raise RunError("the model's logits are not finite: its weights are damaged, or training diverged")
         tokens = torch.cat([tokens, sampling.choose(logits)], dim=1)
+        yield tokens[:, -1:]
         if sampling.stop is not None and (tokens[:, prompt:] == sampling.stop).any(dim=1).all():
             break
-    return tokens
+
+
+def encode_prompts(tokenizer: tiktoken.Encoding, prompts: Sequence[str], vocab_size: int) -> list[list[int]]:
+    """The tokens of each prompt; of an empty one, end-of-text. Raises InputError for tokens that a model with
+    this vocabulary does not know."""
+    encoded = [tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token] for prompt in prompts]
+    for prompt, tokens in zip(prompts, encoded, strict=True):
+        if max(tokens) >= vocab_size:
+            raise InputError(
+                f"the prompt '{prompt}' has tokens outside the model's vocabulary of {vocab_size}"
+            )
+    return encoded
 
 
 def continuations(
@@ -74,19 +91,18 @@ def continuations(
     `options` are Sampling's fields. Prompts of similar length are batched, padded on the left; an empty one
     starts after end-of-text. Raises InputError for prompts outside the model's vocabulary.
     """
-    end, vocab_size = tokenizer.eot_token, model.config.vocab_size
-    encoded = [tokenizer.encode_ordinary(prompt) or [end] for prompt in prompts]
-    if any(max(tokens) >= vocab_size for tokens in encoded):
-        raise InputError(f"the prompt has tokens outside the model's vocabulary of {vocab_size}")
+    end = tokenizer.eot_token
+    encoded = encode_prompts(tokenizer, prompts, model.config.vocab_size)
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     texts = [""] * len(prompts)
     device = model.tok_emb.weight.device
-    for first in tqdm(range(0, len(order), BATCH_SIZE), unit="batch", disable=None, leave=False):
+    batches = range(0, len(order), BATCH_SIZE)
+    for first in tqdm(batches, unit="batch", disable=len(batches) == 1 or None, leave=False):
         batch = order[first : first + BATCH_SIZE]
         longest = len(encoded[batch[-1]])
         padding = torch.tensor([longest - len(encoded[index]) for index in batch], device=device)
         rows = torch.tensor([[0] * (longest - len(encoded[i])) + encoded[i] for i in batch], device=device)
-        continued = generate(model, rows, count, padding, stop=end, **options)
+        continued = generate(model, rows, count, padding=padding, stop=end, **options)
         for index, row in zip(batch, continued[:, longest:].tolist(), strict=True):
             new = row[: row.index(end)] if end in row else row
             # The model's vocabulary may be padded beyond the tokenizer's.

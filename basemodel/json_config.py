@@ -87,8 +87,11 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
             if isinstance(value, str) and value in typing.get_args(option):
                 return value
         elif typing.get_origin(option) is tuple:
-            if isinstance(value, list) and len(value) == len(typing.get_args(option)):
-                return tuple(_checked(key, v, t) for v, t in zip(value, typing.get_args(option), strict=True))
+            kinds = typing.get_args(option)
+            if isinstance(value, list):
+                kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+                if len(value) == len(kinds):
+                    return tuple(_checked(key, v, kind) for v, kind in zip(value, kinds, strict=True))
         elif option is float and type(value) in (int, float) and abs(value) < sys.float_info.max:
             return float(value)
         elif option is not float and type(value) is option:
@@ -101,7 +104,8 @@ def _described(hint: Any) -> str:
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(json.dumps(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return f"a list of {len(typing.get_args(hint))} numbers"
+        first, *others = typing.get_args(hint)
+        return f"a list of {_described(first)}" if ... in others else f"a list of {1 + len(others)} numbers"
     if typing.get_args(hint):
         return " or ".join(_described(option) for option in typing.get_args(hint))
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}

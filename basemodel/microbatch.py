@@ -1,14 +1,16 @@
 """The search for the largest microbatch that fits (`-f`)."""
 
+import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from basemodel import memory
 from basemodel.distributed import StopSignal, World
 from basemodel.errors import RunError
-from basemodel.memory import is_out_of_memory
 
 
 class Rehearsal(World):
@@ -51,9 +53,28 @@ def fits(try_size: Callable[[int], str], size: int, world: World) -> bool:
     try:
         description = try_size(size)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not memory.is_out_of_memory(error):
             raise
     fitting = all(each is not None for each in world.all_gather(description))
     if world.is_first:
         tqdm.write(f"microbatch {size}: " + (f"fits, {description}" if fitting else "too large"))
     return fitting
+
+
+def rehearse(learner: Any, size: int) -> str:
+    """Let a Learner take two steps with microbatches of `size`, validate one; describe memory and speed."""
+    config, shape, device = learner.config, learner.model.config, learner.world.device
+    learner.optimizer.zero_grad()  # left by a size that did not fit
+    memory.release_memory(device)
+    tokens = torch.randint(shape.vocab_size, (size, shape.context_length + 1)).to(device)
+    # With accumulation, gradients exist beside the activations of the second microbatch.
+    accumulates = config.global_batch_size is not None or config.gradient_accumulation_steps not in (None, 1)
+    microbatches = [tokens] * (2 if accumulates else 1)
+    for _ in range(2):
+        start = time.perf_counter()
+        learner.train_step(microbatches, learning_rate=0.0).tolist()  # waits for the device
+    speed = len(microbatches) * size * shape.context_length / (time.perf_counter() - start)
+    if config.validation_interval is not None:
+        learner.validation_loss(tokens)
+    peak, left = memory.peak_memory(device), memory.headroom(device)
+    return f"{peak:.2f} GiB, {speed:,.0f} tokens/s per process, {left:.1f} GiB left"

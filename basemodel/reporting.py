@@ -1,4 +1,4 @@
-"""What a run logs while it trains: progress bar, metrics.jsonl, status.json and the chart."""
+"""What a run logs while it trains: progress bar, metrics.jsonl, samples.jsonl, status.json and the chart."""
 
 import json
 import math
@@ -23,13 +23,22 @@ from basemodel.files import replace_text
 from basemodel.memory import peak_memory
 from basemodel.run import Run
 from basemodel.run_folder import read_metrics, read_status
+from basemodel.samples import continue_prompts, keep_samples, require_tokenizer
+from basemodel.terminal import one_line
+from basemodel.trackers import Trackers, require_packages
 from gpt import GPTModel
 
 ENOUGH_STEPS = 100  # for a speed that later plans may use
 
 
+def check_reporting(run: Run) -> None:
+    """Raise InputError if samples or trackers that the config asks for would fail later."""
+    require_tokenizer(run)
+    require_packages(run.config.report_to)
+
+
 class Reporter:
-    """Progress line, metrics.jsonl, status.json and chart, written by the first process alone."""
+    """Progress line, metrics.jsonl, samples, trackers, status.json and chart, by the first process alone."""
 
     def __init__(self, run: Run, step: int, seconds: float, *, enabled: bool) -> None:
         """`run` goes on after `step` steps and `seconds` of training; only an `enabled` process reports."""
@@ -51,6 +60,9 @@ class Reporter:
             self._flops_per_token = GPTModel.outline(run.model_config).flops_per_token()
             self._peak = machines.peak_flops(machines.current_device_name())
             self._metrics = _cut_back_metrics(run.metrics, step)
+            if run.samples.exists():
+                keep_samples(run, step + 1, [])
+            self._trackers = Trackers(run, step, self.say)
             options = {"unit": "step", "disable": None, "dynamic_ncols": True}  # None: unless on a terminal
             self._bar = tqdm(total=self.plan.steps, initial=step, **options)
 
@@ -124,6 +136,18 @@ class Reporter:
                     self._metrics = _cut_back_metrics(path, self._begun_at)
             except OSError as error:
                 raise RunError(f"{path} could not be written: {error}; make room, then --resume") from error
+            self._trackers.log(finite)
+
+    def sample(self, model: GPTModel, step: int) -> None:
+        """Continue the run's prompts, show and keep what comes; a failure is no reason to stop training."""
+        try:
+            samples = continue_prompts(self.run, model, step)
+            keep_samples(self.run, step, samples)
+        except Exception as error:
+            self.say(f"Warning: no samples after step {step:,}: {type(error).__name__}: {error}")
+            return
+        for each in samples:
+            self.say(one_line(f"step {step:,}: {each['prompt']}{each['text']}"))
 
     def step(self, step: int, values: dict[str, float], *, step_seconds: float) -> None:
         """Log a finished training step (`values` has at least train_loss) and show the progress."""
@@ -221,9 +245,9 @@ class Reporter:
     def finish(self, step: int, train_loss: float | None, val_loss: float | None) -> None:
         """Draw the chart, write the last status, and say how the run ended."""
         self.chart(final=True)
+        seconds, tokens = self.seconds(), step * self.plan.tokens_per_step
         self.close("finished", step)
         self._keep_figure()
-        seconds, tokens = self.seconds(), step * self.plan.tokens_per_step
         self.say(f"Training complete in {seconds:,.3f} seconds")
         self.say(f"Tokens seen: {tokens:,}")
         self.say(f"Throughput: {tokens / seconds:,.0f} tokens/second")
@@ -247,6 +271,7 @@ class Reporter:
         if self.enabled:
             self._bar.close()
             self._metrics.close()
+            self._trackers.close(status)
 
 
 def complete_status(run: Run, last: dict[str, Any], checkpoint: str) -> None:

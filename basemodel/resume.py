@@ -37,6 +37,9 @@ FREE_ON_RESUME = {
     "validation_interval",
     "validation_batches",
     "start_val_token",
+    "sample_interval",
+    "sample_prompts",
+    "report_to",
 }
 
 

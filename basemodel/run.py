@@ -56,6 +56,11 @@ class Run:
         return self.directory / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """What the model said at some of this run's steps."""
+        return self.directory / "samples.jsonl"
+
+    @property
     def checkpoint_interval(self) -> int | None:
         """Global steps between two checkpoints; None: only one, at the end."""
         return self.config.checkpoint_interval or self.config.validation_interval
@@ -74,9 +79,14 @@ class Run:
         interval = self.checkpoint_interval
         return step == self.plan.steps or (step > 0 and interval is not None and step % interval == 0)
 
+    def samples_after(self, step: int) -> bool:
+        """Whether samples are due after `step` steps: at their interval."""
+        interval = self.config.sample_interval
+        return step > 0 and interval is not None and step % interval == 0
+
     def has_work_after(self, step: int) -> bool:
-        """Whether a validation or a checkpoint is due after `step` steps."""
-        return self.validates_after(step) or self.saves_after(step)
+        """Whether a validation, samples or a checkpoint are due after `step` steps."""
+        return self.validates_after(step) or self.samples_after(step) or self.saves_after(step)
 
     def saves_from(self, step: int) -> int:
         """How many checkpoints are due after step `step`."""

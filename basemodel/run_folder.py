@@ -107,7 +107,8 @@ def is_locked(run_dir: Path) -> bool:
 
 def set_earlier_results_aside(directory: Path) -> Path | None:
     """Move the results of an earlier run into a new subfolder and return it; None if there are none."""
-    names = ("checkpoints", "metrics.jsonl", "status.json", "training-run-chart.png")
+    names = ("checkpoints", "metrics.jsonl", "status.json", "training-run-chart.png", "samples.jsonl")
+    names += ("trackers.json", "tensorboard", "wandb")
     found = [directory / name for name in names if (directory / name).exists()]
     if not found:
         return None

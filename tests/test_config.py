@@ -40,6 +40,9 @@ RANGES = [  # key, values that are taken, values that are refused
     ("random_seed", [0, 2**63 - 1], [-1, 2**63]),
     ("keep_checkpoints", [None, 1], [0, -1]),
     ("usd_per_hour", [None, 0.1], [0, -1]),
+    ("sample_interval", [None, 1], [0, -1, 0.5]),
+    ("sample_prompts", [["a"], ["a", ""], []], ["a", [1], None]),
+    ("report_to", [[], ["wandb"], ["trackio", "tensorboard"]], ["wandb", ["wandb", "tensorbord"], None]),
 ]
 DEPENDENT = [  # values that go together, and such as do not
     ({"validation_interval": 1, "validation_batches": 1}, {"validation_interval": 1}),
@@ -53,6 +56,7 @@ DEPENDENT = [  # values that go together, and such as do not
     ({**MUON, "muon_learning_rate": 0.1}, {**MUON, "muon_learning_rate": 0}),
     ({"schedule_learning_rate": True}, {"schedule_learning_rate": True, "lr_schedule": "constant"}),
     ({"use_amp": False, "precision": "fp32"}, {"use_amp": False, "precision": "tf32"}),
+    ({"sample_prompts": ()}, {"sample_prompts": (), "sample_interval": 1}),
 ]
 MODELS = [
     *((key, [], [0, -1, 1.5]) for key in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")),
@@ -89,6 +93,9 @@ DEFAULTS = {
     "random_seed": 42,
     "keep_checkpoints": None,
     "usd_per_hour": None,
+    "sample_interval": None,
+    "sample_prompts": ("Every effort moves you",),
+    "report_to": (),
 }
 
 

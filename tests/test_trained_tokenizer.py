@@ -22,6 +22,8 @@ from basemodel.errors import InputError
 from basemodel.hub import fetch_dataset, fingerprint_files
 from basemodel.loss import NextTokenLoss
 from basemodel.readers import cut_into_pieces
+from basemodel.run_folder import read_samples
+from basemodel.terminal import printable
 from basemodel.tokenizer import MarkingEncoder, encode, get_tokenizer
 from basemodel.trained_tokenizer import (
     byte_characters,
@@ -379,6 +381,8 @@ def own_dataset(sandbox: Sandbox, trained: Path, end: int = SIZE - 1) -> Path:
             "validation_interval": 4,
             "validation_batches": 2,
             "checkpoint_interval": 4,
+            "sample_interval": 8,
+            "sample_prompts": ["Größe und"],
         },
     )
     return folder
@@ -403,8 +407,10 @@ def test_the_tokenizer_goes_with_the_model(sandbox: Sandbox, trained: Path) -> N
     assert measured.returncode == 0, measured.stderr
     assert_bits_per_byte(measured.stdout, folder, 160)
     folder.rename(sandbox.path / "elsewhere")
-    written = run_script("test_smoke.py", *model, "--prompt", "Größe und", "--seed", "1")
-    assert written.returncode == 0 and written.stdout.startswith("Größe und"), written.stderr
+    options = ("--prompt", "Größe und", "--seed", "42", "--tokens", "50")
+    written = run_script("test_smoke.py", *model, *options)
+    (sample,) = read_samples(sandbox.run_dir() / "samples.jsonl")
+    assert written.stdout == printable("Größe und" + sample["text"]) + "\n", written.stderr
     exported = run_script("upload_model.py", *model, sandbox.path / "exported")
     assert exported.returncode == 0, exported.stderr
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(sandbox.path / "exported")

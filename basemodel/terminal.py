@@ -1,0 +1,15 @@
+"""Showing text that may hold anything."""
+
+import re
+import sys
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which could upset a terminal, escaped."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def one_line(text: str) -> str:
+    """The text as one line that standard output can take, whatever its encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return printable(text).replace("\n", r"\n").encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,183 @@
+"""test_smoke.py --interactive: answers that stream, settings, characters that are never shown by halves."""
+
+import os
+import pty
+import re
+import select
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import ROOT, run_script, write_model
+from safetensors.torch import load_file, save_file
+
+from basemodel import interactive
+from basemodel.interactive import PromptLine
+from basemodel.tokenizer import get_tokenizer
+from basemodel.weights import load_model
+from test_smoke import main
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return [str(path) for path in write_model(tmp_path_factory.mktemp("model"), context_length=48)]
+
+
+def said(files: list[str], lines: str | bytes, *options: str) -> str:
+    """What the prompt line prints for these lines, through a pipe."""
+    done = CliRunner().invoke(main, [*files, "--interactive", *options], input=lines, catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.stdout
+
+
+def answer(files: list[str], prompt: str, *options: str) -> str:
+    """The same without the prompt line."""
+    done = CliRunner().invoke(main, [*files, "--prompt", prompt, *options], catch_exceptions=False)
+    return done.stdout + "\n"
+
+
+def test_answers_are_those_without_a_prompt_line_and_each_prompt_stands_alone(files: list[str]) -> None:
+    options = ("--seed", "3", "--tokens", "60", "--temperature", "0.9")
+    one, other = (answer(files, prompt, *options) for prompt in ("one", "Größe /語"))
+    assert said(files, "one\nGröße /語\n\none\n", *options) == one + other + one
+    assert said(files, "//dir\n", *options) == answer(files, "/dir", *options)
+
+
+def test_settings_are_changed_between_prompts(files: list[str]) -> None:
+    greedy = answer(files, "a", "--temperature", "0", "--tokens", "7")
+    sampled = answer(files, "a", "--temperature", "1.5", "--top-k", "3", "--tokens", "9", "--seed", "11")
+    first = said(files, "/temperature 0\n/tokens 7\na\n")
+    assert first == f"temperature 0.0\ntokens 7\n{greedy}"
+    second = said(files, "/temp=1.5\n/TOP_K 3\n/tokens 9\n/seed 11\na\n/seed none\n", "--temperature", "0")
+    assert second == f"temperature 1.5\ntop-k 3\ntokens 9\nseed 11\n{sampled}seed none\n"
+    assert said(files, "/tokens\n/quit\nnot reached\n", "--tokens", "5") == "tokens 5\n"
+    assert said(files, "/help\n") == interactive.HELP + "\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("/tempertaure 1", "there is no /tempertaure; did you mean /temperature? /help says more"),
+        ("/t 1", "there is no /t; did you mean /temperature or /top-k or /tokens? /help says more"),
+        ("/temperature nan", "/temperature: 'nan' is not a number."),
+        ("/temperature -1", "/temperature: -1.0 is not in the range 0<=x<=1000."),
+        ("/tokens many", "/tokens: 'many' is not a valid integer range."),
+        ("/seed -3", "/seed: -3 is not in the range 0<=x<=9223372036854775807."),
+        ("/", "there is no /; did you mean /temperature or /"),
+    ],
+)
+def test_what_is_mistyped_is_one_line_and_changes_nothing(files: list[str], line: str, error: str) -> None:
+    options = ("--temperature", "0", "--tokens", "3")
+    shown = said(files, f"{line}\na\n", *options)
+    assert shown.startswith(f"Error: {error}")
+    assert shown.split("\n", 1)[1] == answer(files, "a", *options)
+
+
+def test_a_prompt_longer_than_the_context_is_cut_with_a_note(files: list[str]) -> None:
+    options = ("--temperature", "0", "--tokens", "5")
+    note, rest = said(files, "x" * 20 + "y" * 48 + "\n", *options).split("\n", 1)
+    assert note == "(The prompt has 68 tokens; the model sees the last 48.)"
+    assert rest == "x" * 20 + answer(files, "y" * 48, *options)
+
+
+def test_prompt_and_samples_go_without_a_prompt_line(files: list[str]) -> None:
+    for option in (("--prompt", "a"), ("--samples", "2")):
+        done = run_script("test_smoke.py", *files, "--interactive", *option)
+        assert done.returncode == 2
+        assert (
+            done.stderr == "Error: --interactive reads its prompts itself; leave out --prompt and --samples\n"
+        )
+
+
+class Screen:
+    """A standard output that keeps what is written, one by one."""
+
+    def __init__(self) -> None:
+        self.written: list[str] = []
+
+    def write(self, text: str) -> None:
+        self.written.append(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_an_answer_streams_and_shows_no_character_by_halves(
+    files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that says what it is told, a byte at a time; its last character lacks a byte."""
+    text = "é語🙂\x1b[2J!".encode() + "語".encode()[:2]
+    screen, says = Screen(), iter(text)
+    monkeypatch.setattr(sys, "stdout", screen)
+
+    def stream(*_: object, **__: object) -> Iterator[torch.Tensor]:
+        for byte in says:
+            screen.written.append(byte)
+            yield torch.tensor([[byte]])
+
+    monkeypatch.setattr(interactive, "stream", stream)
+    settings = {"temperature": 0.0, "top-k": 1, "tokens": 99, "seed": None}
+    line = PromptLine(load_model(*map(Path, files)), get_tokenizer("bytes"), settings, {})
+    line._take("ä")
+    told = [i for i, each in enumerate(screen.written) if isinstance(each, int)]
+    shown = [each for each in screen.written if isinstance(each, str)]
+    assert "".join(shown) == "äé語🙂\\x1b[2J!\N{REPLACEMENT CHARACTER}\n\n"
+    between = ["".join(screen.written[a + 1 : b]) for a, b in pairwise(told)]
+    assert between == ["", "é", "", "", "語", "", "", "", "🙂", "\\x1b", "[", "2", "J", "!", ""]
+
+
+class Terminal:
+    """A process on a terminal of its own."""
+
+    def __init__(self, *command: str) -> None:
+        self.pid, self.handle = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.environ["TERM"] = "dumb"
+            os.execv(sys.executable, [sys.executable, *command])
+        self.shown = ""
+
+    def expect(self, pattern: str) -> str:
+        """Wait until the terminal shows `pattern`; return what stood before, and it."""
+        deadline = time.monotonic() + 60
+        while not (found := re.search(pattern, self.shown, re.DOTALL)):
+            assert time.monotonic() < deadline, self.shown
+            if select.select([self.handle], [], [], 1)[0]:
+                self.shown += os.read(self.handle, 4096).decode(errors="replace")
+        seen, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return seen
+
+    def type(self, keys: str) -> None:
+        os.write(self.handle, keys.encode())
+
+
+def test_on_a_terminal(tmp_path: Path) -> None:
+    """Ctrl-C stops an answer and discards a line, Ctrl-D leaves. The model never ends by itself."""
+    model_json, weights = write_model(tmp_path, context_length=48)
+    tensors = load_file(weights)
+    tensors["final_norm.shift"].fill_(5.0)
+    tensors["out_head.weight"][256].fill_(-1.0)
+    save_file(tensors, weights)
+    options = ("--interactive", "--tokens", "1000000")
+    terminal = Terminal("test_smoke.py", str(model_json), str(weights), *options)
+    assert "Ctrl-C stops an answer" in terminal.expect("> $")
+    terminal.type("abc\n")
+    terminal.expect(r"abc\r\nabc.{100}")
+    terminal.type("\x03")
+    terminal.expect(r"\r\n> $")
+    terminal.type("discarded")
+    terminal.expect("discarded")
+    terminal.type("\x03")
+    terminal.expect(r"\r\n> $")
+    terminal.type("/tokens\n")
+    terminal.expect(r"tokens 1000000\r\n> $")
+    terminal.type("\x04")
+    _, status = os.waitpid(terminal.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
