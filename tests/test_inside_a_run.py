@@ -178,11 +178,12 @@ def test_blocks_compute_in_the_precision_that_is_asked_for(
 
 
 WATCH_COMPILER = f"""{NO_CHART}
-import functools, torch
+import torch
+real = torch.compile
 def backend(graph, inputs):
     print("compiled", len(list(graph.graph.nodes)), flush=True)
     return graph.forward
-torch.compile = functools.partial(torch.compile, backend=backend)
+torch.compile = lambda *module, **options: real(*module, **(options | {{"backend": backend}}))
 """
 
 
