@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import http.server
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -90,7 +91,7 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
                     elif not file.is_file():
                         self.answer(404, {"X-Error-Code": "EntryNotFound"})
                     elif self.command == "GET" and hub.links is not None and "/cdn/" not in self.path:
-                        hub.links.add(link := f"/cdn/{len(hub.requests)}{self.path}")
+                        hub.links.add(link := f"/cdn/{secrets.token_hex(8)}{self.path}")
                         self.answer(302, {"Location": f"http://localhost:{server.server_port}{link}"})
                     elif "/cdn/" in self.path and (
                         self.path not in hub.links or "Authorization" in self.headers
