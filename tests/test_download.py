@@ -181,8 +181,6 @@ def test_links_to_another_server_that_expire_are_asked_for_again(hub: Hub, tmp_p
     hub.cuts += [1_000_000] * 3
     fetch(tmp_path)
     assert len(hub.ranges) == 6 and SIZE <= hub.sent < 1.2 * SIZE, "a cut may lose what is on its way"
-        "what a cut leaves in the wires may be lost"
-    )
 
 
 def test_a_server_without_ranges_sends_one_stream(hub: Hub, tmp_path: Path) -> None:
