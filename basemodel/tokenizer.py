@@ -76,12 +76,10 @@ class MarkingEncoder:
 
     END, MARK = b"\x1e", b"\x1f"  # of a text; of white space that belongs to the word after it
     PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x1e\x1f]+|\s+|[\x1e\x1f]"
-    # One of the marks, or white space beyond ASCII: texts with these are encoded one by one. `re` is fast at
-    # alternatives that all begin with a literal.
-    UNUSUAL = re.compile(
-        rb"\x1e|\x1f|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80"
+    # Texts with a mark, or with white space beyond ASCII, are encoded one by one.
+    OTHER_SPACE = re.compile(
+        rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80"
     )
-    IS_SPACE = np.isin(np.arange(256), list(b"\t\n\v\f\r "))
 
     def __init__(self, tokenizer: tiktoken.Encoding) -> None:
         ranks, self._end = tokenizer._mergeable_ranks, tokenizer.eot_token
@@ -95,7 +93,7 @@ class MarkingEncoder:
 
     def __call__(self, texts: Sequence[bytes]) -> np.ndarray:
         """Tokenize UTF-8 texts."""
-        unusual = [i for i, text in enumerate(texts) if self.UNUSUAL.search(text)]
+        unusual = {i for i, text in enumerate(texts) if self._is_unusual(text)}
         tokens = self._encode_usual([b"" if i in unusual else text for i, text in enumerate(texts)])
         if not unusual:
             return tokens
@@ -104,9 +102,14 @@ class MarkingEncoder:
             parts[i] = encode_each(functools.partial(encode, self._tokenizer), [texts[i]], self._end)
         return np.concatenate(parts)
 
+    def _is_unusual(self, text: bytes) -> bool:
+        if self.END in text or self.MARK in text:
+            return True
+        return not text.isascii() and self.OTHER_SPACE.search(text) is not None
+
     def _encode_usual(self, texts: Sequence[bytes]) -> np.ndarray:
         codes = np.frombuffer(self.END.join([*texts, b""]), np.uint8)
-        space = self.IS_SPACE[codes]
+        space = (codes == ord(" ")) | (codes - ord("\t") < 5)  # tab to carriage return; less than tab wraps
         word_begins = ~space & (codes != self.END[0])
         places = np.flatnonzero(space[:-2] & space[1:-1] & word_begins[2:]) + 1
         tokens = encode(self._marking, np.insert(codes, places, self.MARK[0]).tobytes())
