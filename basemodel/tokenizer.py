@@ -76,10 +76,10 @@ class MarkingEncoder:
 
     END, MARK = b"\x1e", b"\x1f"  # of a text; of white space that belongs to the word after it
     PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}\x1e\x1f]+|\s+|[\x1e\x1f]"
-    # Texts with a mark, or with white space beyond ASCII, are encoded one by one.
-    OTHER_SPACE = re.compile(
-        rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80"
-    )
+    # The UTF-8 of white space beyond ASCII, as numbers of two bytes and of three. Texts with such, or with a
+    # mark, are encoded one by one.
+    OTHER_SPACE_2 = (0xC285, 0xC2A0)
+    OTHER_SPACE_3 = (0xE19A80, *range(0xE28080, 0xE2808B), 0xE280A8, 0xE280A9, 0xE280AF, 0xE2819F, 0xE38080)
 
     def __init__(self, tokenizer: tiktoken.Encoding) -> None:
         ranks, self._end = tokenizer._mergeable_ranks, tokenizer.eot_token
@@ -93,22 +93,30 @@ class MarkingEncoder:
 
     def __call__(self, texts: Sequence[bytes]) -> np.ndarray:
         """Tokenize UTF-8 texts."""
-        unusual = {i for i, text in enumerate(texts) if self._is_unusual(text)}
-        tokens = self._encode_usual([b"" if i in unusual else text for i, text in enumerate(texts)])
+        codes = self._joined(texts)
+        unusual = self._unusual(texts, codes)
         if not unusual:
-            return tokens
+            return self._encode_usual(codes)
+        tokens = self._encode_usual(self._joined(b"" if i in unusual else t for i, t in enumerate(texts)))
         parts = np.split(tokens, np.flatnonzero(tokens == self._end) + 1)
         for i in unusual:
             parts[i] = encode_each(functools.partial(encode, self._tokenizer), [texts[i]], self._end)
         return np.concatenate(parts)
 
-    def _is_unusual(self, text: bytes) -> bool:
-        if self.END in text or self.MARK in text:
-            return True
-        return not text.isascii() and self.OTHER_SPACE.search(text) is not None
+    def _joined(self, texts: Iterable[bytes]) -> np.ndarray:
+        return np.frombuffer(self.END.join([*texts, b""]), np.uint8)
 
-    def _encode_usual(self, texts: Sequence[bytes]) -> np.ndarray:
-        codes = np.frombuffer(self.END.join([*texts, b""]), np.uint8)
+    def _unusual(self, texts: Sequence[bytes], codes: np.ndarray) -> set[int]:
+        """The numbers of the texts with white space beyond ASCII, or with a mark in them."""
+        ends = np.cumsum([len(text) + 1 for text in texts])
+        leads = np.flatnonzero((codes == 0xC2) | (codes - 0xE1 < 3))
+        three = sum(codes[leads + i].astype(np.uint32) << 16 - 8 * i for i in range(3))  # END comes last
+        spaces = leads[np.isin(three >> 8, self.OTHER_SPACE_2) | np.isin(three, self.OTHER_SPACE_3)]
+        marks = np.flatnonzero(codes == self.MARK[0])
+        end_marks = np.setdiff1d(np.flatnonzero(codes == self.END[0]), ends - 1)
+        return set(np.searchsorted(ends, np.concatenate([spaces, marks, end_marks]), "right").tolist())
+
+    def _encode_usual(self, codes: np.ndarray) -> np.ndarray:
         space = (codes == ord(" ")) | (codes - ord("\t") < 5)  # tab to carriage return; less than tab wraps
         word_begins = ~space & (codes != self.END[0])
         places = np.flatnonzero(space[:-2] & space[1:-1] & word_begins[2:]) + 1
