@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpointing
-from basemodel import data, heap, hub, memory, microbatch, run_folder
+from basemodel import data, hub, memory, microbatch, run_folder
 from basemodel.budget import Budget, has_ended
 from basemodel.command_line import run_command
 from basemodel.compilation import compile_if_wanted
@@ -106,7 +106,7 @@ class Learner:
             self._warm_up(self.ddp_module)
         torch.manual_seed(config.random_seed + 1 + world.rank)
         if world.device.type == "cpu":
-            heap.keep_freed_memory()
+            memory.keep_freed_memory()
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
 
     def _warm_up(self, module: nn.Module) -> None:

@@ -31,7 +31,6 @@ from basemodel import documents
 from basemodel.documents import LongText, Piece, Text, in_validation
 from basemodel.errors import RunError
 from basemodel.files import fingerprint
-from basemodel.heap import keep_freed_memory
 from basemodel.readers import read_documents
 from basemodel.tokenizer import Encoder, EnginesDisagree, GigatokenEncoder, get_tokenizer, tiktoken_encoder
 
@@ -266,7 +265,6 @@ def _start_worker(memory: Any, slots: Any, threads: int, folder: Path) -> None:
     Its temporary files are made in `folder`, on the disk that the tokens go to.
     """
     global _encoded, _threads
-    keep_freed_memory()
     _threads, tempfile.tempdir = threads, str(folder)
     _encoded = np.frombuffer(memory, np.int64).reshape(-1, 3)[slots.get()]
     signal.signal(signal.SIGINT, signal.SIG_IGN)

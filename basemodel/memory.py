@@ -1,5 +1,6 @@
 """Memory of the device and the host: how much is used, how it is freed, and how running out shows."""
 
+import ctypes
 import os
 import resource
 import sys
@@ -10,7 +11,19 @@ from pathlib import Path
 import torch
 
 from basemodel.errors import RunError
-from basemodel.heap import keep_freed_memory
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks for the next step instead of returning them to the system.
+
+    A CPU step that allocates its gigabytes again pays for the page faults; keeping the blocks nearly doubles
+    its speed. Memory left over from compilation is returned first. Does nothing without glibc.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def peak_memory(device: torch.device) -> float:

@@ -34,9 +34,9 @@ from basemodel.command_line import run_command
 from basemodel.config import TrainConfig
 from basemodel.distributed import World, join_world
 from basemodel.figures import Figure, add_figure, speed_hash, today
-from basemodel.heap import keep_freed_memory
 from basemodel.json_config import read_config
 from basemodel.machines import device_memory_gib
+from basemodel.memory import keep_freed_memory
 from basemodel.precision import choose_precision
 from ddp_train import Learner
 from gpt import GPTConfig, GPTModel
