@@ -37,7 +37,7 @@ from basemodel.tokenizer import Encoder, EnginesDisagree, GigatokenEncoder, get_
 SPLITS = ("train", "validation")
 PART_FILES = (*SPLITS, "lengths", "hashes")
 COUNTED = ("documents", "tokens", "bytes")  # what a size counts, in int64; bytes of UTF-8, for bits per byte
-JOB_BYTES = 1_000_000  # of text
+JOB_BYTES = 500_000  # of text; the buffers of larger ones cost page faults
 SAMPLE_BYTES = 50_000_000  # of text, to train a tokenizer on
 # Forked workers share the loaded vocabulary. The threads that numpy and pyarrow keep survive a fork, and none
 # of ours runs yet; macOS's own libraries do not survive one.
