@@ -14,16 +14,10 @@ MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-# How to convert a pickle; {path} is replaced. The names are those of nanoGPT, of the book and of Lightning.
-CONVERT = (
-    """python -c "import torch, safetensors.torch as s; t = torch.load('{path}', map_location='cpu', """
-    """weights_only=True); t = next((t[k] for k in ('model', 'model_state_dict', 'state_dict') if k in t), """
-    """t); s.save_file({{k: v.clone().contiguous() for k, v in t.items()}}, 'model.safetensors')\""""
-)
 # What files that are no safetensors files begin with, and what to do about it.
 BEGINNINGS = {
     rb"PK\x03\x04|\x80[\x02-\x05]": "is a pickle, which can run any code as it is loaded, so nothing here "
-    f"opens one; where you trust it, convert it with: {CONVERT}",
+    "opens one; where you trust it, convert it with the command in docs/clients.md",
     rb"GGUF": "is llama.cpp's GGUF; give the safetensors file that it was made from",
     rb"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch that with: git lfs pull",
     rb"\s*<": "is a web page, not the file itself; download that again",
@@ -99,5 +93,5 @@ def explanation(path: Path) -> str:
         beginning = file.read(64)
     for pattern, reason in BEGINNINGS.items():
         if re.match(pattern, beginning):
-            return reason.format(path=path)
+            return reason
     return ""

@@ -120,12 +120,16 @@ class _Handler(Answering):
 
 
 @contextlib.contextmanager
-def serve_folder(folder: Path) -> Iterator[FolderHub]:
-    """Serve the data sets in a folder for a while."""
-    hub = FolderHub(folder)
-    handler = type("Handler", (_Handler,), {"hub": hub})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+def serving(hub: Any, handler: type[Answering]) -> Iterator[Any]:
+    """A Hub that answers for a while, by a handler whose `hub` it is, at its `url`."""
+    own = type("HandlerOfOneHub", (handler,), {"hub": hub})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), own) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         hub.url = f"http://127.0.0.1:{server.server_port}"
         yield hub
         server.shutdown()
+
+
+def serve_folder(folder: Path) -> contextlib.AbstractContextManager[FolderHub]:
+    """Serve the data sets in a folder for a while."""
+    return serving(FolderHub(folder), _Handler)

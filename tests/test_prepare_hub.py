@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import http.server
 import json
 import re
 import threading
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from folder_hub import Answering
+from folder_hub import Answering, serving
 from helpers import Finished, Script, requested_range, wait_for
 from huggingface_hub import DatasetCard
 from texts import assert_holds, split_texts
@@ -170,13 +169,8 @@ class Handler(Answering):
 
 @pytest.fixture
 def hub() -> Iterator[FakeHub]:
-    hub = FakeHub()
-    handler = type("HandlerOfOneHub", (Handler,), {"hub": hub})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        hub.url = f"http://127.0.0.1:{server.server_port}"
+    with serving(FakeHub(), Handler) as hub:
         yield hub
-        server.shutdown()
 
 
 def start(hub: FakeHub, output: Path, *options: str, files: str = "sample/*", home: Path) -> Script:

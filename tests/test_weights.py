@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import BYTES, MODEL, refused, run_script, write_model
+from helpers import BYTES, MODEL, ROOT, refused, run_script, write_model
 from safetensors.torch import load_file, save_file
 
 from basemodel import huggingface
@@ -291,7 +291,7 @@ torch.save(
 
 
 @pytest.mark.parametrize("new", [True, False])
-def test_pickles_are_refused_with_a_command_that_converts_them(
+def test_pickles_are_refused_and_the_documented_command_converts_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: bool
 ) -> None:
     model_json, weights = write_model(tmp_path)
@@ -303,7 +303,9 @@ def test_pickles_are_refused_with_a_command_that_converts_them(
         with pytest.raises(InputError, match="is a pickle, which can run any code") as caught:
             load_model(model_json, path)
     assert "holds neither model.safetensors nor" in str(caught.value)
-    words = shlex.split(str(caught.value).partition("convert it with: ")[2])
+    assert "convert it with the command in docs/clients.md" in str(caught.value)
+    (command,) = re.findall("^python -c .*", (ROOT / "docs/clients.md").read_text(), re.MULTILINE)
+    words = shlex.split(command)
     assert words[:2] == ["python", "-c"]
     monkeypatch.chdir(pickled.parent)
     exec(words[2], {})
