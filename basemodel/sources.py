@@ -135,17 +135,11 @@ def _in_splits(source: Path, paths: list[Path], skipped: Counter[str], wanted: s
             and {wanted, "validation"} <= set(splits)
             and all(path.absolute() in split_of for path in paths)
         ):
-            of_path = {path: split_of[path.absolute()] for path in paths}
-            others = [path for path in paths if of_path[path] not in (wanted, "validation")]
-            skipped += Counter(f"of the split '{of_path[path]}'" for path in others)
-            return Source(
-                [
-                    (path, "validation" if of_path[path] == "validation" else "train")
-                    for path in paths
-                    if path not in others
-                ],
-                skipped,
-            )
+            splits_in_order = [(path, split_of[path.absolute()]) for path in paths]
+            others = (split for _, split in splits_in_order if split not in (wanted, "validation"))
+            skipped += Counter(f"of the split '{split}'" for split in others)
+            as_named = {wanted: "train", "validation": "validation"}
+            return Source([(p, as_named[s]) for p, s in splits_in_order if s in as_named], skipped)
         if wanted != "train":
             raise InputError(
                 f"{source}: the names of its files and folders tell no split '{wanted}' and another for "
