@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import select
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -141,6 +142,7 @@ class Terminal:
         if self.pid == 0:
             os.chdir(ROOT)
             os.environ["TERM"] = "dumb"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores it
             os.execv(sys.executable, [sys.executable, *command])
         self.shown = ""
 
