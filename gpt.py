@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from basemodel.attention import AttentionMask, Cache, attend, linear_together
 from basemodel.errors import InputError
 
+RESIDUAL_PROJECTIONS = "att.out_proj", "ff.layers.2"  # what a block adds to the residual stream
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -28,7 +30,7 @@ class GPTConfig:
     drop_rate: float
     qkv_bias: bool
     tie_weights: bool = False
-    init: Literal["pytorch", "gpt2"] = "pytorch"
+    init: Literal["pytorch", "gpt2", "zero"] = "pytorch"
     tokenizer: Literal["gpt2", "bytes", "dataset"] = "gpt2"  # dataset: the data set's own tokenizer.json
     end_of_text_id: int | None = None  # of the tokenizer "dataset"; null: read from its file
 
@@ -139,6 +141,8 @@ class GPTModel(nn.Module):
             self.out_head.weight = self.tok_emb.weight
         if config.init == "gpt2":
             self._init_gpt2()
+        if config.init == "zero":
+            self._init_zero()
 
     def _init_gpt2(self) -> None:
         """Weights normal(0, 0.02), biases zero, and the 2L projections that add to the residual stream scaled
@@ -147,9 +151,19 @@ class GPTModel(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2:
-                residual = name.endswith(("att.out_proj.weight", "ff.layers.2.weight"))
+                residual = name.removesuffix(".weight").endswith(RESIDUAL_PROJECTIONS)
                 scale = math.sqrt(2 * self.config.n_layers) if residual else 1.0
                 nn.init.normal_(parameter, std=0.02 / scale)
+
+    def _init_zero(self) -> None:
+        """PyTorch's weights, but the projections that add to the residual stream zero, so that each block
+        begins as the identity (Zhang et al. 2019, Fixup), and positions normal(0, 0.02): as large as the
+        tokens, with normal(0, 1), they drown them at first."""
+        for name, module in self.trf_blocks.named_modules():
+            if name.endswith(RESIDUAL_PROJECTIONS):
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.pos_emb.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (B, T) to logits (B, T, V)."""

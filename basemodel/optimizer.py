@@ -33,19 +33,8 @@ def make_optimizer(
     Weight decay applies to everything, or only to matrices that are not embeddings.
     """
     hidden = [p for p in model.trf_blocks.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
-    apart = {id(parameter) for parameter in hidden}
-    embeddings = {id(model.tok_emb.weight), id(model.pos_emb.weight)}
-    groups: dict[float, list[nn.Parameter]] = {config.weight_decay: [], 0.0: []}
-    for parameter in model.parameters():
-        if id(parameter) not in apart:
-            decays = config.decay_all_parameters or (parameter.dim() == 2 and id(parameter) not in embeddings)
-            groups[config.weight_decay if decays else 0.0].append(parameter)
     adamw = torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": decay, "lr_scale": 1.0}
-            for decay, parameters in groups.items()
-            if parameters
-        ],
+        adamw_groups(model, config, apart=hidden),
         lr=config.learning_rate,
         betas=config.betas,
         fused=True,  # so that it can skip a step without the host
@@ -61,6 +50,27 @@ def make_optimizer(
         weight_decay=config.weight_decay,
     )
     return MuonWithAdamW(muon, adamw)
+
+
+def adamw_groups(model: GPTModel, config: TrainConfig, apart: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """The parameters that are not in `apart`, grouped by learning rate and weight decay.
+
+    The embeddings and the head have rates of their own where the config gives them; tied, the head is an
+    embedding.
+    """
+    embeddings = {id(model.tok_emb.weight), id(model.pos_emb.weight)}
+    rates = {id(model.out_head.weight): config.head_learning_rate}
+    rates |= dict.fromkeys(embeddings, config.embedding_learning_rate)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if all(parameter is not each for each in apart):
+            decays = config.decay_all_parameters or (parameter.dim() == 2 and id(parameter) not in embeddings)
+            rate = rates.get(id(parameter)) or config.learning_rate
+            groups.setdefault((rate, config.weight_decay if decays else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": rate / config.learning_rate}
+        for (rate, decay), parameters in groups.items()
+    ]
 
 
 class Muon(torch.optim.Muon):

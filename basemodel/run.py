@@ -38,6 +38,11 @@ class Run:
                 f"document_masking needs the end-of-text token, {model_config.end_of_text}, which a "
                 f"vocab_size of {model_config.vocab_size} leaves out"
             )
+        if config.head_learning_rate is not None and model_config.tie_weights:
+            raise InputError(
+                f"{folder / 'train.json'}: head_learning_rate has no effect with tie_weights, where the head "
+                "is the token embedding; leave it out"
+            )
         return cls(folder, config, model_config)
 
     @property

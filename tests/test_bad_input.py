@@ -75,6 +75,11 @@ CONFIGS = {
         {"muon_learning_rate": 0.03},
         'muon_learning_rate has no effect without "optimizer": "muon"',
     ),
+    "the rate of a tied head": (
+        {"tie_weights": True},
+        {"head_learning_rate": 0.004},
+        "train.json: head_learning_rate has no effect with tie_weights",
+    ),
     "decay of no wsd": (
         {},
         {"schedule_learning_rate": True, "decay_period_percent": 20},

@@ -40,6 +40,8 @@ RANGES = [  # key, values that are taken, values that are refused
     ("random_seed", [0, 2**63 - 1], [-1, 2**63]),
     ("keep_checkpoints", [None, 1], [0, -1]),
     ("usd_per_hour", [None, 0.1], [0, -1]),
+    ("embedding_learning_rate", [None, 0.3], [0, -0.1, "0.3"]),
+    ("head_learning_rate", [None, 0.004], [0, -0.1, "0.3"]),
     ("sample_interval", [None, 1], [0, -1, 0.5]),
     ("sample_prompts", [["a"], ["a", ""], []], ["a", [1], None]),
     ("report_to", [[], ["wandb"], ["trackio", "tensorboard"]], ["wandb", ["wandb", "tensorbord"], None]),
@@ -64,7 +66,7 @@ MODELS = [
     ("emb_dim", [2, 4], [1, 3]),  # of two heads
     ("drop_rate", [0, 0.999], [-0.1, 1, None]),
     ("qkv_bias", [True, False], [None, 1]),
-    ("init", ["pytorch", "gpt2"], ["normal"]),
+    ("init", ["pytorch", "gpt2", "zero"], ["normal"]),
     ("tokenizer", ["gpt2", "bytes", "dataset"], ["gpt3"]),
     ("end_of_text_id", [None], [0, -1, "0"]),  # of GPT-2's tokenizer
 ]

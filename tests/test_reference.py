@@ -31,7 +31,13 @@ COMMON = {
 }
 CASES = {
     "adamw": {"schedule_learning_rate": True},
-    "muon": {"optimizer": "muon", "muon_learning_rate": 0.03, "lr_schedule": "wsd"},
+    "muon": {
+        "optimizer": "muon",
+        "muon_learning_rate": 0.03,
+        "embedding_learning_rate": 0.05,
+        "head_learning_rate": 0.004,
+        "lr_schedule": "wsd",
+    },
 }
 
 
@@ -71,13 +77,11 @@ def reference_run(run: Path, tokens: Tensor) -> tuple[dict[str, Tensor], list[tu
     by_muon = hidden if train.get("optimizer") == "muon" else []
     by_adamw = [name for name in parameters if name not in by_muon]
     decaying = {*hidden, "out_head.weight"}
-    groups = [
-        {
-            "params": [parameters[name] for name in by_adamw if (name in decaying) == decays],
-            "weight_decay": decay,
-        }
-        for decays, decay in ((True, train["weight_decay"]), (False, 0.0))
-    ]
+    embedding, head = (train.get(f"{part}_learning_rate") for part in ("embedding", "head"))
+    own = {"tok_emb.weight": embedding, "pos_emb.weight": embedding, "out_head.weight": head}
+    peaks = {name: own.get(name) or train["learning_rate"] for name in by_adamw}
+    decays = {name: train["weight_decay"] if name in decaying else 0.0 for name in by_adamw}
+    groups = [{"params": [parameters[name]], "weight_decay": decays[name]} for name in by_adamw]
     adamw = torch.optim.AdamW(groups, betas=tuple(train["betas"]), foreach=False)
     momenta = {name: torch.zeros_like(parameters[name]) for name in by_muon}
     length, batch, said = model_config["context_length"], train["global_batch_size"], []
@@ -89,8 +93,8 @@ def reference_run(run: Path, tokens: Tensor) -> tuple[dict[str, Tensor], list[tu
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train["clipping_max_norm"]).item()
         share = rate(step, train)
-        for group in adamw.param_groups:
-            group["lr"] = train["learning_rate"] * share
+        for name, group in zip(by_adamw, adamw.param_groups, strict=True):
+            group["lr"] = peaks[name] * share
         adamw.step()
         with torch.no_grad():
             for name, momentum in momenta.items():
