@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from helpers import (
     BYTES,
+    MODEL,
     ROOT,
+    TRAIN,
     Sandbox,
     Script,
     is_alive,
@@ -26,6 +28,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import common
 import gpu
 import gpu_parts
+import ladder
 
 FIGURE = r"-?[\d,]*\.?\d+"
 SPREAD = rf"{FIGURE} \({FIGURE} to {FIGURE}\)"
@@ -226,6 +229,42 @@ def test_gpu_needs_a_gpu_but_for_a_rehearsal(sandbox: Sandbox) -> None:
     done = Script(words, env, BESIDE).wait()
     assert done.returncode == 2 and done.stderr.startswith("Error: torch.cuda is not available; --tiny")
     assert not (sandbox.path / "out").exists()
+
+
+def test_ladder(sandbox: Sandbox) -> None:
+    """Each training once, of both studies, and the table from what they have come to."""
+    shared = {**MODEL, **BYTES, **TRAIN, "validation_interval": 100, "validation_batches": 4}
+    study = {"size": "tiny", "seeds": 1}
+    studies = {
+        "tuning": [{**study, "recipe": "old", "vary": ["learning_rate=0.02"]}],
+        "compare": [{**study, "recipe": "new", "vary": ["min_train_tokens=512"]}],
+    }
+    recipes = {"old": {"learning_rate": 0.001}, "new": {"optimizer": "muon", "init": "zero"}}
+    ladder_json = {"sizes": {"tiny": {}}, "shared": shared, "recipes": recipes, "studies": studies}
+    (sandbox.path / "ladder.json").write_text(json.dumps(ladder_json))
+    command = [sandbox.datasets, sandbox.path / "kept", "--ladder", sandbox.path / "ladder.json", "--time"]
+    forked = f"{BESIDE}; import test_ablate; test_ablate.fork_trainings()"
+    said = measured(sandbox, "ladder", *command, runs=False, before=forked)
+    assert_lines(
+        said, rf"\| learning_rate=0.02 \| 1 \| {FIGURE} \| .*", r"\| min_train_tokens=512 \| 1 \| .*"
+    )
+    assert_lines(said, rf"\| tiny \| new \| 512 \| {FIGURE} \(1\) \|  \|  \|")
+    new, old = (
+        float(re.search(rf"^\| tiny \| {name} \| 1,024 \| ([\d.]+) \(1\)", said, re.M)[1])
+        for name in ("new", "old")
+    )
+    assert new < old < 5.6
+    assert measured(sandbox, "ladder", *command[:-1], "--report", runs=False).count("| tiny |") == 3
+    lines = (sandbox.path / "kept/tiny-new--seed-1/metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == 8 and len(lines) < 12, "trained twice"
+
+
+def test_where_a_recipe_reaches_a_loss() -> None:
+    """Half-way between two losses is half-way between the logarithms of their tokens."""
+    points = [(100, 5.0, 1), (400, 4.0, 1), (800, 3.5, 2)]
+    assert ladder.tokens_to(4.5, points) == pytest.approx(200)
+    assert ladder.tokens_to(3.5, points) == pytest.approx(800)
+    assert ladder.tokens_to(5.1, points) is None and ladder.tokens_to(3.4, points) is None
 
 
 def test_optimizers(sandbox: Sandbox) -> None:

@@ -57,13 +57,16 @@ def assert_same_end(sandbox: Sandbox, one: str, other: str) -> None:
     assert what_is_left(sandbox, one) == what_is_left(sandbox, other)
 
 
+OWN_RATES = {"optimizer": "muon", "embedding_learning_rate": 0.05, "head_learning_rate": 0.002}
+
+
 @pytest.mark.parametrize(
     ("processes", "changes", "before"),
     [
         (1, CLIMBING, NO_CHART),
         (2, {**SCHEDULE, "checkpoint_interval": 3}, NO_CHART),
         (1, {**SCHEDULE, "checkpoint_interval": 3, "optimizer": "muon", "precision": "fp16"}, GROWING_SCALE),
-        (2, {**SCHEDULE, "optimizer": "muon", "validation_interval": 2, "validation_batches": 3}, NO_CHART),
+        (2, {**SCHEDULE, **OWN_RATES, "validation_interval": 2, "validation_batches": 3}, NO_CHART),
     ],
 )
 def test_a_run_goes_on_from_a_checkpoint_to_the_same_end(

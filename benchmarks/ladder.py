@@ -1,0 +1,168 @@
+"""Recipes on a ladder of sizes: how many tokens, and how many seconds, each takes to the same loss.
+
+    python prepare_datasets.py corpus.jsonl datasets/local/ladder --train-tokenizer 2048
+    python benchmarks/ladder.py datasets FOLDER                    every study of ladder.json, then the tables
+    python benchmarks/ladder.py datasets FOLDER --study tuning     one study; two can be run side by side
+    python benchmarks/ladder.py datasets FOLDER --report --time    the tables, with step times taken now
+
+A study is a recipe of some size and what is varied in it. ablate.py trains it in FOLDER, on tokens seen once,
+and validates on the same held-out documents. Stopped, the same command goes on. Losses are in nats per token.
+"""
+
+import functools
+import itertools
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from common import require
+
+import ablate
+from basemodel.ablation import KEYS, Study, final_loss, write_run
+from basemodel.command_line import run_command
+from basemodel.config import TrainConfig
+from basemodel.distributed import join_world
+from basemodel.json_config import read_config, read_json_object
+from basemodel.outcomes import table
+from ddp_train import Learner
+from gpt import GPTConfig
+
+LADDER = Path(__file__).with_name("ladder.json")
+NEW = "new"  # the recipe that the others are compared with
+Ladder = dict[str, Any]  # ladder.json: sizes, what all share, recipes, studies
+
+
+@dataclass(frozen=True)
+class Result:
+    """A training that has finished."""
+
+    size: str
+    recipe: str
+    changes: dict[str, Any]  # to the recipe, by key
+    tokens: int
+    seed: int
+    loss: float
+
+
+def write_base(ladder: Ladder, size: str, recipe: str, folder: Path) -> str:
+    """Write the run of a recipe at a size to `folder`, and return its name."""
+    values: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
+    for key, value in (ladder["shared"] | ladder["sizes"][size] | ladder["recipes"][recipe]).items():
+        values[KEYS[key]][key] = value
+    folder.mkdir(parents=True, exist_ok=True)
+    write_run(folder / f"{size}-{recipe}", values, seed=1)
+    return f"{size}-{recipe}"
+
+
+def plan_study(ladder: Ladder, entry: dict[str, Any], folder: Path) -> Study:
+    """The study of an entry of ladder.json."""
+    base = write_base(ladder, entry["size"], entry["recipe"], folder)
+    return Study.plan(folder, base, tuple(entry["vary"]), entry["seeds"])
+
+
+def train(study: Study, datasets: Path) -> int | None:
+    """Train what is missing of a study and print its table; return the signal that stopped it, if one did."""
+    study.write_configs()
+    with ablate.Trainings(study, [sys.executable], datasets) as trainings:
+        trainings.check()
+        if stopped := trainings.run():
+            return stopped
+    require(not trainings.failed, f"{study.base}: {trainings.failed}")
+    print(f"\n{table(study)}", flush=True)
+    return None
+
+
+def results(ladder: Ladder, folder: Path) -> list[Result]:
+    """All trainings of ladder.json that have finished, each once."""
+    found = {}
+    for entry in itertools.chain(*ladder["studies"].values()):
+        study = plan_study(ladder, entry, folder)
+        for variant, seed in itertools.product(study.variants, study.seeds):
+            run = study.folder(variant, seed)
+            if (loss := final_loss(run)) is not None:
+                tokens = variant.values["train"]["min_train_tokens"]
+                changes = {key: value for key, value in variant.changes.items() if key != "min_train_tokens"}
+                found[run] = Result(entry["size"], entry["recipe"], changes, tokens, seed, loss)
+    return list(found.values())
+
+
+def mean_losses(found: list[Result], size: str, recipe: str) -> list[tuple[int, float, int]]:
+    """Of a recipe as it is: tokens, the mean loss over seeds, and how many seeds, by tokens."""
+    own = [each for each in found if (each.size, each.recipe, each.changes) == (size, recipe, {})]
+    lengths = {n: [each.loss for each in own if each.tokens == n] for n in {each.tokens for each in own}}
+    return [(n, statistics.fmean(losses), len(losses)) for n, losses in sorted(lengths.items())]
+
+
+def tokens_to(loss: float, points: list[tuple[int, float, int]]) -> float | None:
+    """After how many tokens a recipe's trainings reach a loss, between two of its lengths; None: outside."""
+    for (fewer, above, _), (more, below, _) in itertools.pairwise(points):
+        if above >= loss >= below:
+            return fewer * (more / fewer) ** ((above - loss) / (above - below))
+    return None
+
+
+def step_seconds(ladder: Ladder, size: str, folder: Path, rounds: int = 15) -> dict[str, float]:
+    """The median seconds of a training step of each recipe at a size, taken in turns."""
+    world, steps = join_world(), {}
+    for recipe in ladder["recipes"]:
+        run = folder / write_base(ladder, size, recipe, folder)
+        model_config = read_config(GPTConfig, run / "model.json")
+        config = read_config(TrainConfig, run / "train.json")
+        shape = config.microbatch_size, model_config.context_length + 1
+        batch = [torch.randint(model_config.vocab_size, shape) for _ in range(config.accumulation_for(1))]
+        steps[recipe] = functools.partial(Learner(config, model_config, world).train_step, batch, 1e-4)
+    taken: dict[str, list[float]] = {recipe: [] for recipe in steps}
+    for turn in range(rounds + 2):
+        for recipe, step in steps.items():
+            start = time.perf_counter()
+            step().tolist()
+            if turn >= 2:
+                taken[recipe].append(time.perf_counter() - start)
+    return {recipe: statistics.median(each) for recipe, each in taken.items()}
+
+
+def print_comparison(ladder: Ladder, found: list[Result], folder: Path, *, timed: bool) -> None:
+    """A table of each size and recipe: what it comes to, and what share the new recipe takes to the same."""
+    print("\n| size | recipe | tokens | loss (seeds) | the new recipe's share of the tokens | of the time |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for size in ladder["sizes"]:
+        points = mean_losses(found, size, NEW)
+        seconds = step_seconds(ladder, size, folder) if timed else {}
+        for recipe in ladder["recipes"]:
+            for tokens, loss, seeds in mean_losses(found, size, recipe):
+                reached = None if recipe == NEW else tokens_to(loss, points)
+                share = f"{reached / tokens:.2f}" if reached else ""
+                slower = seconds[NEW] / seconds[recipe] if timed else 0.0
+                of_time = f"{reached / tokens * slower:.2f}" if reached and timed else ""
+                print(f"| {size} | {recipe} | {tokens:,} | {loss:.4f} ({seeds}) | {share} | {of_time} |")
+
+
+@click.command()
+@click.argument("datasets_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--study", "only", multiple=True, help="Train only this study of ladder.json.")
+@click.option("--report", is_flag=True, help="Train nothing: show what there is so far.")
+@click.option("--time", "timed", is_flag=True, help="Time the steps now, in turns.")
+@click.option("--ladder", "path", type=click.Path(dir_okay=False, path_type=Path), default=LADDER)
+def main(
+    datasets_dir: Path, folder: Path, *, only: tuple[str, ...], report: bool, timed: bool, path: Path
+) -> int | None:
+    """Train the studies of ladder.json on DATASETS_DIR/local/ladder, in FOLDER, and compare the recipes."""
+    ladder = read_json_object(path)
+    for name in only:
+        require(name in ladder["studies"], f"--study {name}: {path} has {', '.join(ladder['studies'])}")
+    for name in [] if report else only or ladder["studies"]:
+        for entry in ladder["studies"][name]:
+            if stopped := train(plan_study(ladder, entry, folder), datasets_dir):
+                return 128 + stopped
+    print_comparison(ladder, results(ladder, folder), folder, timed=timed)
+    return None
+
+
+if __name__ == "__main__":
+    run_command(main)
