@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from common import require
 
@@ -30,7 +31,7 @@ from basemodel.distributed import join_world
 from basemodel.json_config import read_config, read_json_object
 from basemodel.outcomes import table
 from ddp_train import Learner
-from gpt import GPTConfig
+from gpt import GPTConfig, GPTModel
 
 LADDER = Path(__file__).with_name("ladder.json")
 NEW = "new"  # the recipe that the others are compared with
@@ -106,6 +107,27 @@ def tokens_to(loss: float, points: list[tuple[int, float, int]]) -> float | None
     return None
 
 
+def fit(points: list[tuple[str, int, int, float]]) -> tuple[float, dict[str, float]]:
+    """Fit loss = E + A / parameters^a + B / (k * tokens)^b to (recipe, parameters, tokens, loss) points.
+
+    All but k, one for each recipe, is the same for all (after Hoffmann et al. 2022, approach 3). Returns the
+    root mean square error, and k relative to the new recipe's: 0.5 says that a recipe needs twice the tokens.
+    """
+    recipes = sorted({recipe for recipe, *_ in points}, key=lambda each: (each != NEW, each))
+    size, tokens, losses = (np.array([point[i] for point in points], dtype=float) for i in (1, 2, 3))
+    is_of = np.array([[recipe == point[0] for recipe in recipes] for point in points], dtype=float)
+    best: tuple[float, dict[str, float]] = (np.inf, {})
+    for of_size, of_tokens in itertools.product(np.linspace(0.1, 0.8, 36), repeat=2):
+        terms = is_of * (tokens / tokens.min())[:, None] ** -of_tokens
+        columns = np.column_stack([np.ones_like(size), (size / size.min()) ** -of_size, terms])
+        values = np.linalg.lstsq(columns, losses, rcond=None)[0]
+        error = float(np.sqrt(np.mean((columns @ values - losses) ** 2)))
+        if error < best[0] and (values >= 0).all():
+            factors = (values[2] / values[2:]) ** (1 / of_tokens)
+            best = error, dict(zip(recipes, factors.tolist(), strict=True))
+    return best
+
+
 def step_seconds(ladder: Ladder, size: str, folder: Path, rounds: int = 15) -> dict[str, float]:
     """The median seconds of a training step of each recipe at a size, taken in turns."""
     world, steps = join_world(), {}
@@ -142,6 +164,27 @@ def print_comparison(ladder: Ladder, found: list[Result], folder: Path, *, timed
                 print(f"| {size} | {recipe} | {tokens:,} | {loss:.4f} ({seeds}) | {share} | {of_time} |")
 
 
+def print_fit(ladder: Ladder, found: list[Result]) -> None:
+    """How many tokens the new recipe needs for one of each other's, with the range when a training is left
+    out of the fit: the spread of the fit alone, not of what lies beyond the ladder."""
+    points = []
+    for size, shape in ladder["sizes"].items():
+        keys = {key: value for key, value in (ladder["shared"] | shape).items() if KEYS[key] == "model"}
+        blocks = GPTModel.outline(GPTConfig(**keys)).trf_blocks
+        parameters = sum(parameter.numel() for parameter in blocks.parameters())
+        for recipe in ladder["recipes"]:
+            means = mean_losses(found, size, recipe)
+            points += [(recipe, parameters, tokens, loss) for tokens, loss, _ in means]
+    error, factors = fit(points)
+    without = [fit(points[:index] + points[index + 1 :])[1] for index in range(len(points))]
+    print(f"\nA power law in parameters and tokens, one factor for each recipe; error {error:.3f} nats:")
+    for recipe, factor in factors.items():
+        others = [each[recipe] for each in without if recipe in each]
+        if recipe != NEW and others:
+            spread = f"{min(others):.2f} to {max(others):.2f}"
+            print(f"{recipe}: the new recipe needs {factor:.2f} of its tokens ({spread})")
+
+
 @click.command()
 @click.argument("datasets_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
@@ -160,7 +203,9 @@ def main(
         for entry in ladder["studies"][name]:
             if stopped := train(plan_study(ladder, entry, folder), datasets_dir):
                 return 128 + stopped
-    print_comparison(ladder, results(ladder, folder), folder, timed=timed)
+    found = results(ladder, folder)
+    print_comparison(ladder, found, folder, timed=timed)
+    print_fit(ladder, found)
     return None
 
 

@@ -3,11 +3,12 @@
     python benchmarks/optimizers.py demo original
     torchrun --nproc_per_node=2 benchmarks/optimizers.py original --microbatch 1
 
-On random gradients, in turns, warm; medians in milliseconds. In the last column the same as a share of what a
-training step of one microbatch takes without it.
+On random gradients, in turns, warm; medians in milliseconds, the same as a share of what a training step of
+one microbatch takes without it, and the memory of what the optimizer keeps.
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -40,28 +41,52 @@ def milliseconds(step: Callable[[], object], device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def measure(run_dir: Path, world: World, rounds: int, microbatch: int | None) -> dict[str, list[float]]:
-    """The milliseconds of each side's updates of a run's model, and of a step without one, by round."""
-    model_config = read_config(GPTConfig, run_dir / "model.json")
-    config = read_config(TrainConfig, run_dir / "train.json")
+def optimizers_of(
+    model: GPTModel, config: TrainConfig, world: World
+) -> dict[str, list[torch.optim.Optimizer]]:
+    """The optimizers that are compared, each for all parameters of the model."""
     precision, alone = choose_precision(config, world.device), dataclasses.replace(world, rank=0, size=1)
     muon = dataclasses.replace(config, optimizer="muon")
     no_rate = TrainConfig.muon_learning_rate  # the default, for AdamW has no use for another
     adamw = dataclasses.replace(config, optimizer="adamw", muon_learning_rate=no_rate)
+    optimizers = {
+        "AdamW": [make_optimizer(model, adamw, precision, alone)],
+        "torch's Muon": plain_optimizers(model, muon, fused=world.device.type in ("cpu", "cuda")),
+        "Muon": [make_optimizer(model, muon, precision, alone)],
+    }
+    if world.size > 1:
+        optimizers[f"Muon, shared by {world.size}"] = [make_optimizer(model, muon, precision, world)]
+    return optimizers
+
+
+def step_all(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Update all parameters."""
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def state_gib(optimizers: list[torch.optim.Optimizer]) -> float:
+    """What optimizers keep between two steps."""
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return sum(tensor.nbytes for state in states for tensor in state.values()) / 2**30
+
+
+def measure(
+    run_dir: Path, world: World, rounds: int, microbatch: int | None
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """The milliseconds of each side's updates of a run's model, and of a step without one, by round; and the
+    GiB of each side's state."""
+    model_config = read_config(GPTConfig, run_dir / "model.json")
+    config = read_config(TrainConfig, run_dir / "train.json")
     model = GPTModel(model_config).to(world.device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    fused = world.device.type in ("cpu", "cuda")
-    plain = plain_optimizers(model, muon, fused=fused)
+    optimizers = optimizers_of(model, config, world)
     sides: dict[str, Callable[[], object]] = {
-        "AdamW": make_optimizer(model, adamw, precision, alone).step,
-        "torch's Muon": lambda: [optimizer.step() for optimizer in plain],
-        "Muon": make_optimizer(model, muon, precision, alone).step,
+        name: functools.partial(step_all, each) for name, each in optimizers.items()
     }
-    if world.size > 1:
-        sides[f"Muon, shared by {world.size}"] = make_optimizer(model, muon, precision, world).step
     eager = dataclasses.replace(config, compile=False, clipping_max_norm=None)
-    learner = Learner(eager, model_config, alone)
+    learner = Learner(eager, model_config, dataclasses.replace(world, rank=0, size=1))
     learner.optimizer.step = lambda: None
     shape = microbatch or config.microbatch_size, model_config.context_length + 1
     tokens = torch.randint(model_config.vocab_size, shape, device=world.device)
@@ -73,7 +98,7 @@ def measure(run_dir: Path, world: World, rounds: int, microbatch: int | None) ->
             taken = milliseconds(step, world.device)
             if turn:
                 times[name].append(taken)
-    return times
+    return times, {name: state_gib(each) for name, each in optimizers.items()}
 
 
 @click.command()
@@ -87,7 +112,7 @@ def main(runs: tuple[str, ...], rounds: int, microbatch: int | None, runs_dir: P
     """Measure the optimisers on the models of RUNS."""
     world = join_world()
     for run in runs:
-        times = measure(runs_dir / run, world, rounds, microbatch)
+        times, states = measure(runs_dir / run, world, rounds, microbatch)
         without = statistics.median(times.pop("step without"))
         if world.is_first:
             print(f"\n{run}: {world.size} x {world.device_name}, {torch.get_num_threads()} threads each")
@@ -95,11 +120,12 @@ def main(runs: tuple[str, ...], rounds: int, microbatch: int | None, runs_dir: P
                 f"a step of one microbatch without its update: {without:.1f} ms; torch's Muon multiplies in"
             )
             print("bf16, ours in bf16 too, or in float32 where the run's precision is fp32\n")
-            print("| update by | ms (min to max) | of the step |")
-            print("| --- | --- | --- |")
+            print("| update by | ms (min to max) | of the step | state, GiB |")
+            print("| --- | --- | --- | --- |")
             for name, each in times.items():
                 middle = statistics.median(each)
-                print(f"| {name} | {spread(each, '.1f')} | {middle / without:.0%} |")
+                cells = spread(each, ".1f"), f"{middle / without:.0%}", f"{states[name]:.3f}"
+                print(f"| {name} | {' | '.join(cells)} |")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import (
     BYTES,
     MODEL,
@@ -29,6 +30,7 @@ import common
 import gpu
 import gpu_parts
 import ladder
+import optimizers
 
 FIGURE = r"-?[\d,]*\.?\d+"
 SPREAD = rf"{FIGURE} \({FIGURE} to {FIGURE}\)"
@@ -267,10 +269,27 @@ def test_where_a_recipe_reaches_a_loss() -> None:
     assert ladder.tokens_to(5.1, points) is None and ladder.tokens_to(3.4, points) is None
 
 
+def test_the_fit_finds_the_factor_that_losses_were_made_with() -> None:
+    def loss(size: float, tokens: float) -> float:
+        return 1.5 + 2.0 * (size / 1e6) ** -0.3 + 3.0 * (tokens / 1e6) ** -0.2
+
+    sizes = [(1e6, 1e6), (1e6, 2e6), (2e6, 2e6), (5e6, 1.5e6), (5e6, 3e6)]
+    points = [("new", *each, loss(*each)) for each in sizes]
+    points += [("today", size, tokens, loss(size, 0.6 * tokens)) for size, tokens in sizes[1:]]
+    error, factors = ladder.fit(points)
+    assert error < 1e-3
+    assert factors == {"new": 1.0, "today": pytest.approx(0.6, rel=0.03)}
+
+
 def test_optimizers(sandbox: Sandbox) -> None:
     said = measured(sandbox, "optimizers", "demo", "--rounds", 2)
     for side in ("AdamW", "torch's Muon", "Muon"):
-        assert_lines(said, rf"\| {side} \| {SPREAD} \| {FIGURE}% \|")
+        assert_lines(said, rf"\| {side} \| {SPREAD} \| {FIGURE}% \| {FIGURE} \|")
+    matrix = torch.nn.Linear(1024, 1024, bias=False)
+    kept = [torch.optim.AdamW(matrix.parameters())]
+    matrix(torch.ones(1024)).sum().backward()
+    kept[0].step()
+    assert optimizers.state_gib(kept) * 2**30 == 2 * 4 * 1024**2 + 4
 
 
 def test_overlap(sandbox: Sandbox) -> None:
