@@ -28,7 +28,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the hidden matrices, AdamW on the rest
     learning_rate: float = 0.0004  # the peak, after the warm-up
     muon_learning_rate: float = 0.02  # of the hidden matrices; learning_rate is that of the rest
-    embedding_learning_rate: float | None = None  # of both embeddings; null: learning_rate
+    embedding_learning_rate: float | None = None  # of the token embedding; null: learning_rate
     head_learning_rate: float | None = None  # of the head; null: learning_rate
     weight_decay: float = 0.1
     decay_all_parameters: bool = True  # false: only matrices, not embeddings, norms and biases
@@ -187,9 +187,9 @@ def optimizer_in_words(train: dict[str, Any]) -> str:
     It may come from an old checkpoint that lacks newer keys.
     """
     said = f"{train['optimizer']}, learning rate {train['learning_rate']:g}"
-    for part in ("embedding", "head"):
+    for part, name in (("embedding", "token embedding"), ("head", "head")):
         if rate := train.get(f"{part}_learning_rate"):
-            said += f", of the {part}{'s' if part == 'embedding' else ''} {rate:g}"
+            said += f", of the {name} {rate:g}"
     if train["optimizer"] == "muon":
         said += f", of the hidden matrices {train['muon_learning_rate']:g}"
     schedule = train.get("lr_schedule") or ("cosine" if train["schedule_learning_rate"] else "constant")

@@ -55,12 +55,12 @@ def make_optimizer(
 def adamw_groups(model: GPTModel, config: TrainConfig, apart: list[nn.Parameter]) -> list[dict[str, Any]]:
     """The parameters that are not in `apart`, grouped by learning rate and weight decay.
 
-    The embeddings and the head have rates of their own where the config gives them; tied, the head is an
-    embedding.
+    The token embedding and the head have rates of their own where the config gives them; tied, they are the
+    embedding. A token's row gets a gradient only where the token occurs, so it wants a far higher rate.
     """
     embeddings = {id(model.tok_emb.weight), id(model.pos_emb.weight)}
     rates = {id(model.out_head.weight): config.head_learning_rate}
-    rates |= dict.fromkeys(embeddings, config.embedding_learning_rate)
+    rates[id(model.tok_emb.weight)] = config.embedding_learning_rate
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if all(parameter is not each for each in apart):

@@ -7,8 +7,8 @@
 
 `correct` runs `pytest -m gpu`. `speed` measures GPT-2 small's training step, one change at a time, beside the
 plain step of reference.py. `run` finds the largest microbatch, trains GPT-2 small, kills the training and
-resumes it. `recipe` trains it as published and by the recommended recipe, on the same tokens. MFU is a share
-of the device's peak rate in basemodel/machines.py, whatever the precision.
+resumes it. `recipe` trains it by the best published, an earlier and the recommended recipe, on the same
+tokens. MFU is a share of the device's peak rate in basemodel/machines.py, whatever the precision.
 """
 
 import contextlib

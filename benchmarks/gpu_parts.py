@@ -454,16 +454,30 @@ def show_training(
 # The recipe
 # ------------------------------------------------------------------------------------------------------------
 
-RECIPES = {"AdamW, as published": "original", "Muon, as recommended": "1xrtx3090-best"}
+# Each a run of the project, and what is changed in it.
+MUON_ALONE = {"embedding_learning_rate": None, "head_learning_rate": None, "learning_rate": 0.0014}
+MUON_ALONE |= {"betas": [0.9, 0.999], "decay_all_parameters": True, "weight_decay": 0.01}
+RECIPES = {
+    "AdamW, the best published": ("stacked-interventions", {"init": "pytorch"}, {}),
+    "Muon, other rates as for AdamW": ("1xrtx3090-best", {"init": "pytorch"}, MUON_ALONE),
+    "as recommended": ("1xrtx3090-best", {}, {}),
+}
+
+
+def read_recipe(name: str, *, tiny: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """model.json and train.json of a recipe."""
+    source, model_changes, train_changes = RECIPES[name]
+    model, train = read_run(source, tiny=tiny)
+    return model | model_changes, train | train_changes
 
 
 def try_microbatch(setup: Setup, tokens: Tokens, batch: int) -> tuple[int, list[float]]:
-    """A microbatch that fits both recipes, and the tokens/s of each with it."""
+    """A microbatch that fits all recipes, and the tokens/s of each with it."""
     room = 2 if setup.tiny else max(1, int((setup.device_gib - 4) / 0.5))
     for microbatch in [each for each in range(min(room, 48), 0, -1) if batch % each == 0]:
         speeds = []
-        for source in RECIPES.values():
-            model, train = read_run(source, tiny=setup.tiny)
+        for name in RECIPES:
+            model, train = read_recipe(name, tiny=setup.tiny)
             values = train | {"microbatch_size": microbatch, "global_batch_size": microbatch}
             side = "eager" if setup.tiny else "compiled"
             found = measure_apart(setup, side, model | tokens.shape, values)
@@ -476,20 +490,20 @@ def try_microbatch(setup: Setup, tokens: Tokens, batch: int) -> tuple[int, list[
 
 
 def recipe(setup: Setup, report: Report) -> None:
-    """Train both recipes on the same tokens in the same number of steps, as many as there is time for."""
+    """Train all recipes on the same tokens in the same number of steps, as many as there is time for."""
     tokens, batch = find_tokens(setup), 4 if setup.tiny else 96
     microbatch, speeds = try_microbatch(setup, tokens, batch)
     length = setup.length
-    seconds = max(20.0, setup.left() - 120)  # less what two starts and all validations take
+    seconds = max(20.0, setup.left() - 120)  # less what the starts and all validations take
     per_step = batch * length * sum(1 / speed for speed in speeds)
     steps = 8 if setup.tiny else max(8, int(seconds / per_step))
     report.say(f"{steps} steps of {batch} x {length} tokens of {tokens.name}, microbatch {microbatch}")
     marks = sorted({round(steps * part / 4) for part in range(5)})
     columns = [f"validation loss after {mark}" for mark in marks]
     report.table("recipe", *columns, "seconds", "tokens/s", "MFU")
-    for name, source in RECIPES.items():
-        model, train = read_run(source, tiny=setup.tiny)
-        training = Training(setup, tokens, source)
+    for number, name in enumerate(RECIPES, start=1):
+        model, train = read_recipe(name, tiny=setup.tiny)
+        training = Training(setup, tokens, f"recipe-{number}")
         changes = tokens.settings(setup, steps, batch, microbatch) | {"checkpoint_interval": steps}
         training.write(model, train | changes | {"validation_interval": max(1, steps // 4)})
         training.start()

@@ -142,7 +142,7 @@ def test_gpu(sandbox: Sandbox) -> None:
     )
     assert 80 <= resumed <= killed < 160
     assert_lines(said, rf"\| 160 \| 10,240 {figure}")
-    for recipe in ("AdamW, as published", "Muon, as recommended"):
+    for recipe in gpu_parts.RECIPES:
         assert_lines(said, rf"\| {recipe} \|( {FIGURE} \|){{7}} unknown \|")
 
 

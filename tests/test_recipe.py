@@ -158,8 +158,8 @@ def test_both_optimizers_follow_the_schedule_each_from_its_own_peak() -> None:
 
 @pytest.mark.parametrize("tie_weights", [False, True])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_embeddings_and_head_have_rates_of_their_own(kind: str, tie_weights: bool) -> None:
-    """Tied, the head is an embedding, and no parameter is left out."""
+def test_token_embedding_and_head_have_rates_of_their_own(kind: str, tie_weights: bool) -> None:
+    """Tied, the head is the embedding, and no parameter is left out."""
     own = {} if tie_weights else {"head_learning_rate": 0.004}
     settings = config(optimizer=kind, learning_rate=0.01, embedding_learning_rate=0.3, **own)
     model = GPTModel(GPTConfig(**{**MODEL, "tie_weights": tie_weights}))
@@ -169,7 +169,7 @@ def test_embeddings_and_head_have_rates_of_their_own(kind: str, tie_weights: boo
     found = {name: rates.pop(id(parameter)) for name, parameter in model.named_parameters()}
     hidden = {name for name in found if name.startswith("trf_blocks") and name.endswith("weight")}
     expected = dict.fromkeys(found, 0.005) | dict.fromkeys(hidden, 0.01 if kind == "muon" else 0.005)
-    expected |= {"tok_emb.weight": 0.15, "pos_emb.weight": 0.15}
+    expected |= {"tok_emb.weight": 0.15}
     expected |= {} if tie_weights else {"out_head.weight": 0.002}
     assert found == pytest.approx(expected)
     assert not rates
@@ -180,7 +180,7 @@ def test_a_recipe_can_be_said_of_new_checkpoints_and_of_those_older_than_its_key
     of_matrices = "muon, learning rate 0.01, of the hidden matrices 0.02"
     assert optimizer_in_words(new).startswith(f"{of_matrices}, warm-up 10%, a fall to zero over the last 60%")
     own = config(embedding_learning_rate=0.3, head_learning_rate=0.004)
-    said = "adamw, learning rate 0.01, of the embeddings 0.3, of the head 0.004, constant"
+    said = "adamw, learning rate 0.01, of the token embedding 0.3, of the head 0.004, constant"
     assert optimizer_in_words(dataclasses.asdict(own)).startswith(said)
     old = dataclasses.asdict(config(schedule_learning_rate=True, warmup_period_percent=5))
     newer = "lr_schedule", "decay_period_percent", "muon_learning_rate"

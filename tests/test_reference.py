@@ -78,7 +78,7 @@ def reference_run(run: Path, tokens: Tensor) -> tuple[dict[str, Tensor], list[tu
     by_adamw = [name for name in parameters if name not in by_muon]
     decaying = {*hidden, "out_head.weight"}
     embedding, head = (train.get(f"{part}_learning_rate") for part in ("embedding", "head"))
-    own = {"tok_emb.weight": embedding, "pos_emb.weight": embedding, "out_head.weight": head}
+    own = {"tok_emb.weight": embedding, "out_head.weight": head}
     peaks = {name: own.get(name) or train["learning_rate"] for name in by_adamw}
     decays = {name: train["weight_decay"] if name in decaying else 0.0 for name in by_adamw}
     groups = [{"params": [parameters[name]], "weight_decay": decays[name]} for name in by_adamw]
