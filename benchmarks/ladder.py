@@ -28,6 +28,7 @@ from basemodel.ablation import KEYS, Study, final_loss, write_run
 from basemodel.command_line import run_command
 from basemodel.config import TrainConfig
 from basemodel.distributed import join_world
+from basemodel.hub import dataset_folder
 from basemodel.json_config import read_config, read_json_object
 from basemodel.outcomes import table
 from ddp_train import Learner
@@ -100,7 +101,12 @@ def mean_losses(found: list[Result], size: str, recipe: str) -> list[tuple[int, 
 
 
 def tokens_to(loss: float, points: list[tuple[int, float, int]]) -> float | None:
-    """After how many tokens a recipe's trainings reach a loss, between two of its lengths; None: outside."""
+    """After how many tokens a recipe's trainings reach a loss, between two of its lengths.
+
+    At most as many as the shortest has, if that is below the loss; None if none of them reaches it.
+    """
+    if points and loss >= points[0][1]:
+        return points[0][0]
     for (fewer, above, _), (more, below, _) in itertools.pairwise(points):
         if above >= loss >= below:
             return fewer * (more / fewer) ** ((above - loss) / (above - below))
@@ -157,11 +163,13 @@ def print_comparison(ladder: Ladder, found: list[Result], folder: Path, *, timed
         seconds = step_seconds(ladder, size, folder) if timed else {}
         for recipe in ladder["recipes"]:
             for tokens, loss, seeds in mean_losses(found, size, recipe):
-                reached = None if recipe == NEW else tokens_to(loss, points)
-                share = f"{reached / tokens:.2f}" if reached else ""
-                slower = seconds[NEW] / seconds[recipe] if timed else 0.0
-                of_time = f"{reached / tokens * slower:.2f}" if reached and timed else ""
-                print(f"| {size} | {recipe} | {tokens:,} | {loss:.4f} ({seeds}) | {share} | {of_time} |")
+                cells = ["", ""]
+                if recipe != NEW and (reached := tokens_to(loss, points)):
+                    slower = [1.0, *([seconds[NEW] / seconds[recipe]] if timed else [])]
+                    below = "under " if reached == points[0][0] else ""  # its shortest training does better
+                    cells = [f"{below}{reached / tokens * each:.2f}" for each in slower] + cells
+                cells = [size, recipe, f"{tokens:,}", f"{loss:.4f} ({seeds})", *cells[:2]]
+                print(f"| {' | '.join(cells)} |")
 
 
 def print_fit(ladder: Ladder, found: list[Result]) -> None:
@@ -175,6 +183,9 @@ def print_fit(ladder: Ladder, found: list[Result]) -> None:
         for recipe in ladder["recipes"]:
             means = mean_losses(found, size, recipe)
             points += [(recipe, parameters, tokens, loss) for tokens, loss, _ in means]
+    if len(points) <= len(ladder["recipes"]) + 4:
+        print(f"\n{len(points)} trainings are too few for a fit")
+        return
     error, factors = fit(points)
     without = [fit(points[:index] + points[index + 1 :])[1] for index in range(len(points))]
     print(f"\nA power law in parameters and tokens, one factor for each recipe; error {error:.3f} nats:")
@@ -197,6 +208,8 @@ def main(
 ) -> int | None:
     """Train the studies of ladder.json on DATASETS_DIR/local/ladder, in FOLDER, and compare the recipes."""
     ladder = read_json_object(path)
+    data = dataset_folder(datasets_dir, ladder["shared"]["dataset"])
+    require(data.is_dir(), f"{data}: no such folder; make it with prepare_datasets.py, as {__file__} says")
     for name in only:
         require(name in ladder["studies"], f"--study {name}: {path} has {', '.join(ladder['studies'])}")
     for name in [] if report else only or ladder["studies"]:

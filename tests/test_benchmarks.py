@@ -266,7 +266,8 @@ def test_where_a_recipe_reaches_a_loss() -> None:
     points = [(100, 5.0, 1), (400, 4.0, 1), (800, 3.5, 2)]
     assert ladder.tokens_to(4.5, points) == pytest.approx(200)
     assert ladder.tokens_to(3.5, points) == pytest.approx(800)
-    assert ladder.tokens_to(5.1, points) is None and ladder.tokens_to(3.4, points) is None
+    assert ladder.tokens_to(5.1, points) == 100
+    assert ladder.tokens_to(3.4, points) is None and ladder.tokens_to(3.4, []) is None
 
 
 def test_the_fit_finds_the_factor_that_losses_were_made_with() -> None:
