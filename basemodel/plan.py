@@ -241,7 +241,8 @@ def print_estimate(each: Estimate, gbits: float) -> None:
             f"{each.hours:,.2f} hours, of which {each.between_steps / 60:.1f} min validation and saving"
         )
     price = each.machine.usd_per_hour
-    lines["Cost"] = f"{in_dollars(each.usd)}, at {in_dollars(price)} an hour"
+    hourly = "" if price is None else f", at {in_dollars(price)} an hour"
+    lines["Cost"] = f"{in_dollars(each.usd)}{hourly}"
     print_lines(lines | files_in_words(run, gbits))
 
 

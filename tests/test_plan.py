@@ -204,6 +204,7 @@ def test_plans_for_machines(sandbox: Sandbox) -> None:
     )
     assert "Estimated (~), not measured: off by at most 15%" in out
     assert "2xX1" in json.loads((folder / "plan.json").read_text())
+    assert re.search(r"^Cost: +not known$", plan("--on", "1xRTX3090"), re.M), "it has no price"
 
     out = plan("--budget", "3", "--on", "2xX1")
     tokens = int(re.search(r'"min_train_tokens": (\d+)', out)[1])
