@@ -35,6 +35,7 @@ from ddp_train import Learner
 from gpt import GPTConfig, GPTModel
 
 LADDER = Path(__file__).with_name("ladder.json")
+FEWEST_FOR_A_FIT = 7  # of six numbers
 NEW = "new"  # the recipe that the others are compared with
 Ladder = dict[str, Any]  # ladder.json: sizes, what all share, recipes, studies
 
@@ -118,6 +119,7 @@ def fit(points: list[tuple[str, int, int, float]]) -> tuple[float, dict[str, flo
 
     All but k, one for each recipe, is the same for all (after Hoffmann et al. 2022, approach 3). Returns the
     root mean square error, and k relative to the new recipe's: 0.5 says that a recipe needs twice the tokens.
+    No k where only negative terms fit.
     """
     recipes = sorted({recipe for recipe, *_ in points}, key=lambda each: (each != NEW, each))
     size, tokens, losses = (np.array([point[i] for point in points], dtype=float) for i in (1, 2, 3))
@@ -183,17 +185,23 @@ def print_fit(ladder: Ladder, found: list[Result]) -> None:
         for recipe in ladder["recipes"]:
             means = mean_losses(found, size, recipe)
             points += [(recipe, parameters, tokens, loss) for tokens, loss, _ in means]
-    if len(points) <= len(ladder["recipes"]) + 4:
-        print(f"\n{len(points)} trainings are too few for a fit")
-        return
-    error, factors = fit(points)
-    without = [fit(points[:index] + points[index + 1 :])[1] for index in range(len(points))]
-    print(f"\nA power law in parameters and tokens, one factor for each recipe; error {error:.3f} nats:")
-    for recipe, factor in factors.items():
-        others = [each[recipe] for each in without if recipe in each]
-        if recipe != NEW and others:
-            spread = f"{min(others):.2f} to {max(others):.2f}"
-            print(f"{recipe}: the new recipe needs {factor:.2f} of its tokens ({spread})")
+    print("\nBy a power law in parameters and tokens:")
+    for recipe in ladder["recipes"]:
+        pair = [point for point in points if point[0] in (NEW, recipe)]
+        if recipe == NEW:
+            continue
+        if len(pair) < FEWEST_FOR_A_FIT:
+            print(f"{recipe}: {len(pair)} trainings of it and the new recipe are too few")
+            continue
+        error, factors = fit(pair)
+        if not factors:
+            print(f"{recipe}: none fits; it or the new recipe does not get better with size or tokens")
+            continue
+        fits = (fit(pair[:index] + pair[index + 1 :])[1] for index in range(len(pair)))
+        others = [each[recipe] for each in fits if recipe in each]
+        spread = f"{min(others):.2f} to {max(others):.2f}" if others else "no range"
+        needs = f"the new recipe needs {factors[recipe]:.2f} of its tokens ({spread})"
+        print(f"{recipe}: {needs}; error of the fit {error:.3f} nats")
 
 
 @click.command()

@@ -280,6 +280,7 @@ def test_the_fit_finds_the_factor_that_losses_were_made_with() -> None:
     error, factors = ladder.fit(points)
     assert error < 1e-3
     assert factors == {"new": 1.0, "today": pytest.approx(0.6, rel=0.03)}
+    assert ladder.fit([("new", size, tokens, tokens / 1e6) for size, tokens in sizes])[1] == {}
 
 
 def test_optimizers(sandbox: Sandbox) -> None:
