@@ -51,7 +51,7 @@ TRAIN = {
     "learning_rate": 0.01,
     "precision": "fp32",
 }
-TORTURED_MODEL = {**MODEL, "drop_rate": 0.2}
+TORTURED_MODEL = {**MODEL, "drop_rate": 0.2, "init": "zero"}
 TORTURED_TRAIN = {
     **TRAIN,
     "epochs": 100,
@@ -61,6 +61,9 @@ TORTURED_TRAIN = {
     "validation_batches": 3,
     "keep_checkpoints": 3,
     "clipping_max_norm": 1.0,
+    "optimizer": "muon",
+    "embedding_learning_rate": 0.05,
+    "head_learning_rate": 0.004,
     "schedule_learning_rate": True,
     "warmup_period_percent": 10,
 }
