@@ -141,7 +141,7 @@ class GPTModel(nn.Module):
             self.out_head.weight = self.tok_emb.weight
         if config.init == "gpt2":
             self._init_gpt2()
-        if config.init == "zero":
+        elif config.init == "zero":
             self._init_zero()
 
     def _init_gpt2(self) -> None:

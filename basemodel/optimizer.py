@@ -34,7 +34,7 @@ def make_optimizer(
     """
     hidden = [p for p in model.trf_blocks.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
     adamw = torch.optim.AdamW(
-        adamw_groups(model, config, apart=hidden),
+        adamw_groups(model, config, apart={id(parameter) for parameter in hidden}),
         lr=config.learning_rate,
         betas=config.betas,
         fused=True,  # so that it can skip a step without the host
@@ -52,18 +52,18 @@ def make_optimizer(
     return MuonWithAdamW(muon, adamw)
 
 
-def adamw_groups(model: GPTModel, config: TrainConfig, apart: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """The parameters that are not in `apart`, grouped by learning rate and weight decay.
+def adamw_groups(model: GPTModel, config: TrainConfig, apart: set[int]) -> list[dict[str, Any]]:
+    """The parameters whose ids are not in `apart`, grouped by learning rate and weight decay.
 
-    The token embedding and the head have rates of their own where the config gives them; tied, they are the
-    embedding. A token's row gets a gradient only where the token occurs, so it wants a far higher rate.
+    The token embedding and the head have rates of their own where the config gives them; tied, they have the
+    embedding's. A token's row gets a gradient only where the token occurs, so it wants a far higher rate.
     """
     embeddings = {id(model.tok_emb.weight), id(model.pos_emb.weight)}
     rates = {id(model.out_head.weight): config.head_learning_rate}
-    rates[id(model.tok_emb.weight)] = config.embedding_learning_rate
+    rates[id(model.tok_emb.weight)] = config.embedding_learning_rate  # last, because it may be the head too
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        if all(parameter is not each for each in apart):
+        if id(parameter) not in apart:
             decays = config.decay_all_parameters or (parameter.dim() == 2 and id(parameter) not in embeddings)
             rate = rates.get(id(parameter)) or config.learning_rate
             groups.setdefault((rate, config.weight_decay if decays else 0.0), []).append(parameter)

@@ -456,9 +456,9 @@ def show_training(
 
 # Each a run of the project, and what is changed in it.
 MUON_ALONE = {"embedding_learning_rate": None, "head_learning_rate": None, "learning_rate": 0.0014}
-MUON_ALONE |= {"betas": [0.9, 0.999], "decay_all_parameters": True, "weight_decay": 0.01}
+MUON_ALONE |= {"betas": [0.9, 0.999], "decay_all_parameters": True}
 RECIPES = {
-    "AdamW, the best published": ("stacked-interventions", {"init": "pytorch"}, {}),
+    "AdamW, the best published": ("stacked-interventions", {}, {}),
     "Muon, other rates as for AdamW": ("1xrtx3090-best", {"init": "pytorch"}, MUON_ALONE),
     "as recommended": ("1xrtx3090-best", {}, {}),
 }

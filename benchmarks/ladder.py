@@ -9,33 +9,29 @@ A study is a recipe of some size and what is varied in it. ablate.py trains it i
 and validates on the same held-out documents. Stopped, the same command goes on. Losses are in nats per token.
 """
 
-import functools
 import itertools
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import torch
+from ablations import step_times
 from common import require
 
 import ablate
 from basemodel.ablation import KEYS, Study, final_loss, write_run
 from basemodel.command_line import run_command
-from basemodel.config import TrainConfig
-from basemodel.distributed import join_world
 from basemodel.hub import dataset_folder
-from basemodel.json_config import read_config, read_json_object
+from basemodel.json_config import read_json_object
 from basemodel.outcomes import table
-from ddp_train import Learner
 from gpt import GPTConfig, GPTModel
 
 LADDER = Path(__file__).with_name("ladder.json")
 FEWEST_FOR_A_FIT = 7  # of six numbers
+ROUNDS = 15  # timed steps of each recipe
 NEW = "new"  # the recipe that the others are compared with
 Ladder = dict[str, Any]  # ladder.json: sizes, what all share, recipes, studies
 
@@ -136,41 +132,29 @@ def fit(points: list[tuple[str, int, int, float]]) -> tuple[float, dict[str, flo
     return best
 
 
-def step_seconds(ladder: Ladder, size: str, folder: Path, rounds: int = 15) -> dict[str, float]:
-    """The median seconds of a training step of each recipe at a size, taken in turns."""
-    world, steps = join_world(), {}
-    for recipe in ladder["recipes"]:
-        run = folder / write_base(ladder, size, recipe, folder)
-        model_config = read_config(GPTConfig, run / "model.json")
-        config = read_config(TrainConfig, run / "train.json")
-        shape = config.microbatch_size, model_config.context_length + 1
-        batch = [torch.randint(model_config.vocab_size, shape) for _ in range(config.accumulation_for(1))]
-        steps[recipe] = functools.partial(Learner(config, model_config, world).train_step, batch, 1e-4)
-    taken: dict[str, list[float]] = {recipe: [] for recipe in steps}
-    for turn in range(rounds + 2):
-        for recipe, step in steps.items():
-            start = time.perf_counter()
-            step().tolist()
-            if turn >= 2:
-                taken[recipe].append(time.perf_counter() - start)
-    return {recipe: statistics.median(each) for recipe, each in taken.items()}
+def shares(tokens: int, loss: float, points: list[tuple[int, float, int]], slower: list[float]) -> list[str]:
+    """What share of some tokens the new recipe takes to the loss that they gave, times each of `slower`."""
+    reached = tokens_to(loss, points)
+    if reached is None:
+        return [""] * len(slower)
+    under = "under " if loss > points[0][1] else ""  # even its shortest training does better
+    return [f"{under}{reached / tokens * each:.2f}" for each in slower]
 
 
 def print_comparison(ladder: Ladder, found: list[Result], folder: Path, *, timed: bool) -> None:
     """A table of each size and recipe: what it comes to, and what share the new recipe takes to the same."""
-    print("\n| size | recipe | tokens | loss (seeds) | the new recipe's share of the tokens | of the time |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    of_time = ["of the time"] if timed else []
+    header = ["size", "recipe", "tokens", "loss (seeds)", "the new recipe's share of the tokens", *of_time]
+    print(f"\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
     for size in ladder["sizes"]:
         points = mean_losses(found, size, NEW)
-        seconds = step_seconds(ladder, size, folder) if timed else {}
-        for recipe in ladder["recipes"]:
+        bases = {recipe: write_base(ladder, size, recipe, folder) for recipe in ladder["recipes"]}
+        times = step_times(list(bases.values()), folder, ROUNDS) if timed else {}
+        for recipe, base in bases.items():
+            slower = [1.0, *([times[bases[NEW]] / times[base]] if timed else [])]
             for tokens, loss, seeds in mean_losses(found, size, recipe):
-                cells = ["", ""]
-                if recipe != NEW and (reached := tokens_to(loss, points)):
-                    slower = [1.0, *([seconds[NEW] / seconds[recipe]] if timed else [])]
-                    below = "under " if reached == points[0][0] else ""  # its shortest training does better
-                    cells = [f"{below}{reached / tokens * each:.2f}" for each in slower] + cells
-                cells = [size, recipe, f"{tokens:,}", f"{loss:.4f} ({seeds})", *cells[:2]]
+                cells = [""] * len(slower) if recipe == NEW else shares(tokens, loss, points, slower)
+                cells = [size, recipe, f"{tokens:,}", f"{loss:.4f} ({seeds})", *cells]
                 print(f"| {' | '.join(cells)} |")
 
 
@@ -186,10 +170,8 @@ def print_fit(ladder: Ladder, found: list[Result]) -> None:
             means = mean_losses(found, size, recipe)
             points += [(recipe, parameters, tokens, loss) for tokens, loss, _ in means]
     print("\nBy a power law in parameters and tokens:")
-    for recipe in ladder["recipes"]:
+    for recipe in [each for each in ladder["recipes"] if each != NEW]:
         pair = [point for point in points if point[0] in (NEW, recipe)]
-        if recipe == NEW:
-            continue
         if len(pair) < FEWEST_FOR_A_FIT:
             print(f"{recipe}: {len(pair)} trainings of it and the new recipe are too few")
             continue
