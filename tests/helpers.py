@@ -61,7 +61,6 @@ TORTURED_TRAIN = {
     "validation_batches": 3,
     "keep_checkpoints": 3,
     "clipping_max_norm": 1.0,
-    "optimizer": "muon",
     "embedding_learning_rate": 0.05,
     "head_learning_rate": 0.004,
     "schedule_learning_rate": True,
