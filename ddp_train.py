@@ -321,7 +321,7 @@ class Trainer:
                 self.reporter.say(f"Skipped: {what}; the weights stay as they were")
 
     def _validate_and_save(self, stop: StopSignal) -> bool:
-        """Validate, sample and save where that is due after this step, and draw the chart.
+        """Validate, sample and save where that is due after this step, and redraw the chart.
 
         Returns False if a signal arrives during validation; the resumed run then repeats it, and decides as
         an uninterrupted run would.
@@ -334,7 +334,8 @@ class Trainer:
         progress.work_due = False
         if run.saves_after(progress.step):
             self._save()
-        self.reporter.chart()
+        if progress.step < run.plan.steps:  # the last is drawn as the run finishes
+            self.reporter.chart()
         return True
 
     def _validate(self, stop: StopSignal) -> bool:

@@ -6,8 +6,8 @@ nanoGPT's recipe (github karpathy/nanoGPT, "I only have a macbook"): 4 layers of
 batches of 12, 2,000 steps of AdamW from 1e-3 to 1e-4, float32, not compiled, with its estimates of the loss
 every 250 steps. Then `ddp_train.py` trains runs/demo on the same text, in about a quarter of the seconds
 that this took, and in about all of them. Of nanoGPT's side the training loop alone is timed, of ours the
-whole command, from Python's start to the last checkpoint and chart. Both are validated on all of the last
-tenth, each at its own context.
+whole command, from Python's start to the last checkpoint and chart, with the demo's own validations. What
+is compared is the loss on all of the last tenth, each at its own context, after the time is taken.
 """
 
 import json
@@ -27,7 +27,9 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from basemodel.command_line import run_command
+from basemodel.loss import NextTokenLoss
 from basemodel.token_files import TokenFiles
+from basemodel.weights import load_model
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH, STEPS = 4, 128, 4, 64, 12, 2000
 PEAK, LEAST, WARMUP = 1e-3, 1e-4, 100
@@ -74,7 +76,7 @@ class Model(nn.Module):
 
 
 def train_nanogpt(train: Tensor, validation: Tensor, *, seed: int, steps: int) -> tuple[float, float]:
-    """Train by nanoGPT's recipe; return the seconds of the training and the loss on all of `validation`."""
+    """Train by nanoGPT's recipe; return the seconds of the training and the loss on `validation`."""
     start = time.monotonic()
     torch.manual_seed(seed)
     model = Model()
@@ -102,34 +104,39 @@ def train_nanogpt(train: Tensor, validation: Tensor, *, seed: int, steps: int) -
         optimizer.step()
         optimizer.zero_grad()
         loss.item()
-    seconds = time.monotonic() - start
-    with torch.no_grad():
-        rows = validation.unfold(0, CONTEXT + 1, CONTEXT).long()
-        return seconds, torch.stack([model(row[None]) for row in rows]).mean().item()
+    return time.monotonic() - start, validation_loss(model, validation, CONTEXT)
 
 
-def run_demo(folder: Path, demo: Path, seed: int, tokens: int) -> tuple[float, float, float]:
-    """The demo's recipe over so many tokens of the text: the seconds of the whole command, the tokens
-    per second of its steps, and the loss on all of the validation."""
+@torch.no_grad()
+def validation_loss(model: nn.Module, validation: Tensor, context: int) -> float:
+    """The mean over all sequences of `validation` of what `model` makes of each, (1, context + 1)."""
+    rows = validation.unfold(0, context + 1, context).long()
+    return torch.stack([model(row[None]) for row in rows]).mean().item()
+
+
+def run_demo(folder: Path, demo: Path, seed: int, tokens: int) -> tuple[float, float]:
+    """Train the demo's recipe over so many tokens of the text: the seconds of the whole command, and the
+    tokens per second of its steps."""
     run = folder / "runs/demo"
     run.mkdir(parents=True, exist_ok=True)
     model = json.loads((demo / "model.json").read_text())
     train = json.loads((demo / "train.json").read_text())
     train |= {"dataset": "bytes/text", "min_train_tokens": tokens, "random_seed": seed}
-    counts = {split: TokenFiles(folder / "bytes/text", split).count for split in ("train", "validation")}
-    train["epochs"] = math.ceil(1.1 * tokens / counts["train"])
-    train["validation_interval"] = 1_000_000  # at the start and the end
-    train["validation_batches"] = (
-        (counts["validation"] - 1) // model["context_length"] // train["microbatch_size"]
-    )
+    train["epochs"] = math.ceil(1.1 * tokens / TokenFiles(folder / "bytes/text", "train").count)
     (run / "model.json").write_text(json.dumps(model))
     (run / "train.json").write_text(json.dumps(train))
     start = time.monotonic()
     run_python("ddp_train.py", "demo", folder, "--runs-dir", run.parent)
     seconds = time.monotonic() - start
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    speed = statistics.median(line["tokens_per_second"] for line in lines if "train_loss" in line)
-    return seconds, speed, [line["val_loss"] for line in lines if "val_loss" in line][-1]
+    return seconds, statistics.median(line["tokens_per_second"] for line in lines if "train_loss" in line)
+
+
+def demo_loss(folder: Path, validation: Tensor) -> float:
+    """The loss of the demo that was trained last."""
+    run = folder / "runs/demo"
+    model = load_model(run / "model.json", run / "checkpoints/latest/model.safetensors").cpu()
+    return validation_loss(NextTokenLoss(model), validation, model.config.context_length)
 
 
 @click.command()
@@ -156,16 +163,17 @@ def main(text: Path, rounds: int, steps: int, tokens: int | None, runs_dir: Path
             save_file({"tokens": part}, folder / f"bytes/text/{split}.safetensors")
         demo = runs_dir / "demo"
         if tokens is None:
-            whole, speed, _ = run_demo(folder, demo, 0, TRIAL_TOKENS)
+            whole, speed = run_demo(folder, demo, 0, TRIAL_TOKENS)
             around = whole - TRIAL_TOKENS / speed
+        training, validation = (torch.from_numpy(part) for part in parts.values())
         for turn in range(1, rounds + 1):
-            tensors = (torch.from_numpy(part) for part in parts.values())
-            nanogpt, loss = train_nanogpt(*tensors, seed=turn, steps=steps)
+            nanogpt, loss = train_nanogpt(training, validation, seed=turn, steps=steps)
             print(f"| {turn} | nanoGPT's | {nanogpt:.1f} | 1 | {loss:.3f} |", flush=True)
             for share in (1 / 4, 1.0) if tokens is None else (1.0,):
                 budget = tokens or int((0.93 * share * nanogpt - around) * speed)
                 require(budget > 0, f"{share * nanogpt:.0f} s is what starting takes; is the machine busy?")
-                seconds, _, loss = run_demo(folder, demo, turn, budget)
+                seconds, _ = run_demo(folder, demo, turn, budget)
+                loss = demo_loss(folder, validation)
                 row = f"| {turn} | the demo's | {seconds:.1f} | {seconds / nanogpt:.2f} | {loss:.3f} |"
                 print(row, flush=True)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -125,6 +126,50 @@ def test_muons_work_is_shared_out_evenly_and_each_matrix_given_to_one_process() 
     assert sorted(id(matrix) for share in shares for matrix in share) == sorted(costs)
     loads = [sum(costs[id(matrix)] for matrix in share) for share in shares]
     assert max(loads) <= 1.05 * sum(loads) / 8
+
+
+@dataclass
+class Exchange:
+    """Two processes as Muon sees them, one after the other: `deliver` brings each the other's matrices."""
+
+    rank: int
+    size: int = 2
+    shares: list[list[torch.Tensor]] = dataclasses.field(default_factory=list)
+
+    def broadcast_shards(self, shares: list[list[torch.Tensor]]) -> None:
+        self.shares = shares
+
+    @torch.no_grad()
+    def deliver(self, other: "Exchange") -> None:
+        for mine, theirs in zip(self.shares[other.rank], other.shares[other.rank], strict=True):
+            mine.copy_(theirs)
+
+
+def test_muons_work_shared_out_comes_to_what_one_process_alone_would_do() -> None:
+    settings = config(
+        optimizer="muon", weight_decay=0.1, embedding_learning_rate=0.3, head_learning_rate=0.004
+    )
+    first, second = Exchange(0), Exchange(1)
+    models = [model_with_gradients(qkv_bias=True, init="zero") for _ in range(3)]
+    peers = (ALONE, first, second)
+    optimizers = [
+        make_optimizer(model, settings, "fp32", peer) for model, peer in zip(models, peers, strict=True)
+    ]
+    for _ in range(20):
+        for parameters in zip(*(model.parameters() for model in models), strict=True):
+            gradient = torch.randn_like(parameters[0])
+            for parameter in parameters:
+                parameter.grad = gradient
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, 0.01)
+            optimizer.step()
+        assert all(first.shares)
+        first.deliver(second)
+        second.deliver(first)
+    alone = models[0].tensors()
+    for model in models[1:]:
+        for name, tensor in model.tensors().items():
+            torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-5)
 
 
 # The learning rate
