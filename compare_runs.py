@@ -106,7 +106,8 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     ]
     last = metrics[-1] if metrics else {}
     validation = curve(metrics, "val_loss")
-    step = next((line for line in metrics if line["step"]), None)
+    before, after = ([{"step": 0, "tokens": 0}] * 2 + metrics)[-2:]
+    step_tokens = (after["tokens"] - before["tokens"]) // max(1, after["step"] - before["step"])
     speeds = [line["tokens_per_second"] for line in metrics if line.get("tokens_per_second")]
     validating = sum(line.get("validation_seconds", 0.0) for line in metrics)
     return RunSummary(
@@ -124,7 +125,7 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
         tasks=next(filter(None, map(read_task_results, checkpoints)), []),
         tokens=last.get("tokens"),
         seconds=last.get("seconds"),
-        global_batch=step and step["tokens"] // step["step"] // model_config.context_length,
+        global_batch=step_tokens // model_config.context_length or None,
         tokens_per_second=statistics.median(speeds) if speeds else None,
         validation_share=validating / last["seconds"] if last.get("seconds") else None,
     )

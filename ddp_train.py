@@ -270,8 +270,8 @@ class Trainer:
             return False
         pending.restart_clock()
         while progress.step < self.run.plan.steps:
-            starts = self.run.plan.microbatch_starts(progress.step, self.world.rank)
-            microbatches = [self._read(first) for first in starts]
+            places = self.run.plan.microbatches(progress.step, self.world.rank)
+            microbatches = [self._read(*place) for place in places]
             learning_rate = self.run.learning_rate_at(progress.step)
             result = self.learner.train_step(microbatches, learning_rate, stop=bool(stop))
             progress.step += 1
@@ -295,10 +295,10 @@ class Trainer:
             self.reporter.checkpoint = self.saver.saved
         return True
 
-    def _read(self, first: int) -> Tensor:
-        """The microbatch that starts with sequence `first`, (B, T + 1), on the device."""
+    def _read(self, first: int, count: int) -> Tensor:
+        """The microbatch of `count` sequences from number `first` on, (B, T + 1), on the device."""
         with self.reporter.reading():
-            found = self.run.data.train.read(first, self.run.plan.microbatch_size)
+            found = self.run.data.train.read(first, count)
         return data.to_device(found, self.world.device)
 
     def _log(self, results: list[tuple[int, StepResult, float]]) -> None:
@@ -405,8 +405,8 @@ class Trainer:
             "global_step": progress.step,
             "settled": not progress.work_due,
             "skipped": progress.skipped,
-            "sequences_seen": progress.step * run.plan.global_batch,
-            "tokens_seen": progress.step * run.plan.tokens_per_step,
+            "sequences_seen": run.plan.sequences(progress.step),
+            "tokens_seen": run.plan.tokens(progress.step),
             "total_steps": run.plan.steps,
             "train_loss": progress.train_loss,
             "val_loss": progress.val_loss,
@@ -597,7 +597,7 @@ def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, 
     folder = world.agree(fetch, on=world.local_rank == 0)
     run_data = world.agree(lambda: data.open_data(config, model_config, datasets_dir))
     plan = data.plan_batches(config, model_config.context_length, world.size, run_data.train.count)
-    used = plan.steps * plan.global_batch, config.validation_batches * config.microbatch_size
+    used = plan.sequences(plan.steps), config.validation_batches * config.microbatch_size
     share = world.local_rank, world.local_size
     world.agree(lambda: data.check_tokens(run_data, *used, model_config.vocab_size, share=share))
     fingerprint = functools.partial(hub.fingerprint_files, folder, config.splits)

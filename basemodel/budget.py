@@ -18,7 +18,7 @@ MARGIN = 0.01  # share of the budget that is left as a reserve
 class Clock(Protocol):
     """What the budget asks of the Reporter."""
 
-    step_seconds: float | None
+    batch_seconds: float | None
 
     def paid_seconds(self) -> float:
         """Seconds of training so far, with those of steps that were lost and repeated."""
@@ -46,7 +46,9 @@ class Budget:
         if not _has_other_limits(run.config, meta):
             return _ending_after(run, meta["total_steps"])
         left = max(0.0, (1 - MARGIN) * self.limit - seconds)
-        return _ending_after(run, min(self._most_steps, step + int(left * step / max(seconds, 1e-9))))
+        batches = run.plan.batches(step)
+        steps = run.plan.steps_for(batches + left * batches / max(seconds, 1e-9))
+        return _ending_after(run, min(self._most_steps, steps))
 
     def kept(self, run: Run, step: int, clock: Clock) -> Run:
         """The run after `step`, with its end moved to where the budget ends, if it is time to look."""
@@ -62,7 +64,7 @@ class Budget:
 
     def _affordable(self, run: Run, step: int, clock: Clock) -> int:
         """How many steps the run can have."""
-        if not clock.step_seconds:  # not the first process, whose word counts
+        if not clock.batch_seconds:  # not the first process, whose word counts
             return run.plan.steps
         validation, save, chart = map(clock.pause_seconds, ("validation", "checkpoint", "chart"))
         pauses = 0.0
@@ -72,7 +74,8 @@ class Budget:
         ):
             pauses += seconds / interval if interval else 0.0
         left = (1 - MARGIN) * self.limit - clock.paid_seconds() - validation - save - 2 * chart
-        return min(self._most_steps, step + int(max(0.0, left) / (clock.step_seconds + pauses)))
+        batches = run.plan.batches(step) + max(0.0, left) / (clock.batch_seconds + pauses)
+        return min(self._most_steps, run.plan.steps_for(batches))
 
 
 def has_ended(run: Run, meta: dict[str, Any]) -> bool:

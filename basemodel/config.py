@@ -24,6 +24,7 @@ class TrainConfig:
     # Batch
     gradient_accumulation_steps: int | None = None  # null: 1, or what global_batch_size makes it
     global_batch_size: int | None = None  # per optimizer step, over all processes
+    half_batch_percent: float = 0.0  # of all tokens: the first ones, learned in half global batches
     # Optimizer. The defaults are those of the published runs; runs/*-best have better values.
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the hidden matrices, AdamW on the rest
     learning_rate: float = 0.0004  # the peak, after the warm-up
@@ -77,7 +78,7 @@ class TrainConfig:
             raise InputError(f"random_seed must be below 2^63, not {self.random_seed}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be at least 0 and below 1, not {self.betas}")
-        for key in ("warmup_period_percent", "decay_period_percent"):
+        for key in ("half_batch_percent", "warmup_period_percent", "decay_period_percent"):
             if not 0 <= getattr(self, key) <= 100:
                 raise InputError(f"{key} must be from 0 to 100, not {getattr(self, key)}")
         self._check_schedule()

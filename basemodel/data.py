@@ -71,7 +71,9 @@ class BatchPlan:
     """Which sequences each process reads in each step.
 
     Pure arithmetic: the g-th global batch has the same sequences in the same order whatever the number of
-    processes, the microbatch size and the accumulation.
+    processes, the microbatch size and the accumulation. The first `half_steps` have half the size: while the
+    loss falls fast, gradients agree, and many small steps get further than few large ones (McCandlish et al.
+    2018).
     """
 
     microbatch_size: int
@@ -79,21 +81,42 @@ class BatchPlan:
     processes: int
     length: int
     steps: int
+    half_steps: int = 0
 
     @property
     def global_batch(self) -> int:
-        """Sequences per optimizer step."""
+        """Sequences per optimizer step, after the first `half_steps`."""
         return self.microbatch_size * self.accumulation * self.processes
 
     @property
-    def tokens_per_step(self) -> int:
-        """Training tokens per optimizer step."""
+    def tokens_per_batch(self) -> int:
+        """Training tokens of a whole global batch."""
         return self.global_batch * self.length
 
-    def microbatch_starts(self, step: int, rank: int) -> Iterator[int]:
-        """The first sequence of each microbatch that process `rank` reads in step `step`, counted from 0."""
-        for turn in range(self.accumulation):
-            yield step * self.global_batch + (turn * self.processes + rank) * self.microbatch_size
+    def batches(self, steps: int) -> float:
+        """What the first `steps` steps read, in whole global batches."""
+        return steps - min(steps, self.half_steps) / 2
+
+    def sequences(self, steps: int) -> int:
+        """How many sequences the first `steps` steps read."""
+        return int(self.batches(steps) * self.global_batch)
+
+    def tokens(self, steps: int) -> int:
+        """How many tokens the first `steps` steps train on."""
+        return self.sequences(steps) * self.length
+
+    def steps_for(self, batches: float) -> int:
+        """How many steps read at most so many whole global batches."""
+        return int(batches + min(batches, self.half_steps / 2))
+
+    def microbatches(self, step: int, rank: int) -> Iterator[tuple[int, int]]:
+        """Of each microbatch that process `rank` reads in step `step`, counted from 0: the first sequence and
+        how many they are."""
+        size, turns = self.microbatch_size, self.accumulation
+        if step < self.half_steps:
+            size, turns = (size, turns // 2) if turns % 2 == 0 else (size // 2, turns)
+        for turn in range(turns):
+            yield self.sequences(step) + (turn * self.processes + rank) * size, size
 
 
 def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: int | None) -> BatchPlan:
@@ -105,17 +128,24 @@ def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: in
     global_batch = config.microbatch_size * accumulation * processes
     available = None if per_epoch is None else per_epoch * config.epochs
     if config.min_train_tokens == -1:
-        steps = (available or 0) // global_batch
+        batches = (available or 0) // global_batch
     else:
-        steps = -(-config.min_train_tokens // (global_batch * length))  # rounded up
-    needed = max(1, steps) * global_batch
+        batches = -(-config.min_train_tokens // (global_batch * length))  # rounded up
+    needed = max(1, batches) * global_batch
     if available is not None and needed > available:
         raise InputError(
             f"{config.dataset} has {available:,} sequences of {length} tokens in {config.epochs} epochs "
             f"after start_train_token {config.start_train_token}, the run needs {needed:,}; set "
             f"epochs to {math.ceil(needed / per_epoch)}, or min_train_tokens to -1 to use all there are"
         )
-    return BatchPlan(config.microbatch_size, accumulation, processes, length, steps)
+    halved = round(batches * config.half_batch_percent / 100)
+    if halved and config.microbatch_size * accumulation % 2:
+        raise InputError(
+            f"half_batch_percent halves what a process reads in a step, {config.microbatch_size} x "
+            f"{accumulation} sequences; make microbatch_size even"
+        )
+    steps = batches + halved
+    return BatchPlan(config.microbatch_size, accumulation, processes, length, steps, half_steps=2 * halved)
 
 
 @dataclass(frozen=True)

@@ -58,14 +58,14 @@ class Estimate:
         """While training; None where it does not fit, or where the precision's rate is not known."""
         if self.figure:
             return self.figure.tokens_per_second
-        return self.run.plan.tokens_per_step / sum(self.step_parts.values()) if self.step_parts else None
+        return self.run.plan.tokens_per_batch / sum(self.step_parts.values()) if self.step_parts else None
 
     @property
     def hours(self) -> float | None:
         """Of the whole run, with validations and checkpoints; without the start and the download."""
         if not self.tokens_per_second:
             return None
-        seconds = self.run.plan.steps * self.run.plan.tokens_per_step / self.tokens_per_second
+        seconds = self.run.plan.tokens(self.run.plan.steps) / self.tokens_per_second
         return (seconds + self.between_steps) / 3600
 
     @property
@@ -229,7 +229,7 @@ def keep_estimates(run: Run, found: list[Estimate]) -> None:
     for each in found:
         if each.step_parts:
             plan = each.run.plan
-            speed = plan.tokens_per_step / sum(each.step_parts.values())
+            speed = plan.tokens_per_batch / sum(each.step_parts.values())
             values = {"microbatch_size": plan.microbatch_size, "tokens_per_second": speed}
             speeds[each.machine.name] = values
     with contextlib.suppress(OSError):

@@ -191,7 +191,7 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
             state["step"].zero_()
 
 
-def learning_rate_at(step: int, steps: int, config: TrainConfig) -> float:
+def learning_rate_at(step: float, steps: float, config: TrainConfig) -> float:
     """The learning rate of step `step` (from 0) of `steps`.
 
     "constant" never changes. The others start with a linear warm-up over warmup_period_percent of the steps,

@@ -83,7 +83,7 @@ def print_plan(run: Run, world: World) -> None:
     """Print what a run does on these processes; `run.data` None: not downloaded yet."""
     config, plan, data = run.config, run.plan, run.data
     model = GPTModel.outline(run.model_config)
-    tokens, size = plan.steps * plan.tokens_per_step, checkpoint_bytes(model, config)
+    tokens, size = plan.tokens(plan.steps), checkpoint_bytes(model, config)
     speed, source = speed_here(run, world)
     price, precision = config.usd_per_hour, choose_precision(config, world.device)
     have = f"{data.train.tokens.count:,} training tokens" if data else "not here yet"
@@ -91,12 +91,14 @@ def print_plan(run: Run, world: World) -> None:
         f"{plan.processes} processes x microbatch {plan.microbatch_size} x accumulation {plan.accumulation}"
     )
     free = shutil.disk_usage(run.directory).free
+    if plan.half_steps:
+        split += f"; half of it in each of the first {plan.half_steps:,} steps"
     lines = {
         "Run": f"{run.name}, seed {config.random_seed}",
         "Model": f"{model.parameter_count():,} parameters, context {run.model_config.context_length:,}",
         "Data": f"{config.dataset}, {have}, tokenizer {run.model_config.tokenizer}",
         "Hardware": f"{world.size} x {world.device_name}, precision {precision}",
-        "Global batch": f"{plan.global_batch:,} sequences, {plan.tokens_per_step:,} tokens = {split}",
+        "Global batch": f"{plan.global_batch:,} sequences, {plan.tokens_per_batch:,} tokens = {split}",
         "Steps": f"{plan.steps:,}, {tokens:,} tokens" if plan.steps else "not known before the data are here",
         "Optimizer": optimizer_in_words(dataclasses.asdict(config)),
         "FLOPs": f"{tokens * model.flops_per_token():.2e}, {model.flops_per_token():,} per token",
@@ -186,7 +188,7 @@ def in_dollars(usd: float | None) -> str:
 def print_table(found: list[Estimate]) -> None:
     """Print a Markdown table of estimates, a row per machine."""
     run = found[0].run
-    tokens = run.plan.steps * run.plan.tokens_per_step
+    tokens = run.plan.tokens(run.plan.steps)
     print(f"{run.name}: {tokens:,} tokens\n")
     columns = (
         "machine",
@@ -220,7 +222,7 @@ def print_estimate(each: Estimate, gbits: float) -> None:
     """Print all that is known of a run on one machine."""
     run, gpu, plan = each.run, each.machine.gpu, each.run.plan
     model = GPTModel.outline(run.model_config)
-    tokens = plan.steps * plan.tokens_per_step
+    tokens = plan.tokens(plan.steps)
     memory = sum(each.memory.values()) / GIB
     parts = ", ".join(f"{part} {each.memory[part] / GIB:.2f}" for part in PARTS if each.memory.get(part))
     split = f"{plan.processes} GPUs x microbatch {plan.microbatch_size} x accumulation {plan.accumulation}"
@@ -250,7 +252,7 @@ def files_in_words(run: Run, gbits: float) -> dict[str, str]:
     """How much a machine stores and downloads."""
     size = checkpoint_bytes(GPTModel.outline(run.model_config), run.config)
     here = run.data and sum(part.tokens.count for part in (run.data.train, run.data.validation) if part)
-    download = 2 * (here or run.plan.steps * run.plan.tokens_per_step / run.config.epochs)
+    download = 2 * (here or run.plan.tokens(run.plan.steps) / run.config.epochs)
     least = "" if here else "at least "
     time = f"{download * 8e-9 / gbits / 3600:.2f} hours at {gbits:g} Gbit/s"
     return {
@@ -270,7 +272,7 @@ def print_budget(found: list[Estimate], usd: float) -> None:
     columns = "machine", "hours", "tokens", "of the run", "in train.json"
     print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
     for each in sorted(priced, key=lambda each: each.usd):
-        step = each.run.plan.tokens_per_step
+        step = each.run.plan.tokens_per_batch
         tokens = int(each.run.plan.steps * usd / each.usd) * step
         hours, share = usd / each.machine.usd_per_hour, usd / each.usd
         cells = (

@@ -43,7 +43,7 @@ class Reporter:
     def __init__(self, run: Run, step: int, seconds: float, *, enabled: bool) -> None:
         """`run` goes on after `step` steps and `seconds` of training; only an `enabled` process reports."""
         self.run, self.enabled = run, enabled
-        self.step_seconds: float | None = None  # moving average over `_timed` steps
+        self.batch_seconds: float | None = None  # of a whole batch: moving average over `_timed` steps
         self._timed = 0
         self.loss: float | None = None
         self.started = time.monotonic() - seconds
@@ -119,7 +119,7 @@ class Reporter:
             return
         if self._line.get("step") != step:
             self.flush()
-            self._line = {"step": step, "tokens": step * self.plan.tokens_per_step}
+            self._line = {"step": step, "tokens": self.plan.tokens(step)}
         self._pauses |= values
         self._line |= values | {"seconds": round(self.seconds(), 3)}
 
@@ -155,8 +155,9 @@ class Reporter:
             return
         self._timed, self._stepping = self._timed + 1, self._stepping + step_seconds
         weight = max(0.05, 1 / self._timed)  # at first a plain mean, because the first step is slow
-        self.step_seconds = (1 - weight) * (self.step_seconds or 0.0) + weight * step_seconds
-        speed = self.plan.tokens_per_step / max(step_seconds, 1e-9)
+        batch_seconds = step_seconds / (self.plan.batches(step) - self.plan.batches(step - 1))
+        self.batch_seconds = (1 - weight) * (self.batch_seconds or 0.0) + weight * batch_seconds
+        speed = self.plan.tokens_per_batch / max(batch_seconds, 1e-9)
         loss = values["train_loss"]
         self.loss = loss if math.isfinite(loss) else None
         self.log(step, {**values, "tokens_per_second": round(speed, 1), **self._mfu(speed)})
@@ -182,7 +183,7 @@ class Reporter:
     @property
     def tokens_per_second(self) -> float | None:
         """Average over the last steps, without validation and checkpoints."""
-        return self.plan.tokens_per_step / self.step_seconds if self.step_seconds else None
+        return self.plan.tokens_per_batch / self.batch_seconds if self.batch_seconds else None
 
     def _mfu(self, tokens_per_second: float | None) -> dict[str, float]:
         """Model FLOPs utilization, a share of the devices' peak rate, as `mfu`; empty if that is unknown."""
@@ -193,7 +194,8 @@ class Reporter:
 
     def _eta(self, step: int) -> float:
         """Seconds until the last step, from the average so far."""
-        return (self.plan.steps - step) * (self.step_seconds or 0.0)
+        left = self.plan.batches(self.plan.steps) - self.plan.batches(step)
+        return left * (self.batch_seconds or 0.0)
 
     def status(self, status: str, step: int, **more: Any) -> None:
         """Replace status.json; a failure to write it is only a warning."""
@@ -203,7 +205,7 @@ class Reporter:
             "status": status,
             "step": step,
             "total_steps": self.plan.steps,
-            "tokens": step * self.plan.tokens_per_step,
+            "tokens": self.plan.tokens(step),
             "loss": self.loss,
             "tokens_per_second": self.tokens_per_second,
             **self._mfu(self.tokens_per_second),
@@ -245,7 +247,7 @@ class Reporter:
     def finish(self, step: int, train_loss: float | None, val_loss: float | None) -> None:
         """Draw the chart, write the last status, and say how the run ended."""
         self.chart(final=True)
-        seconds, tokens = self.seconds(), step * self.plan.tokens_per_step
+        seconds, tokens = self.seconds(), self.plan.tokens(step)
         self.close("finished", step)
         self._keep_figure()
         self.say(f"Training complete in {seconds:,.3f} seconds")

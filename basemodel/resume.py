@@ -131,6 +131,12 @@ def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[
             f"{name} was trained with global batches of {meta['global_batch']} sequences, not "
             f"{run.plan.global_batch}; set global_batch_size to {meta['global_batch']}"
         )
+    seen, step = meta["sequences_seen"], meta["global_step"]
+    if seen != run.plan.sequences(step):
+        raise InputError(
+            f"{name} had read {seen:,} sequences after {step:,} steps, this run would have read "
+            f"{run.plan.sequences(step):,}; half_batch_percent must be what it was, and min_train_tokens too"
+        )
 
 
 def _changed_data(theirs: dict[str, dict[str, Any]], run: Run) -> list[str]:

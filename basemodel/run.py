@@ -71,8 +71,8 @@ class Run:
         return self.config.checkpoint_interval or self.config.validation_interval
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of step `step`, from 0."""
-        return learning_rate_at(step, self.plan.steps, self.config)
+        """The learning rate of step `step`, from 0. Its schedule counts whole batches."""
+        return learning_rate_at(self.plan.batches(step), self.plan.batches(self.plan.steps), self.config)
 
     def validates_after(self, step: int) -> bool:
         """Whether to validate after `step` steps: before the first, at the interval, and at the end."""

@@ -43,7 +43,7 @@ def continue_prompts(run: Run, model: GPTModel, step: int) -> list[dict[str, Any
     generator = torch.Generator(model.tok_emb.weight.device).manual_seed(run.config.random_seed)
     tokenizer, prompts = get_tokenizer(model.config.tokenizer, run.data.folder), run.config.sample_prompts
     texts = continuations(twin, tokenizer, prompts, SAMPLE_TOKENS, generator=generator, **SAMPLING)
-    seen = {"step": step, "tokens": step * run.plan.tokens_per_step}
+    seen = {"step": step, "tokens": run.plan.tokens(step)}
     return [{**seen, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
 

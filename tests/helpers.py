@@ -55,7 +55,7 @@ TORTURED_MODEL = {**MODEL, "drop_rate": 0.2, "init": "zero"}
 TORTURED_TRAIN = {
     **TRAIN,
     "epochs": 100,
-    "min_train_tokens": 30 * 8 * 16,
+    "min_train_tokens": 25 * 8 * 16,
     "checkpoint_interval": 5,
     "validation_interval": 10,
     "validation_batches": 3,
@@ -63,6 +63,7 @@ TORTURED_TRAIN = {
     "clipping_max_norm": 1.0,
     "embedding_learning_rate": 0.05,
     "head_learning_rate": 0.004,
+    "half_batch_percent": 20,  # 10 half batches, then 20
     "schedule_learning_rate": True,
     "warmup_period_percent": 10,
 }

@@ -86,6 +86,7 @@ def test_a_run_goes_on_with_what_it_was_trained_with(tmp_path: Path, file: str, 
     saved = dict(zip(CONFIGS, map(dataclasses.asdict, (model_config, config)), strict=True))
     saved[file][key] = "something else"
     meta = {"model_config": saved["model.json"], "train_config": saved["train.json"], "global_batch": 8}
+    meta |= {"global_step": 3, "sequences_seen": 24}
     if key in FREE:
         check_resumable("x", meta, run, None)
         return
@@ -96,6 +97,11 @@ def test_a_run_goes_on_with_what_it_was_trained_with(tmp_path: Path, file: str, 
     assert len(said) == 1 and f"{file}: {key} was" in said[0]
     with pytest.raises(InputError, match="set global_batch_size to 8"):
         check_resumable("x", meta, other, said.append)
+    halved = dataclasses.replace(run, plan=dataclasses.replace(run.plan, half_steps=2))
+    with pytest.raises(
+        InputError, match="24 sequences after 3 steps, this run would have read 16; half_batch_"
+    ):
+        check_resumable("x", meta, halved, said.append)
 
 
 def test_nodes_with_other_data_are_told_so() -> None:

@@ -286,9 +286,9 @@ def poison(ranks: tuple[int, ...], when: Callable[[int], bool]) -> Callable[[int
 @forked
 def test_a_non_finite_loss_on_one_process_skips_the_step_on_all(tmp_path: Path) -> None:
     sandbox = make_sandbox(tmp_path, "one", "all")
-    # The first two passes let DDP build its buckets; each step is two.
+    # The first two passes let DDP build its buckets; each of the first ten steps is one more.
     for run, ranks in (("one", (1,)), ("all", (0, 1))):
-        said = train(sandbox, run, patch=poison(ranks, lambda number: number == 2 + 2 * 6 + 1))
+        said = train(sandbox, run, patch=poison(ranks, lambda number: number == 2 + 7))
         assert said.count("Skipped: the training loss is nan, the gradient norm nan at step 7;") == 1
     assert_same_end(sandbox, "one", "all")
     assert sandbox.metrics("one", "train_loss")[6] is None
@@ -297,7 +297,7 @@ def test_a_non_finite_loss_on_one_process_skips_the_step_on_all(tmp_path: Path) 
 @forked
 def test_too_many_skipped_steps_end_the_run_and_are_counted_over_a_resume(tmp_path: Path) -> None:
     sandbox = make_sandbox(tmp_path, "run")
-    training = Training(sandbox, "run", patch=poison((1,), lambda number: number > 2 + 2 * 6))
+    training = Training(sandbox, "run", patch=poison((1,), lambda number: number > 2 + 6))
     training.wait_until(step_reached(sandbox, "run", 11))
     training.signal(signal.SIGTERM)
     assert training.wait() == [143, 143]

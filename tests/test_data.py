@@ -11,10 +11,11 @@ import pytest
 from helpers import MODEL, random_tokens, write_dataset
 
 from basemodel.config import TrainConfig
-from basemodel.data import Sequences, check_tokens, match_tokenizer, open_data, plan_batches
+from basemodel.data import BatchPlan, Sequences, check_tokens, match_tokenizer, open_data, plan_batches
 from basemodel.errors import InputError
 from basemodel.hub import fingerprint_files
 from basemodel.optimizer import learning_rate_at
+from basemodel.run import Run
 from basemodel.token_files import TokenFiles
 from gpt import GPTConfig
 
@@ -72,9 +73,48 @@ def test_the_global_batch_is_the_same_however_it_is_split() -> None:
                 processes,
                 1000,
             )
-            firsts = [first for rank in range(processes) for first in plan.microbatch_starts(step, rank)]
-            batches.append(sorted(n for first in firsts for n in range(first, first + microbatch)))
+            batches.append(batch_of(plan, step))
         assert all(batch == list(range(step * 12, step * 12 + 12)) for batch in batches)
+
+
+def batch_of(plan: BatchPlan, step: int) -> list[int]:
+    places = [place for rank in range(plan.processes) for place in plan.microbatches(step, rank)]
+    assert max(count for _, count in places) <= plan.microbatch_size
+    return sorted(n for first, count in places for n in range(first, first + count))
+
+
+@pytest.mark.parametrize("split", [(12, 1, 1), (4, 1, 3), (2, 3, 2), (1, 2, 6), (3, 4, 1), (4, 3, 1)])
+def test_the_first_batches_are_halves_of_the_same_sequences_however_they_are_split(
+    split: tuple[int, int, int],
+) -> None:
+    """40% of ten batches of 12 sequences are eight of 6."""
+    microbatch, accumulation, processes = split
+    settings = config(
+        microbatch_size=microbatch,
+        gradient_accumulation_steps=accumulation,
+        half_batch_percent=40,
+        min_train_tokens=10 * 12 * 5 - 1,
+    )
+    plan = plan_batches(settings, 5, processes, 1000)
+    sizes = [6] * 8 + [12] * 6
+    assert plan.steps == len(sizes)
+    for step, size in enumerate(sizes):
+        assert batch_of(plan, step) == list(range(sum(sizes[:step]), sum(sizes[:step]) + size))
+        assert plan.tokens(step) == 5 * sum(sizes[:step])
+    assert [plan.steps_for(n) for n in (0, 0.4, 0.5, 3.9, 4, 4.5, 5, 10)] == [0, 0, 1, 7, 8, 8, 9, 14]
+
+
+def test_the_learning_rate_of_half_batches_follows_the_tokens() -> None:
+    """Each two of its halves together have the rates of a whole batch, as nearly as halves can."""
+    schedule = {"learning_rate": 1.0, "lr_schedule": "wsd", "warmup_period_percent": 10}
+    runs = {
+        percent: Run(Path("x"), settings, GPTConfig(**MODEL), plan_batches(settings, 10, 1, 1000))
+        for percent in (0, 30)
+        for settings in [config(**schedule, min_train_tokens=40 * 40, half_batch_percent=percent)]
+    }
+    rates = {n: [run.learning_rate_at(step) for step in range(run.plan.steps)] for n, run in runs.items()}
+    assert rates[30][:24:2] == rates[0][:12] and rates[30][24:] == rates[0][12:]
+    assert rates[30][1] == pytest.approx(1.5 / 4)
 
 
 @pytest.mark.parametrize(("minimum", "steps"), [(1, 1), (40, 1), (41, 2), (400, 10), (-1, 25)])

@@ -39,10 +39,11 @@ CASES = {
         "lr_schedule": "wsd",
     },
 }
+CASES["halves"] = {**CASES["muon"], "half_batch_percent": 40}
 
 
-def rate(step: int, train: dict) -> float:
-    """The share of the peak that step `step` (from 0) learns with."""
+def rate(step: float, train: dict) -> float:
+    """The share of the peak to learn with after `step` whole batches."""
     warmup = STEPS * train["warmup_period_percent"] // 100
     if step < warmup:
         return (step + 1) / warmup
@@ -85,14 +86,17 @@ def reference_run(run: Path, tokens: Tensor) -> tuple[dict[str, Tensor], list[tu
     adamw = torch.optim.AdamW(groups, betas=tuple(train["betas"]), foreach=False)
     momenta = {name: torch.zeros_like(parameters[name]) for name in by_muon}
     length, batch, said = model_config["context_length"], train["global_batch_size"], []
-    for step in range(STEPS):
-        starts = [train["start_train_token"] + (step * batch + i) * length for i in range(batch)]
+    halves = 2 * STEPS * train.get("half_batch_percent", 0) // 100
+    sizes = [batch // 2] * halves + [batch] * (STEPS - halves // 2)
+    for number, size in enumerate(sizes):
+        before = sum(sizes[:number])
+        starts = [train["start_train_token"] + (before + i) * length for i in range(size)]
         sequences = torch.stack([tokens[start : start + length + 1] for start in starts])
         loss = F.cross_entropy(model(sequences[:, :-1]).flatten(0, 1), sequences[:, 1:].flatten())
         model.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train["clipping_max_norm"]).item()
-        share = rate(step, train)
+        share = rate(before / batch, train)
         for name, group in zip(by_adamw, adamw.param_groups, strict=True):
             group["lr"] = peaks[name] * share
         adamw.step()
@@ -104,7 +108,7 @@ def reference_run(run: Path, tokens: Tensor) -> tuple[dict[str, Tensor], list[tu
     return {name: parameter.detach() for name, parameter in parameters.items()}, said
 
 
-@pytest.mark.parametrize(("case", "processes"), [("adamw", 1), ("adamw", 2), ("muon", 1), ("muon", 2)])
+@pytest.mark.parametrize(("case", "processes"), [(case, n) for case in CASES for n in (1, 2)])
 def test_20_steps_end_with_the_weights_of_the_reference(sandbox: Sandbox, case: str, processes: int) -> None:
     run = sandbox.write_run(train={**COMMON, **CASES[case]})
     sandbox.train(processes=processes)

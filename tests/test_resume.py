@@ -58,6 +58,7 @@ def assert_same_end(sandbox: Sandbox, one: str, other: str) -> None:
 
 
 OWN_RATES = {"optimizer": "muon", "embedding_learning_rate": 0.05, "head_learning_rate": 0.002}
+HALVES = {"half_batch_percent": 33.4, "min_train_tokens": 6 * 8 * 16, "checkpoint_interval": 3}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ OWN_RATES = {"optimizer": "muon", "embedding_learning_rate": 0.05, "head_learnin
         (2, {**SCHEDULE, "checkpoint_interval": 3}, NO_CHART),
         (1, {**SCHEDULE, "checkpoint_interval": 3, "optimizer": "muon", "precision": "fp16"}, GROWING_SCALE),
         (2, {**SCHEDULE, **OWN_RATES, "validation_interval": 2, "validation_batches": 3}, NO_CHART),
+        (2, {**SCHEDULE, **HALVES}, NO_CHART),
     ],
 )
 def test_a_run_goes_on_from_a_checkpoint_to_the_same_end(
