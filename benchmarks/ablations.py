@@ -12,17 +12,20 @@ import functools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from common import runs_dir_option
+from torch import Tensor
 
 import ablate
 from basemodel.command_line import run_command
 from basemodel.config import TrainConfig
-from basemodel.distributed import join_world
+from basemodel.data import plan_batches
+from basemodel.distributed import World, join_world
 from basemodel.hub import dataset_folder
 from basemodel.json_config import read_config, read_json_object
 from basemodel.token_files import TokenFiles
@@ -56,24 +59,41 @@ def write_base(run_dir: Path, datasets: Path, own: Path, tokens: int | None) -> 
     (own / "train.json").write_text(json.dumps(config))
 
 
+HALF, WHOLE = 0, 1  # the steps of a plan whose first batch alone is a half
+
+
+def steps_of(run_dir: Path, world: World) -> tuple[dict[int, Callable[[], Tensor]], float]:
+    """A run's training steps with half and whole batches, and the share of the tokens in half batches."""
+    model_config = read_config(GPTConfig, run_dir / "model.json")
+    config = read_config(TrainConfig, run_dir / "train.json")
+    learner, length = Learner(config, model_config, world), model_config.context_length
+    plan = dataclasses.replace(plan_batches(config, length, 1, None), half_steps=1)
+    steps: dict[int, Callable[[], Tensor]] = {}
+    for kind in (HALF, WHOLE) if config.half_batch_percent else (WHOLE,):
+        shapes = [(count, length + 1) for _, count in plan.microbatches(kind, 0)]
+        batch = [torch.randint(model_config.vocab_size, shape) for shape in shapes]
+        steps[kind] = functools.partial(learner.train_step, batch, 1e-4)
+    return steps, config.half_batch_percent / 100
+
+
 def step_times(runs: list[str], runs_dir: Path, rounds: int) -> dict[str, float]:
-    """The median milliseconds of a training step of each run, taken in turns."""
-    world, steps = join_world(), {}
-    for run in runs:
-        model_config = read_config(GPTConfig, runs_dir / run / "model.json")
-        config = read_config(TrainConfig, runs_dir / run / "train.json")
-        learner = Learner(config, model_config, world)
-        shape = config.microbatch_size, model_config.context_length + 1
-        batch = [torch.randint(model_config.vocab_size, shape) for _ in range(config.accumulation_for(1))]
-        steps[run] = functools.partial(learner.train_step, batch, 1e-4)
-    taken: dict[str, list[float]] = {run: [] for run in runs}
+    """The median milliseconds of a training step of each run, taken in turns; with half batches those of two
+    halves for their share of the tokens."""
+    world = join_world()
+    steps = {run: steps_of(runs_dir / run, world) for run in runs}
+    taken: dict[tuple[str, int], list[float]] = {}
     for turn in range(rounds + 3):
-        for run, step in steps.items():
-            start = time.perf_counter()
-            step().tolist()
-            if turn >= 3:
-                taken[run].append(1e3 * (time.perf_counter() - start))
-    return {run: statistics.median(each) for run, each in taken.items()}
+        for run, (kinds, _) in steps.items():
+            for kind, step in kinds.items():
+                start = time.perf_counter()
+                step().tolist()
+                if turn >= 3:
+                    taken.setdefault((run, kind), []).append(1e3 * (time.perf_counter() - start))
+    times = {each: statistics.median(found) for each, found in taken.items()}
+    return {
+        run: (1 - halves) * times[run, WHOLE] + halves * 2 * times.get((run, HALF), 0.0)
+        for run, (_, halves) in steps.items()
+    }
 
 
 @click.command()

@@ -241,7 +241,8 @@ def test_ladder(sandbox: Sandbox) -> None:
         "tuning": [{**study, "recipe": "old", "vary": ["learning_rate=0.02"]}],
         "compare": [{**study, "recipe": "new", "vary": ["min_train_tokens=512"]}],
     }
-    recipes = {"old": {"learning_rate": 0.001}, "new": {"optimizer": "muon", "init": "zero"}}
+    new = {"optimizer": "muon", "init": "zero", "half_batch_percent": 50}
+    recipes = {"old": {"learning_rate": 0.001}, "new": new}
     ladder_json = {"sizes": {"tiny": {}}, "shared": shared, "recipes": recipes, "studies": studies}
     (sandbox.path / "ladder.json").write_text(json.dumps(ladder_json))
     command = [sandbox.datasets, sandbox.path / "kept", "--ladder", sandbox.path / "ladder.json", "--time"]
@@ -258,7 +259,7 @@ def test_ladder(sandbox: Sandbox) -> None:
     assert new < old < 5.6
     assert measured(sandbox, "ladder", *command[:-1], "--report", runs=False).count("| tiny |") == 3
     lines = (sandbox.path / "kept/tiny-new--seed-1/metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1])["step"] == 8 and len(lines) < 12, "trained twice"
+    assert json.loads(lines[-1])["step"] == 12 and len(lines) < 16, "trained twice"
 
 
 def test_where_a_recipe_reaches_a_loss() -> None:
