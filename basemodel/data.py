@@ -142,7 +142,7 @@ def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: in
     if halved and config.microbatch_size * accumulation % 2:
         raise InputError(
             f"half_batch_percent halves what a process reads in a step, {config.microbatch_size} x "
-            f"{accumulation} sequences; make microbatch_size even"
+            f"{accumulation} sequences; make that even, or half_batch_percent 0"
         )
     steps = batches + halved
     return BatchPlan(config.microbatch_size, accumulation, processes, length, steps, half_steps=2 * halved)

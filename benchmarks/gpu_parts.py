@@ -479,6 +479,7 @@ def try_microbatch(setup: Setup, tokens: Tokens, batch: int) -> tuple[int, list[
         for name in RECIPES:
             model, train = read_recipe(name, tiny=setup.tiny)
             values = train | {"microbatch_size": microbatch, "global_batch_size": microbatch}
+            values |= {"half_batch_percent": 0}
             side = "eager" if setup.tiny else "compiled"
             found = measure_apart(setup, side, model | tokens.shape, values)
             if "problem" in found:
@@ -490,14 +491,14 @@ def try_microbatch(setup: Setup, tokens: Tokens, batch: int) -> tuple[int, list[
 
 
 def recipe(setup: Setup, report: Report) -> None:
-    """Train all recipes on the same tokens in the same number of steps, as many as there is time for."""
+    """Train all recipes on the same tokens, as many as there is time for."""
     tokens, batch = find_tokens(setup), 4 if setup.tiny else 96
     microbatch, speeds = try_microbatch(setup, tokens, batch)
     length = setup.length
     seconds = max(20.0, setup.left() - 120)  # less what the starts and all validations take
     per_step = batch * length * sum(1 / speed for speed in speeds)
-    steps = 8 if setup.tiny else max(8, int(seconds / per_step))
-    report.say(f"{steps} steps of {batch} x {length} tokens of {tokens.name}, microbatch {microbatch}")
+    steps = 8 if setup.tiny else max(20, int(seconds / per_step) // 20 * 20)
+    report.say(f"{steps} batches of {batch} x {length} tokens of {tokens.name}, microbatch {microbatch}")
     marks = sorted({round(steps * part / 4) for part in range(5)})
     columns = [f"validation loss after {mark}" for mark in marks]
     report.table("recipe", *columns, "seconds", "tokens/s", "MFU")
@@ -505,11 +506,12 @@ def recipe(setup: Setup, report: Report) -> None:
         model, train = read_recipe(name, tiny=setup.tiny)
         training = Training(setup, tokens, f"recipe-{number}")
         changes = tokens.settings(setup, steps, batch, microbatch) | {"checkpoint_interval": steps}
-        training.write(model, train | changes | {"validation_interval": max(1, steps // 4)})
+        # So many validations that one is at each mark whatever the share of half batches.
+        training.write(model, train | changes | {"validation_interval": max(1, steps // 20)})
         training.start()
         training.finish()
-        losses = {line["step"]: line["val_loss"] for line in training.lines("val_loss")}
-        cells = [f"{losses[min(losses, key=lambda step: abs(step - mark))]:.4f}" for mark in marks]
+        losses = {line["tokens"] / (batch * length): line["val_loss"] for line in training.lines("val_loss")}
+        cells = [f"{losses[min(losses, key=lambda seen: abs(seen - mark))]:.4f}" for mark in marks]
         share = mfu(training.speed(), flops_per_token(model | tokens.shape), setup.device_name)
         seconds = read_status(training.directory)["seconds"]
         report.row(name, *cells, f"{seconds:.0f}", f"{training.speed():,.0f}", share)

@@ -71,7 +71,7 @@ CONFIGS = {
     "half of an odd batch": (
         {},
         {"microbatch_size": 1, "global_batch_size": 1, "half_batch_percent": 30},
-        "half_batch_percent halves what a process reads in a step, 1 x 1 sequences; make microbatch_size",
+        "half_batch_percent halves what a process reads in a step, 1 x 1 sequences; make that even",
     ),
     "no warm-up": ({}, {"lr_schedule": "constant", "warmup_period_percent": 5}, 'constant" has no warm-up'),
     "Muon's rate": ({}, {"muon_learning_rate": 0}, "muon_learning_rate must be more than 0, not 0"),
