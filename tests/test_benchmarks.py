@@ -361,7 +361,7 @@ def test_startup(sandbox: Sandbox) -> None:
 def test_throughput(sandbox: Sandbox) -> None:
     said = measured(sandbox, "throughput", "demo", "--rounds", 1, "--turn", 0.05, "--without", "compiled")
     assert "on both sides muon, clipping to 1; on ours alone" in said
-    speed = rf"fp32, 2 \| {SPREAD} \| {FIGURE}% of {FIGURE} TFLOP/s \| {FIGURE} \| {FIGURE} s \|"
+    speed = rf"(?:fp32|bf16), 2 \| {SPREAD} \| {FIGURE}% of {FIGURE} TFLOP/s \| {FIGURE} \| {FIGURE} s \|"
     assert_lines(said, rf"\| plain \| {speed} 1.00 \(1.00 to 1.00\) \|", rf"\| eager \| {speed} {SPREAD} \|")
 
 

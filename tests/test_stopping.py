@@ -169,9 +169,9 @@ def test_an_error_of_the_first_process_is_an_error_of_all_and_said_once(tmp_path
 
 @forked
 def test_a_token_outside_the_vocabulary_is_found_by_whichever_process_looks(tmp_path: Path) -> None:
-    """Each looks at a half, before the first step: 30 steps of 8 sequences of 16 use tokens 0 to 3840."""
+    """Each looks at a half, before the first step: 25 batches of 8 sequences of 16 use tokens 0 to 3200."""
     sandbox = make_sandbox(tmp_path, "run")
-    for index in (0, 3000, 3840):
+    for index in (0, 3000, 3200):
         tokens = random_tokens(4000)
         tokens[index] = 64
         write_dataset(sandbox.datasets / "test/tokens", train=tokens)
