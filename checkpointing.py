@@ -37,8 +37,9 @@ from basemodel.weights import save_tensors
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
 REQUIRED_META = {
-    *("files", "global_step", "settled", "skipped", "seconds", "best_loss", "train_loss", "val_loss"),
-    *("recent_losses", "rng", "scaler", "precision", "global_batch", "model_config", "train_config"),
+    *("files", "global_step", "sequences_seen", "settled", "skipped", "seconds", "best_loss", "train_loss"),
+    *("val_loss", "recent_losses", "rng", "scaler", "precision"),
+    *("global_batch", "model_config", "train_config"),
 }
 TEMPORARY_PREFIX = ".incomplete-"
 NAME = re.compile(r"\d{8}Z\d{6}-iteration-(\d+)")

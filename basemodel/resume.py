@@ -135,7 +135,7 @@ def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[
     if seen != run.plan.sequences(step):
         raise InputError(
             f"{name} had read {seen:,} sequences after {step:,} steps, this run would have read "
-            f"{run.plan.sequences(step):,}; half_batch_percent must be what it was, and min_train_tokens too"
+            f"{run.plan.sequences(step):,}; half_batch_percent of min_train_tokens must be as many as before"
         )
 
 

@@ -505,7 +505,8 @@ def recipe(setup: Setup, report: Report) -> None:
     for number, name in enumerate(RECIPES, start=1):
         model, train = read_recipe(name, tiny=setup.tiny)
         training = Training(setup, tokens, f"recipe-{number}")
-        changes = tokens.settings(setup, steps, batch, microbatch) | {"checkpoint_interval": steps}
+        # Saved at the end alone: half batches throughout would make two steps of each batch.
+        changes = tokens.settings(setup, steps, batch, microbatch) | {"checkpoint_interval": 2 * steps}
         # So many validations that one is at each mark whatever the share of half batches.
         training.write(model, train | changes | {"validation_interval": max(1, steps // 20)})
         training.start()

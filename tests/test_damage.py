@@ -1,5 +1,6 @@
 """Damaged checkpoints, full disks, non-finite losses."""
 
+import json
 import os
 import resource
 import shutil
@@ -57,12 +58,23 @@ def flip_digit(path: Path) -> None:
 
 
 FILES = [checkpointing.MODEL_FILE, checkpointing.OPTIMIZER_FILE, checkpointing.META_FILE]
+
+
+def drop_the_cursor(path: Path) -> None:
+    meta = json.loads(path.read_text())
+    del meta["sequences_seen"]
+    path.write_text(json.dumps(meta))
+
+
 DAMAGES = [
     (file, damage) for file in FILES for damage in (truncate, flip(0), flip(12), flip(-1), Path.unlink)
 ]
 
 
-@pytest.mark.parametrize(("file", "damage"), [*DAMAGES, (checkpointing.META_FILE, flip_digit)])
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [*DAMAGES, *((checkpointing.META_FILE, damage) for damage in (flip_digit, drop_the_cursor))],
+)
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, file: str, damage: Callable) -> None:
     paths = write_checkpoints(tmp_path)
     damage(paths[-1] / file)
