@@ -29,6 +29,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the hidden matrices, AdamW on the rest
     learning_rate: float = 0.0004  # the peak, after the warm-up
     muon_learning_rate: float = 0.02  # of the hidden matrices; learning_rate is that of the rest
+    muon_momentum: float = 0.95  # lower where steps are few
     embedding_learning_rate: float | None = None  # of the token embedding; null: learning_rate
     head_learning_rate: float | None = None  # of the head; null: learning_rate
     weight_decay: float = 0.1
@@ -78,12 +79,15 @@ class TrainConfig:
             raise InputError(f"random_seed must be below 2^63, not {self.random_seed}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be at least 0 and below 1, not {self.betas}")
+        if not 0 <= self.muon_momentum < 1:
+            raise InputError(f"muon_momentum must be at least 0 and below 1, not {self.muon_momentum}")
         for key in ("half_batch_percent", "warmup_period_percent", "decay_period_percent"):
             if not 0 <= getattr(self, key) <= 100:
                 raise InputError(f"{key} must be from 0 to 100, not {getattr(self, key)}")
         self._check_schedule()
-        if self.optimizer != "muon" and self.muon_learning_rate != TrainConfig.muon_learning_rate:
-            raise InputError('muon_learning_rate has no effect without "optimizer": "muon"; leave it out')
+        for key in ("muon_learning_rate", "muon_momentum"):
+            if self.optimizer != "muon" and getattr(self, key) != getattr(TrainConfig, key):
+                raise InputError(f'{key} has no effect without "optimizer": "muon"; leave it out')
         if not self.use_amp and self.precision not in ("auto", "fp32"):
             raise InputError(
                 f'precision "{self.precision}" contradicts "use_amp": false, which means "fp32"; drop one'

@@ -47,6 +47,7 @@ def make_optimizer(
         peers=peers,
         dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         lr=config.muon_learning_rate,
+        momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
     )
     return MuonWithAdamW(muon, adamw)

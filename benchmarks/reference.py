@@ -118,7 +118,8 @@ def plain_optimizers(model: nn.Module, config: TrainConfig, **options: bool) -> 
     adamw = torch.optim.AdamW(rest, config.learning_rate, config.betas, weight_decay=decay, **options)
     if not hidden:
         return [adamw]
-    return [torch.optim.Muon(hidden, lr=config.muon_learning_rate, weight_decay=decay), adamw]
+    muon = {"lr": config.muon_learning_rate, "momentum": config.muon_momentum, "weight_decay": decay}
+    return [torch.optim.Muon(hidden, **muon), adamw]
 
 
 class PlainTrainer:

@@ -80,6 +80,11 @@ CONFIGS = {
         {"muon_learning_rate": 0.03},
         'muon_learning_rate has no effect without "optimizer": "muon"',
     ),
+    "Muon's momentum without it": (
+        {},
+        {"muon_momentum": 0.9},
+        'muon_momentum has no effect without "optimizer": "muon"',
+    ),
     "the rate of a tied head": (
         {"tie_weights": True},
         {"head_learning_rate": 0.004},

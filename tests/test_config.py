@@ -57,6 +57,8 @@ DEPENDENT = [  # values that go together, and such as do not
     ({**WSD, "warmup_period_percent": 40}, {**WSD, "warmup_period_percent": 41}),
     ({**MUON, "muon_learning_rate": 0.1}, {"muon_learning_rate": 0.1}),
     ({**MUON, "muon_learning_rate": 0.1}, {**MUON, "muon_learning_rate": 0}),
+    *(({**MUON, "muon_momentum": m}, {**MUON, "muon_momentum": 1 + m}) for m in (0, 0.99)),
+    ({**MUON, "muon_momentum": 0.9}, {"muon_momentum": 0.9}),
     ({"schedule_learning_rate": True}, {"schedule_learning_rate": True, "lr_schedule": "constant"}),
     ({"use_amp": False, "precision": "fp32"}, {"use_amp": False, "precision": "tf32"}),
     ({"sample_prompts": ()}, {"sample_prompts": (), "sample_interval": 1}),

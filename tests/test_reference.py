@@ -34,6 +34,7 @@ CASES = {
     "muon": {
         "optimizer": "muon",
         "muon_learning_rate": 0.03,
+        "muon_momentum": 0.8,
         "embedding_learning_rate": 0.05,
         "head_learning_rate": 0.004,
         "lr_schedule": "wsd",
@@ -60,9 +61,10 @@ def orthogonal(x: Tensor) -> Tensor:
     return x
 
 
-def muon_step(matrix: Tensor, momentum: Tensor, lr: float, decay: float) -> None:
-    momentum.mul_(0.95).add_(matrix.grad, alpha=0.05)
-    ahead = 0.05 * matrix.grad + 0.95 * momentum
+def muon_step(matrix: Tensor, momentum: Tensor, lr: float, train: dict) -> None:
+    kept, decay = train["muon_momentum"], train["weight_decay"]
+    momentum.mul_(kept).add_(matrix.grad, alpha=1 - kept)
+    ahead = (1 - kept) * matrix.grad + kept * momentum
     rows, columns = matrix.shape
     update = orthogonal(ahead) if rows <= columns else orthogonal(ahead.T).T
     matrix.mul_(1 - lr * decay).sub_(update, alpha=lr * math.sqrt(max(1, rows / columns)))
@@ -103,7 +105,7 @@ def reference_run(run: Path, tokens: Tensor) -> tuple[dict[str, Tensor], list[tu
         with torch.no_grad():
             for name, momentum in momenta.items():
                 lr = train["muon_learning_rate"] * share
-                muon_step(parameters[name], momentum, lr, train["weight_decay"])
+                muon_step(parameters[name], momentum, lr, train)
         said.append((loss.item(), norm, train["learning_rate"] * share))
     return {name: parameter.detach() for name, parameter in parameters.items()}, said
 
