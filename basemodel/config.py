@@ -197,6 +197,7 @@ def optimizer_in_words(train: dict[str, Any]) -> str:
             said += f", of the {name} {rate:g}"
     if train["optimizer"] == "muon":
         said += f", of the hidden matrices {train['muon_learning_rate']:g}"
+        said += f" with momentum {train.get('muon_momentum', TrainConfig.muon_momentum):g}"
     schedule = train.get("lr_schedule") or ("cosine" if train["schedule_learning_rate"] else "constant")
     falls = {
         "constant": "constant",

@@ -222,13 +222,15 @@ def test_token_embedding_and_head_have_rates_of_their_own(kind: str, tie_weights
 
 def test_a_recipe_can_be_said_of_new_checkpoints_and_of_those_older_than_its_keys() -> None:
     new = dataclasses.asdict(config(**MUON))
-    of_matrices = "muon, learning rate 0.01, of the hidden matrices 0.02"
+    of_matrices = "muon, learning rate 0.01, of the hidden matrices 0.02 with momentum 0.95"
     assert optimizer_in_words(new).startswith(f"{of_matrices}, warm-up 10%, a fall to zero over the last 60%")
     own = config(embedding_learning_rate=0.3, head_learning_rate=0.004)
     said = "adamw, learning rate 0.01, of the token embedding 0.3, of the head 0.004, constant"
     assert optimizer_in_words(dataclasses.asdict(own)).startswith(said)
     old = dataclasses.asdict(config(schedule_learning_rate=True, warmup_period_percent=5))
-    newer = "lr_schedule", "decay_period_percent", "muon_learning_rate"
+    muon = {key: value for key, value in new.items() if key != "muon_momentum"}
+    assert optimizer_in_words(muon) == optimizer_in_words(new)
+    newer = "lr_schedule", "decay_period_percent", "muon_learning_rate", "muon_momentum"
     for key in (*newer, "embedding_learning_rate", "head_learning_rate"):
         del old[key]
     assert optimizer_in_words(old).startswith("adamw, learning rate 0.01, warm-up 5%, cosine to a tenth")
