@@ -270,9 +270,10 @@ class Trainer:
             return False
         pending.restart_clock()
         while progress.step < self.run.plan.steps:
-            places = self.run.plan.microbatches(progress.step, self.world.rank)
-            microbatches = [self._read(*place) for place in places]
-            learning_rate = self.run.learning_rate_at(progress.step)
+            plan, step = self.run.plan, progress.step
+            places = plan.microbatches(step, self.world.rank)
+            microbatches = [plan.cut(self._read(*place), step) for place in places]
+            learning_rate = self.run.learning_rate_at(step)
             result = self.learner.train_step(microbatches, learning_rate, stop=bool(stop))
             progress.step += 1
             self.run = self.budget.kept(self.run, progress.step, self.reporter)

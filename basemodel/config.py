@@ -25,6 +25,7 @@ class TrainConfig:
     gradient_accumulation_steps: int | None = None  # null: 1, or what global_batch_size makes it
     global_batch_size: int | None = None  # per optimizer step, over all processes
     half_batch_percent: float = 0.0  # of all tokens: the first ones, learned in half global batches
+    short_sequence_percent: float = 0.0  # of all tokens: the first ones, in quarters of sequences
     # Optimizer. The defaults are those of the published runs; runs/*-best have better values.
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the hidden matrices, AdamW on the rest
     learning_rate: float = 0.0004  # the peak, after the warm-up
@@ -81,7 +82,7 @@ class TrainConfig:
             raise InputError(f"betas must be at least 0 and below 1, not {self.betas}")
         if not 0 <= self.muon_momentum < 1:
             raise InputError(f"muon_momentum must be at least 0 and below 1, not {self.muon_momentum}")
-        for key in ("half_batch_percent", "warmup_period_percent", "decay_period_percent"):
+        for key in PERCENT:
             if not 0 <= getattr(self, key) <= 100:
                 raise InputError(f"{key} must be from 0 to 100, not {getattr(self, key)}")
         self._check_schedule()
@@ -169,6 +170,7 @@ AT_LEAST = {
     "weight_decay": 0,
     "random_seed": 0,
 }
+PERCENT = "half_batch_percent", "short_sequence_percent", "warmup_period_percent", "decay_period_percent"
 POSITIVE = ("learning_rate", "muon_learning_rate")
 POSITIVE_OR_NULL = (
     "embedding_learning_rate",

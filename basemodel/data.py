@@ -66,6 +66,9 @@ def to_device(sequences: Tensor, device: torch.device) -> Tensor:
     return sequences.to(device, non_blocking=True).to(torch.int64)
 
 
+SHORT_PARTS = 4
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """Which sequences each process reads in each step.
@@ -73,7 +76,8 @@ class BatchPlan:
     Pure arithmetic: the g-th global batch has the same sequences in the same order whatever the number of
     processes, the microbatch size and the accumulation. The first `half_steps` have half the size: while the
     loss falls fast, gradients agree, and many small steps get further than few large ones (McCandlish et al.
-    2018).
+    2018). The first `short_steps` cut each sequence into `SHORT_PARTS`: what a model learns first is in the
+    last few tokens (Press et al. 2021, Shortformer).
     """
 
     microbatch_size: int
@@ -82,6 +86,7 @@ class BatchPlan:
     length: int
     steps: int
     half_steps: int = 0
+    short_steps: int = 0
 
     @property
     def global_batch(self) -> int:
@@ -118,6 +123,13 @@ class BatchPlan:
         for turn in range(turns):
             yield self.sequences(step) + (turn * self.processes + rank) * size, size
 
+    def cut(self, sequences: Tensor, step: int) -> Tensor:
+        """Sequences (B, T + 1) as step `step` trains on them: as they are, or (4B, T / 4 + 1)."""
+        if step >= self.short_steps:
+            return sequences
+        length = self.length // SHORT_PARTS
+        return sequences.unfold(1, length + 1, length).flatten(0, 1)
+
 
 def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: int | None) -> BatchPlan:
     """Plan the steps of a run over `per_epoch` sequences of `length` tokens (None: not known yet).
@@ -144,8 +156,15 @@ def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: in
             f"half_batch_percent halves what a process reads in a step, {config.microbatch_size} x "
             f"{accumulation} sequences; make that even, or half_batch_percent 0"
         )
+    if config.short_sequence_percent and length % SHORT_PARTS:
+        raise InputError(
+            f"short_sequence_percent cuts sequences into {SHORT_PARTS} parts; make context_length {length} a "
+            "multiple of that, or short_sequence_percent 0"
+        )
     steps = batches + halved
-    return BatchPlan(config.microbatch_size, accumulation, processes, length, steps, half_steps=2 * halved)
+    plan = BatchPlan(config.microbatch_size, accumulation, processes, length, steps, half_steps=2 * halved)
+    short = plan.steps_for(round(batches * config.short_sequence_percent / 100))
+    return dataclasses.replace(plan, short_steps=short)
 
 
 @dataclass(frozen=True)

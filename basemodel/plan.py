@@ -12,6 +12,7 @@ import click
 
 from basemodel import data, hub, roofline, token_files
 from basemodel.config import optimizer_in_words
+from basemodel.data import SHORT_PARTS
 from basemodel.distributed import World
 from basemodel.errors import InputError
 from basemodel.estimate import (
@@ -93,6 +94,8 @@ def print_plan(run: Run, world: World) -> None:
     free = shutil.disk_usage(run.directory).free
     if plan.half_steps:
         split += f"; half of it in each of the first {plan.half_steps:,} steps"
+    if plan.short_steps:
+        split += f"; sequences of {plan.length // SHORT_PARTS} tokens in the first {plan.short_steps:,} steps"
     lines = {
         "Run": f"{run.name}, seed {config.random_seed}",
         "Model": f"{model.parameter_count():,} parameters, context {run.model_config.context_length:,}",

@@ -59,40 +59,41 @@ def write_base(run_dir: Path, datasets: Path, own: Path, tokens: int | None) -> 
     (own / "train.json").write_text(json.dumps(config))
 
 
-HALF, WHOLE = 0, 1  # the steps of a plan whose first batch alone is a half
-
-
-def steps_of(run_dir: Path, world: World) -> tuple[dict[int, Callable[[], Tensor]], float]:
-    """A run's training steps with half and whole batches, and the share of the tokens in half batches."""
+def steps_of(run_dir: Path, world: World) -> list[tuple[Callable[[], Tensor], float]]:
+    """Each kind of a run's training steps, and how many of it come to each whole batch of tokens."""
     model_config = read_config(GPTConfig, run_dir / "model.json")
     config = read_config(TrainConfig, run_dir / "train.json")
     learner, length = Learner(config, model_config, world), model_config.context_length
-    plan = dataclasses.replace(plan_batches(config, length, 1, None), half_steps=1)
-    steps: dict[int, Callable[[], Tensor]] = {}
-    for kind in (HALF, WHOLE) if config.half_batch_percent else (WHOLE,):
-        shapes = [(count, length + 1) for _, count in plan.microbatches(kind, 0)]
-        batch = [torch.randint(model_config.vocab_size, shape) for shape in shapes]
-        steps[kind] = functools.partial(learner.train_step, batch, 1e-4)
-    return steps, config.half_batch_percent / 100
+    plan = plan_batches(config, length, 1, None)
+    kinds: dict[tuple[bool, bool], list[int]] = {}
+    for step in range(plan.steps):
+        kinds.setdefault((step < plan.half_steps, step < plan.short_steps), []).append(step)
+    found = []
+    for steps in kinds.values():
+        shapes = [(count, length + 1) for _, count in plan.microbatches(steps[0], 0)]
+        batch = [plan.cut(torch.randint(model_config.vocab_size, shape), steps[0]) for shape in shapes]
+        step = functools.partial(learner.train_step, batch, 1e-4)
+        found.append((step, len(steps) / plan.batches(plan.steps)))
+    return found
 
 
 def step_times(runs: list[str], runs_dir: Path, rounds: int) -> dict[str, float]:
-    """The median milliseconds of a training step of each run, taken in turns; with half batches those of two
-    halves for their share of the tokens."""
+    """The milliseconds that each run takes for a whole batch of tokens: medians of its kinds of steps, taken
+    in turns, times how many of each there are."""
     world = join_world()
     steps = {run: steps_of(runs_dir / run, world) for run in runs}
-    taken: dict[tuple[str, int], list[float]] = {}
+    taken: dict[str, list[list[float]]] = {run: [[] for _ in kinds] for run, kinds in steps.items()}
     for turn in range(rounds + 3):
-        for run, (kinds, _) in steps.items():
-            for kind, step in kinds.items():
+        for run, kinds in steps.items():
+            for (step, _), times in zip(kinds, taken[run], strict=True):
                 start = time.perf_counter()
                 step().tolist()
                 if turn >= 3:
-                    taken.setdefault((run, kind), []).append(1e3 * (time.perf_counter() - start))
-    times = {each: statistics.median(found) for each, found in taken.items()}
+                    times.append(1e3 * (time.perf_counter() - start))
+    medians = {run: [statistics.median(times) for times in kinds] for run, kinds in taken.items()}
     return {
-        run: (1 - halves) * times[run, WHOLE] + halves * 2 * times.get((run, HALF), 0.0)
-        for run, (_, halves) in steps.items()
+        run: sum(share * median for (_, share), median in zip(kinds, medians[run], strict=True))
+        for run, kinds in steps.items()
     }
 
 

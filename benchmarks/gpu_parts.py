@@ -460,7 +460,7 @@ MUON_ALONE |= {"betas": [0.9, 0.999], "decay_all_parameters": True}
 RECIPES = {
     "AdamW, the best published": ("stacked-interventions", {}, {}),
     "Muon, other rates as for AdamW": ("1xrtx3090-best", {"init": "pytorch"}, MUON_ALONE),
-    "as recommended": ("1xrtx3090-best", {}, {}),
+    "as recommended for so few steps": ("1xrtx3090-best", {}, {"muon_momentum": 0.9}),
 }
 
 

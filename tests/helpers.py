@@ -64,6 +64,7 @@ TORTURED_TRAIN = {
     "embedding_learning_rate": 0.05,
     "head_learning_rate": 0.004,
     "half_batch_percent": 20,  # 10 half batches, then 20
+    "short_sequence_percent": 40,
     "schedule_learning_rate": True,
     "warmup_period_percent": 10,
 }

@@ -73,6 +73,11 @@ CONFIGS = {
         {"microbatch_size": 1, "global_batch_size": 1, "half_batch_percent": 30},
         "half_batch_percent halves what a process reads in a step, 1 x 1 sequences; make that even",
     ),
+    "quarters of an odd length": (
+        {"context_length": 18},
+        {"short_sequence_percent": 30},
+        "short_sequence_percent cuts sequences into 4 parts; make context_length 18 a multiple of that",
+    ),
     "no warm-up": ({}, {"lr_schedule": "constant", "warmup_period_percent": 5}, 'constant" has no warm-up'),
     "Muon's rate": ({}, {"muon_learning_rate": 0}, "muon_learning_rate must be more than 0, not 0"),
     "Muon's rate without it": (

@@ -23,9 +23,11 @@ from helpers import (
     write_dataset,
 )
 
+from basemodel.distributed import join_world
 from basemodel.errors import RunError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import ablations
 import common
 import gpu
 import gpu_parts
@@ -260,6 +262,15 @@ def test_ladder(sandbox: Sandbox) -> None:
     assert measured(sandbox, "ladder", *command[:-1], "--report", runs=False).count("| tiny |") == 3
     lines = (sandbox.path / "kept/tiny-new--seed-1/metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 12 and len(lines) < 16, "trained twice"
+
+
+def test_each_kind_of_step_is_timed_and_counted(sandbox: Sandbox) -> None:
+    """Of eight whole batches the first four are halves, and the first two have short sequences."""
+    sandbox.write_run("small", train={"half_batch_percent": 50, "short_sequence_percent": 25})
+    kinds = ablations.steps_of(sandbox.run_dir("small"), join_world())
+    shapes = [[tuple(each.shape) for each in step.args[0]] for step, _ in kinds]
+    assert shapes == [[(8, 5)] * 2, [(2, 17)] * 2, [(2, 17)] * 4]
+    assert [share for _, share in kinds] == [0.5, 0.5, 0.5]
 
 
 def test_where_a_recipe_reaches_a_loss() -> None:

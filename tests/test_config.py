@@ -32,6 +32,7 @@ RANGES = [  # key, values that are taken, values that are refused
     ("optimizer", ["adamw", "muon"], ["sgd", "AdamW"]),
     ("lr_schedule", [None, "cosine", "wsd", "constant"], ["linear"]),
     ("half_batch_percent", [0, 30.5, 100], [-1, 101, None]),
+    ("short_sequence_percent", [0, 30.5, 100], [-1, 101, None]),
     ("warmup_period_percent", [0, 100], [-1, 101]),
     ("clipping_max_norm", [None, 0.1], [0, -1]),
     ("precision", ["auto", "fp32", "tf32", "fp16", "bf16"], ["float16", None]),

@@ -41,6 +41,7 @@ CASES = {
     },
 }
 CASES["halves"] = {**CASES["muon"], "half_batch_percent": 40}
+CASES["short"] = {**CASES["halves"], "short_sequence_percent": 60}  # its first four whole batches too
 
 
 def rate(step: float, train: dict) -> float:
@@ -93,7 +94,11 @@ def reference_run(run: Path, tokens: Tensor) -> tuple[dict[str, Tensor], list[tu
     for number, size in enumerate(sizes):
         before = sum(sizes[:number])
         starts = [train["start_train_token"] + (before + i) * length for i in range(size)]
-        sequences = torch.stack([tokens[start : start + length + 1] for start in starts])
+        if before < batch * STEPS * train.get("short_sequence_percent", 0) / 100:
+            starts = [start + quarter * length // 4 for start in starts for quarter in range(4)]
+            sequences = torch.stack([tokens[start : start + length // 4 + 1] for start in starts])
+        else:
+            sequences = torch.stack([tokens[start : start + length + 1] for start in starts])
         loss = F.cross_entropy(model(sequences[:, :-1]).flatten(0, 1), sequences[:, 1:].flatten())
         model.zero_grad()
         loss.backward()

@@ -59,6 +59,7 @@ def assert_same_end(sandbox: Sandbox, one: str, other: str) -> None:
 
 OWN_RATES = {"optimizer": "muon", "embedding_learning_rate": 0.05, "head_learning_rate": 0.002}
 HALVES = {"half_batch_percent": 33.4, "min_train_tokens": 6 * 8 * 16, "checkpoint_interval": 3}
+HALVES |= {"short_sequence_percent": 66}
 
 
 @pytest.mark.parametrize(

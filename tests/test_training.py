@@ -151,6 +151,13 @@ def test_plan_says_what_would_happen_and_does_nothing(sandbox: Sandbox) -> None:
     assert re.search(r"ETA: +\d+:\d\d:\d\d at [\d,]+ tokens/s", sandbox.train("tiny", "--plan"))
 
 
+def test_plan_says_which_steps_are_small(sandbox: Sandbox) -> None:
+    """Of eight whole batches two are halved and four have short sequences."""
+    sandbox.write_run(train={"half_batch_percent": 25, "short_sequence_percent": 50})
+    steps = "half of it in each of the first 4 steps; sequences of 4 tokens in the first 6 steps"
+    assert steps in sandbox.train("tiny", "--plan")
+
+
 ROOM = """
 import resource
 from pathlib import Path
