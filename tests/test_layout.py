@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from helpers import ROOT
+from mutants import MUTANTS, mutated
 
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("basemodel/*.py")]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
@@ -64,3 +65,8 @@ def test_functions_are_short_and_take_few_parameters() -> None:
                 if not any("command" in ast.unparse(decorator) for decorator in node.decorator_list):
                     assert count <= 5, f"{path.name}: {node.name} takes {count} parameters"
                     assert node.end_lineno - node.lineno < 50, f"{path.name}: {node.name} is too long"
+
+
+def test_every_mutant_still_has_what_it_would_break() -> None:
+    for mutant in MUTANTS:
+        assert mutated(mutant) != (ROOT / mutant.file).read_text(encoding="utf-8"), mutant.name
