@@ -170,7 +170,7 @@ def main(text: Path, rounds: int, steps: int, tokens: int | None, runs_dir: Path
             nanogpt, loss = train_nanogpt(training, validation, seed=turn, steps=steps)
             print(f"| {turn} | nanoGPT's | {nanogpt:.1f} | 1 | {loss:.3f} |", flush=True)
             for share in (1 / 4, 1.0) if tokens is None else (1.0,):
-                budget = tokens or int((0.93 * share * nanogpt - around) * speed)
+                budget = tokens or int((0.9 * share * nanogpt - around) * speed)
                 require(budget > 0, f"{share * nanogpt:.0f} s is what starting takes; is the machine busy?")
                 seconds, _ = run_demo(folder, demo, turn, budget)
                 loss = demo_loss(folder, validation)
