@@ -21,11 +21,11 @@ from typing import Self
 
 import click
 
-from basemodel.ablation import Study, final_loss
-from basemodel.command_line import require_file_path, run_command
-from basemodel.errors import InputError, RunError
-from basemodel.outcomes import draw_chart, notes, outcomes, table
-from basemodel.run_folder import is_locked, read_status
+from basemodel.common.command_line import require_file_path, run_command
+from basemodel.common.errors import InputError, RunError
+from basemodel.results.study import Study, final_loss
+from basemodel.results.study_report import draw_chart, notes, outcomes, table
+from basemodel.training.run_folder import is_locked, read_status
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

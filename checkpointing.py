@@ -28,12 +28,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from basemodel.command_line import require_plain_name
-from basemodel.errors import InputError, RunError
-from basemodel.files import fingerprint, sync
-from basemodel.json_config import read_json_object
-from basemodel.trained_tokenizer import TOKENIZER_FILE
-from basemodel.weights import save_tensors
+from basemodel.common.command_line import require_plain_name
+from basemodel.common.errors import InputError, RunError
+from basemodel.common.files import fingerprint, sync
+from basemodel.common.json_config import read_json_object
+from basemodel.data.tokenizer_json import TOKENIZER_FILE
+from basemodel.model.weights import save_tensors
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
 REQUIRED_META = {

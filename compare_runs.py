@@ -24,16 +24,22 @@ from urllib.parse import quote
 import click
 import numpy as np
 
-from basemodel.charts import xkcd_chart
-from basemodel.command_line import require_file_path, run_command
-from basemodel.config import TrainConfig
-from basemodel.errors import InputError
-from basemodel.files import replace_text
-from basemodel.json_config import read_config
-from basemodel.measured_loss import MeasuredLoss, read_test_loss
-from basemodel.run_folder import find_run, read_metrics, read_samples, read_status
-from basemodel.task_results import TaskResult, headlines, read_task_results
-from gpt import GPTConfig, GPTModel
+from basemodel.common.command_line import require_file_path, run_command
+from basemodel.common.errors import InputError
+from basemodel.common.files import replace_text
+from basemodel.common.json_config import read_config
+from basemodel.common.xkcd import xkcd_chart
+from basemodel.evaluation.measurements import (
+    MeasuredLoss,
+    TaskResult,
+    headlines,
+    read_task_results,
+    read_test_loss,
+)
+from basemodel.model.config import GPTConfig
+from basemodel.training.config import TrainConfig
+from basemodel.training.run_folder import find_run, read_metrics, read_samples, read_status
+from gpt import GPTModel
 
 UNKNOWN = "–"
 BINS = 200  # points in a curve of all steps

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Train a GPT-2-class base model. A run is two JSON files, runs/RUN/model.json and runs/RUN/train.json; their
-keys are those of GPTConfig (gpt.py) and TrainConfig (basemodel/config.py). Data sets are kept in datasets/.
+keys are those of GPTConfig (basemodel/model/config.py) and TrainConfig (basemodel/training/config.py).
 
     python ddp_train.py demo datasets                 one process, on the GPU if there is one, else on the CPU
     python ddp_train.py demo datasets --resume        continue from the newest valid checkpoint
@@ -35,20 +35,25 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpointing
-from basemodel import data, hub, memory, microbatch, run_folder
-from basemodel.budget import Budget, has_ended
-from basemodel.command_line import run_command
-from basemodel.compilation import compile_if_wanted
-from basemodel.config import TrainConfig
-from basemodel.distributed import StopSignal, World, join_world, lost_processes_explained
-from basemodel.errors import InputError, RunError
-from basemodel.loss import NextTokenLoss
-from basemodel.optimizer import allocate_state, make_optimizer, set_learning_rate, step_if
-from basemodel.pending import PendingSteps, StepResult
-from basemodel.plan import is_for_machines, open_if_here, plan_on_machines, plan_options, print_plan
-from basemodel.precision import autocast, choose_precision, set_up_arithmetic
-from basemodel.reporting import Reporter, check_reporting, complete_status
-from basemodel.resume import (
+from basemodel.common.command_line import run_command
+from basemodel.common.errors import InputError, RunError
+from basemodel.data import hub
+from basemodel.data.sequences import Sequences, to_device
+from basemodel.model import memory
+from basemodel.model.config import GPTConfig
+from basemodel.model.loss import NextTokenLoss
+from basemodel.model.weights import load_tensors
+from basemodel.planning.plan import is_for_machines, open_if_here, plan_on_machines, plan_options, print_plan
+from basemodel.results.reporting import Reporter, check_reporting, complete_status
+from basemodel.training import microbatch, run_folder
+from basemodel.training.backend import autocast, choose_precision, compile_if_wanted, set_up_arithmetic
+from basemodel.training.batches import check_tokens, open_data, plan_batches
+from basemodel.training.budget import Budget, has_ended
+from basemodel.training.config import TrainConfig
+from basemodel.training.optimizer import allocate_state, make_optimizer, set_learning_rate, step_if
+from basemodel.training.pending import PendingSteps, StepResult
+from basemodel.training.processes import World, join_world, lost_processes_explained
+from basemodel.training.resume import (
     check_space,
     find_checkpoint,
     provenance,
@@ -56,10 +61,9 @@ from basemodel.resume import (
     set_rng_state,
     was_started_before,
 )
-from basemodel.run import Run
-from basemodel.watchdog import hung_steps_ended
-from basemodel.weights import load_tensors
-from gpt import GPTConfig, GPTModel
+from basemodel.training.run import Run
+from basemodel.training.stopping import StopSignal, hung_steps_ended
+from gpt import GPTModel
 
 # A run gives up after this many non-finite steps in a row. In fp16 they are normal at first: the loss scale
 # starts at 2^16, and each one halves it. In bf16 and fp32, which need no scale, they mean divergence.
@@ -162,7 +166,7 @@ class Learner:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clipping_max_norm, grad_norm)
         return grad_norm
 
-    def validate(self, sequences: data.Sequences, stop: StopSignal) -> float | None:
+    def validate(self, sequences: Sequences, stop: StopSignal) -> float | None:
         """Mean loss over the first validation_batches microbatches, shared out over the processes.
 
         Returns None if any process is asked to stop before it finishes.
@@ -174,7 +178,7 @@ class Learner:
                 return None
             if (index := first + world.rank) < config.validation_batches:
                 found = sequences.read(index * config.microbatch_size, config.microbatch_size)
-                total += self.validation_loss(data.to_device(found, world.device))
+                total += self.validation_loss(to_device(found, world.device))
         # Not all_reduce: on a GPU it would wait without end for a process that has died or hangs.
         return sum(world.all_gather(total.item())) / config.validation_batches
 
@@ -300,7 +304,7 @@ class Trainer:
         """The microbatch of `count` sequences from number `first` on, (B, T + 1), on the device."""
         with self.reporter.reading():
             found = self.run.data.train.read(first, count)
-        return data.to_device(found, self.world.device)
+        return to_device(found, self.world.device)
 
     def _log(self, results: list[tuple[int, StepResult, float]]) -> None:
         """Log finished steps, each with its result and its seconds.
@@ -545,7 +549,7 @@ def main(
 def show_plan(run: Run, datasets_dir: Path, world: World) -> None:
     """Print what the run would do, using the data if they are already downloaded."""
     run_data = open_if_here(run, datasets_dir)
-    plan = data.plan_batches(
+    plan = plan_batches(
         run.config, run.model_config.context_length, world.size, run_data and run_data.train.count
     )
     if world.is_first:
@@ -596,11 +600,11 @@ def prepare(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, 
         hub.fetch_dataset, datasets_dir, config.dataset, config.dataset_revision, config.splits
     )
     folder = world.agree(fetch, on=world.local_rank == 0)
-    run_data = world.agree(lambda: data.open_data(config, model_config, datasets_dir))
-    plan = data.plan_batches(config, model_config.context_length, world.size, run_data.train.count)
+    run_data = world.agree(lambda: open_data(config, model_config, datasets_dir))
+    plan = plan_batches(config, model_config.context_length, world.size, run_data.train.count)
     used = plan.sequences(plan.steps), config.validation_batches * config.microbatch_size
     share = world.local_rank, world.local_size
-    world.agree(lambda: data.check_tokens(run_data, *used, model_config.vocab_size, share=share))
+    world.agree(lambda: check_tokens(run_data, *used, model_config.vocab_size, share=share))
     fingerprint = functools.partial(hub.fingerprint_files, folder, config.splits)
     files = world.agree(fingerprint, on=world.local_rank == 0)
     files = hub.same_on_all_nodes([each for each in world.all_gather(files) if each is not None])

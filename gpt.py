@@ -5,56 +5,18 @@ names are those of the published models, so that their files load (weights.py).
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from basemodel.attention import AttentionMask, Cache, attend, linear_together
-from basemodel.errors import InputError
+from basemodel.model.config import GPTConfig as GPTConfig
+from basemodel.model.masks import AttentionMask, Cache
+from basemodel.target import device_type, is_planned
 
 RESIDUAL_PROJECTIONS = "att.out_proj", "ff.layers.2"  # what a block adds to the residual stream
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a model, as `model.json` gives it. GPT-2 small: 50257, 1024, 768, 12, 12."""
-
-    vocab_size: int
-    context_length: int  # tokens
-    emb_dim: int
-    n_heads: int
-    n_layers: int
-    drop_rate: float
-    qkv_bias: bool
-    tie_weights: bool = False
-    init: Literal["pytorch", "gpt2", "zero"] = "pytorch"
-    tokenizer: Literal["gpt2", "bytes", "dataset"] = "gpt2"  # dataset: the data set's own tokenizer.json
-    end_of_text_id: int | None = None  # of the tokenizer "dataset"; null: read from its file
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        size, width, heads, rate = self.vocab_size, self.emb_dim, self.n_heads, self.drop_rate
-        if size > 65_536:
-            raise InputError(f"vocab_size must be at most 65536 (tokens are uint16), not {size}")
-        if width % heads != 0:
-            raise InputError(f"emb_dim {width} must be a multiple of n_heads {heads}")
-        if not 0.0 <= rate < 1.0:
-            raise InputError(f"drop_rate must be at least 0 and below 1, not {rate}")
-        if self.end_of_text_id is not None and self.tokenizer != "dataset":
-            raise InputError('end_of_text_id has no effect without "tokenizer": "dataset"')
-        if not 0 <= (self.end_of_text_id or 0) < size:
-            raise InputError(f"end_of_text_id must be from 0 to {size - 1}, not {self.end_of_text_id}")
-
-    @property
-    def end_of_text(self) -> int:
-        """The token that ends each document; the last one where no data set has said which."""
-        own = self.vocab_size - 1 if self.end_of_text_id is None else self.end_of_text_id
-        return {"gpt2": 50_256, "bytes": 256, "dataset": own}[self.tokenizer]
 
 
 class LayerNorm(nn.Module):
@@ -68,6 +30,30 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift, eps=1e-5)
+
+
+def linear_together(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """The outputs of several linear layers side by side, (..., outputs of all)."""
+    if x.shape[-2] == 1:
+        # One token's products take less time than to copy the weights would.
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+    # One matrix product in place of three: fewer, larger ones are faster.
+    bias = torch.cat([layer.bias for layer in layers]) if layers[0].bias is not None else None
+    return F.linear(x, torch.cat([layer.weight for layer in layers]), bias)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dropout: float) -> Tensor:
+    """Attention of queries (B, H, T, D) to keys and values (B, H, S, D); causal where `mask` is None."""
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask)
+    if is_planned():  # a GPU's fused kernels keep no dropout mask, and take masks in the precision of q
+        mask, dropout = None if mask is None else mask.to(q.dtype), 0.0
+    how = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None}
+    if device_type(q) == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
+        # On CPUs the backward pass of short bf16 attention takes three times as long as in float32.
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
+    return F.scaled_dot_product_attention(q, k, v, **how)
 
 
 class Attention(nn.Module):

@@ -25,27 +25,21 @@ from typing import Any
 
 import click
 
-from basemodel.command_line import FileSize, run_command
-from basemodel.dataset_files import Layout, card, count_passed_over, draw_lengths, lay_out, write_dataset
-from basemodel.documents import Piece, make_shards
-from basemodel.encoding import Settings, encode_all, sample_texts
-from basemodel.errors import InputError
-from basemodel.files import DISK_FULL, fingerprint, sync
-from basemodel.hub import check_push, push
-from basemodel.json_config import read_json_object
-from basemodel.nanogpt import lay_out_bins
-from basemodel.readers import cut_into_pieces
-from basemodel.sources import Request, Source, find_source
-from basemodel.token_files import as_one_path, split_files
-from basemodel.tokenizer import GigatokenEncoder, get_tokenizer, set_up_engine
-from basemodel.trained_tokenizer import (
-    FEWEST_TOKENS,
-    MOST_TOKENS,
-    TOKENIZER_FILE,
-    read_tokenizer,
-    require_tokenizers,
-    train_tokenizer,
-)
+from basemodel.common.command_line import FileSize, run_command
+from basemodel.common.errors import InputError
+from basemodel.common.files import DISK_FULL, fingerprint, sync
+from basemodel.common.json_config import read_json_object
+from basemodel.data.hub import check_push, push
+from basemodel.data.token_files import as_one_path, split_files
+from basemodel.data.tokenizer import GigatokenEncoder, get_tokenizer, set_up_engine
+from basemodel.data.tokenizer_json import MOST_TOKENS, TOKENIZER_FILE, read_tokenizer
+from basemodel.prepare.assemble import Layout, card, count_passed_over, draw_lengths, lay_out, write_dataset
+from basemodel.prepare.documents import Piece, make_shards
+from basemodel.prepare.encoding import Settings, encode_all, sample_texts
+from basemodel.prepare.nanogpt import lay_out_bins
+from basemodel.prepare.readers import cut_into_pieces
+from basemodel.prepare.sources import Request, Source, find_source
+from basemodel.prepare.tokenizer_training import FEWEST_TOKENS, require_tokenizers, train_tokenizer
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

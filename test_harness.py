@@ -16,14 +16,20 @@ from pathlib import Path
 
 import click
 
-from basemodel.command_line import run_command
-from basemodel.errors import InputError
-from basemodel.harness import Measured, evaluate_task, load_tasks, paired_difference, require_harness
-from basemodel.scoring import Scorer
-from basemodel.task_results import keep_task_results, with_error
-from basemodel.tokenizer import get_tokenizer
-from basemodel.weight_files import folder_of
-from basemodel.weights import load_model
+from basemodel.common.command_line import run_command
+from basemodel.common.errors import InputError
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.evaluation.harness import (
+    Measured,
+    evaluate_task,
+    load_tasks,
+    paired_difference,
+    require_harness,
+)
+from basemodel.evaluation.measurements import keep_task_results, with_error
+from basemodel.evaluation.scoring import Scorer
+from basemodel.model.weight_files import folder_of
+from basemodel.model.weights import load_model
 from checkpointing import META_FILE
 
 TASKS = "hellaswag,lambada_openai,arc_easy,piqa,winogrande"

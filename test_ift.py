@@ -19,16 +19,23 @@ from typing import Any
 import click
 import numpy as np
 
-from basemodel.command_line import require_plain_name, run_command
-from basemodel.errors import InputError
-from basemodel.files import replace_text
-from basemodel.fine_tuning import FineTuning, check_lengths, encode_records, fine_tune
-from basemodel.generation import continuations
-from basemodel.instructions import FIELDS, fetch_records, prompt_of, read_records, split_records
-from basemodel.judging import RESULTS_ENDING, Judge, exact_match, judge_all, read_questions, token_f1
-from basemodel.tokenizer import get_tokenizer
-from basemodel.weight_files import folder_of
-from basemodel.weights import load_model
+from basemodel.common.command_line import require_plain_name, run_command
+from basemodel.common.errors import InputError
+from basemodel.common.files import replace_text
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.evaluation.fine_tuning import FineTuning, check_lengths, encode_records, fine_tune
+from basemodel.evaluation.instructions import FIELDS, fetch_records, prompt_of, read_records, split_records
+from basemodel.evaluation.judging import (
+    RESULTS_ENDING,
+    Judge,
+    exact_match,
+    judge_all,
+    read_questions,
+    token_f1,
+)
+from basemodel.model.generation import continuations
+from basemodel.model.weight_files import folder_of
+from basemodel.model.weights import load_model
 
 DATA_URL = (
     "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"

@@ -22,20 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from basemodel.command_line import run_command
-from basemodel.data import Sequences, match_tokenizer
-from basemodel.errors import InputError, RunError
-from basemodel.hub import fetch_dataset
-from basemodel.loss import IGNORED, document_features
-from basemodel.measured_loss import MeasuredLoss, write_test_loss
-from basemodel.token_files import TokenFiles
-from basemodel.tokenizer import get_tokenizer, token_byte_lengths
-from basemodel.trained_tokenizer import TOKENIZER_FILE, same_tokenizer
-from basemodel.weight_files import folder_of
-from basemodel.weights import load_model
-from basemodel.windows import DocumentSlice, ScoredSlice, SequenceSlice
+from basemodel.common.command_line import run_command
+from basemodel.common.errors import InputError, RunError
+from basemodel.data.hub import fetch_dataset
+from basemodel.data.sequences import Sequences, match_tokenizer
+from basemodel.data.token_files import TokenFiles
+from basemodel.data.tokenizer import get_tokenizer, token_byte_lengths
+from basemodel.data.tokenizer_json import TOKENIZER_FILE, same_tokenizer
+from basemodel.evaluation.measurements import MeasuredLoss, write_test_loss
+from basemodel.evaluation.test_slices import DocumentSlice, ScoredSlice, SequenceSlice
+from basemodel.model.config import GPTConfig
+from basemodel.model.loss import IGNORED, document_features
+from basemodel.model.weight_files import folder_of
+from basemodel.model.weights import load_model
 from checkpointing import META_FILE
-from gpt import GPTConfig, GPTModel
+from gpt import GPTModel
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

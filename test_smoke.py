@@ -12,14 +12,14 @@ from pathlib import Path
 import click
 import torch
 
-from basemodel.command_line import run_command
-from basemodel.errors import InputError
-from basemodel.generation import continuations
-from basemodel.interactive import PromptLine, Temperature
-from basemodel.terminal import printable
-from basemodel.tokenizer import get_tokenizer
-from basemodel.weight_files import folder_of
-from basemodel.weights import load_model
+from basemodel.common.command_line import run_command
+from basemodel.common.errors import InputError
+from basemodel.common.terminal import printable
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.evaluation.prompt_line import PromptLine, Temperature
+from basemodel.model.generation import continuations
+from basemodel.model.weight_files import folder_of
+from basemodel.model.weights import load_model
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

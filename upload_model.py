@@ -13,13 +13,13 @@ from pathlib import Path
 
 import click
 
-from basemodel.command_line import run_command
-from basemodel.errors import InputError
-from basemodel.hub import check_push, push
-from basemodel.huggingface import check_folder, write_model, write_model_card
-from basemodel.tokenizer import get_tokenizer
-from basemodel.weight_files import folder_of
-from basemodel.weights import load_model
+from basemodel.common.command_line import run_command
+from basemodel.common.errors import InputError
+from basemodel.data.hub import check_push, push
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.model.weight_files import folder_of
+from basemodel.model.weights import load_model
+from basemodel.results.export import check_folder, write_model, write_model_card
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

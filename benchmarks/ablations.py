@@ -22,15 +22,15 @@ from common import runs_dir_option
 from torch import Tensor
 
 import ablate
-from basemodel.command_line import run_command
-from basemodel.config import TrainConfig
-from basemodel.data import plan_batches
-from basemodel.distributed import World, join_world
-from basemodel.hub import dataset_folder
-from basemodel.json_config import read_config, read_json_object
-from basemodel.token_files import TokenFiles
+from basemodel.common.command_line import run_command
+from basemodel.common.json_config import read_config, read_json_object
+from basemodel.data.hub import dataset_folder
+from basemodel.data.token_files import TokenFiles
+from basemodel.model.config import GPTConfig
+from basemodel.training.batches import plan_batches
+from basemodel.training.config import TrainConfig
+from basemodel.training.processes import World, join_world
 from ddp_train import Learner
-from gpt import GPTConfig
 
 
 def all_settings(run_dir: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import click
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for those that import this module first
-from basemodel.errors import InputError, RunError
+from basemodel.common.errors import InputError, RunError
 
 runs_dir_option = click.option(
     "--runs-dir",

@@ -22,9 +22,9 @@ from typing import Any
 import click
 from common import spread
 
-from basemodel.command_line import run_command
-from basemodel.errors import RunError
-from basemodel.files import fingerprint
+from basemodel.common.command_line import run_command
+from basemodel.common.errors import RunError
+from basemodel.common.files import fingerprint
 
 DATASET, NAME = "far/away", "train.safetensors"
 
@@ -99,7 +99,7 @@ def fetch(folder: str, one_stream: bool) -> None:
 
         huggingface_hub.hf_hub_download(DATASET, NAME, repo_type="dataset", local_dir=folder)
     else:
-        from basemodel import hub
+        from basemodel.data import hub
 
         hub.fetch_dataset(Path(folder), DATASET, None, ["train"])
 

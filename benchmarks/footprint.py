@@ -24,14 +24,14 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map_only
 
-from basemodel.command_line import run_command
-from basemodel.config import TrainConfig
-from basemodel.distributed import World
-from basemodel.estimate import GIB, reserve_gib
-from basemodel.footprint import FusedDropout, StepCounter, StepModel
-from basemodel.json_config import read_config
+from basemodel.common.command_line import run_command
+from basemodel.common.json_config import read_config
+from basemodel.model.config import GPTConfig
+from basemodel.planning.estimate import GIB, reserve_gib
+from basemodel.planning.footprint import FusedDropout, StepCounter, StepModel
+from basemodel.training.config import TrainConfig
+from basemodel.training.processes import World
 from ddp_train import Learner
-from gpt import GPTConfig
 
 BYTES = {"vocab_size": 257, "tokenizer": "bytes"}
 GPT2 = {"vocab_size": 50257, "tokenizer": "gpt2"}

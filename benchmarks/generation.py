@@ -13,11 +13,12 @@ import click
 import torch
 from common import runs_dir_option, spread
 
-from basemodel.command_line import run_command
-from basemodel.errors import RunError
-from basemodel.generation import generate
-from basemodel.json_config import read_config
-from gpt import GPTConfig, GPTModel
+from basemodel.common.command_line import run_command
+from basemodel.common.errors import RunError
+from basemodel.common.json_config import read_config
+from basemodel.model.config import GPTConfig
+from basemodel.model.generation import generate
+from gpt import GPTModel
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

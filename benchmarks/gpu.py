@@ -8,7 +8,7 @@
 `correct` runs `pytest -m gpu`. `speed` measures GPT-2 small's training step, one change at a time, beside the
 plain step of reference.py. `run` finds the largest microbatch, trains GPT-2 small, kills the training and
 resumes it. `recipe` trains it by the best published, an earlier and the recommended recipe, on the same
-tokens. MFU is a share of the device's peak rate in basemodel/machines.py, whatever the precision.
+tokens. MFU is a share of the device's peak rate in basemodel/planning/machines.py, whatever the precision.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ import click
 from common import ROOT, measured_code, require, run_python
 from gpu_parts import LIMIT, VOCABULARY_CACHE, Report, Setup, measure, recipe, run, speed
 
-from basemodel.command_line import run_command
-from basemodel.errors import RunError
+from basemodel.common.command_line import run_command
+from basemodel.common.errors import RunError
 
 
 def correct(setup: Setup, report: Report) -> None:

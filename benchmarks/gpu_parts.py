@@ -18,17 +18,18 @@ from typing import Any
 from common import ROOT, require, run_python, spread
 from throughput import in_turns, make_side, synchronize
 
-from basemodel.config import TrainConfig
-from basemodel.distributed import join_world
-from basemodel.errors import RunError
-from basemodel.figures import Figure, add_figure, speed_hash, today
-from basemodel.json_config import read_json_object
-from basemodel.machines import peak_flops
-from basemodel.memory import is_out_of_memory, peak_memory
-from basemodel.precision import choose_precision
-from basemodel.run_folder import read_metrics, read_status
-from basemodel.token_files import TokenFiles
-from gpt import GPTConfig, GPTModel
+from basemodel.common.errors import RunError
+from basemodel.common.json_config import read_json_object
+from basemodel.data.token_files import TokenFiles
+from basemodel.model.config import GPTConfig
+from basemodel.model.memory import is_out_of_memory, peak_memory
+from basemodel.planning.machines import peak_flops
+from basemodel.planning.speeds import Figure, add_figure, speed_hash, today
+from basemodel.training.backend import choose_precision
+from basemodel.training.config import TrainConfig
+from basemodel.training.processes import join_world
+from basemodel.training.run_folder import read_metrics, read_status
+from gpt import GPTModel
 
 LIMIT = 480.0  # seconds that a part may take
 TINY = {

@@ -22,12 +22,13 @@ from ablations import step_times
 from common import require
 
 import ablate
-from basemodel.ablation import KEYS, Study, final_loss, write_run
-from basemodel.command_line import run_command
-from basemodel.hub import dataset_folder
-from basemodel.json_config import read_json_object
-from basemodel.outcomes import table
-from gpt import GPTConfig, GPTModel
+from basemodel.common.command_line import run_command
+from basemodel.common.json_config import read_json_object
+from basemodel.data.hub import dataset_folder
+from basemodel.model.config import GPTConfig
+from basemodel.results.study import KEYS, Study, final_loss, write_run
+from basemodel.results.study_report import table
+from gpt import GPTModel
 
 LADDER = Path(__file__).with_name("ladder.json")
 FEWEST_FOR_A_FIT = 7  # of six numbers

@@ -20,14 +20,15 @@ import torch.distributed as dist
 from common import runs_dir_option, spread
 from reference import plain_optimizers
 
-from basemodel.command_line import run_command
-from basemodel.config import TrainConfig
-from basemodel.distributed import World, join_world
-from basemodel.json_config import read_config
-from basemodel.optimizer import make_optimizer
-from basemodel.precision import choose_precision
+from basemodel.common.command_line import run_command
+from basemodel.common.json_config import read_config
+from basemodel.model.config import GPTConfig
+from basemodel.training.backend import choose_precision
+from basemodel.training.config import TrainConfig
+from basemodel.training.optimizer import make_optimizer
+from basemodel.training.processes import World, join_world
 from ddp_train import Learner
-from gpt import GPTConfig, GPTModel
+from gpt import GPTModel
 
 
 def milliseconds(step: Callable[[], object], device: torch.device) -> float:

@@ -15,11 +15,11 @@ from pathlib import Path
 import click
 from common import run_python, runs_dir_option
 
-from basemodel.command_line import run_command
-from basemodel.data import plan_batches
-from basemodel.reporting import Reporter
-from basemodel.run import Run
-from basemodel.run_folder import read_metrics
+from basemodel.common.command_line import run_command
+from basemodel.results.reporting import Reporter
+from basemodel.training.batches import plan_batches
+from basemodel.training.run import Run
+from basemodel.training.run_folder import read_metrics
 
 
 def seconds_per_log(run_dir: Path, folder: Path) -> float:

@@ -18,11 +18,11 @@ from throughput import synchronize
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from basemodel.command_line import run_command
-from basemodel.config import TrainConfig
-from basemodel.distributed import join_world
+from basemodel.common.command_line import run_command
+from basemodel.model.config import GPTConfig
+from basemodel.training.config import TrainConfig
+from basemodel.training.processes import join_world
 from ddp_train import Learner
-from gpt import GPTConfig
 
 
 def measure(learner: Learner, tokens: Tensor, rounds: int) -> tuple[list[float], list[float]]:

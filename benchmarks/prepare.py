@@ -36,8 +36,8 @@ from common import ROOT, spread
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from basemodel.python_docs import python_docs
-from basemodel.tokenizer import get_tokenizer
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.prepare.python_docs import python_docs
 
 FILES = 4
 OTHER_TYPES = ("jsonl.zst", "json", "csv", "arrow")

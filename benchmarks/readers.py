@@ -15,10 +15,10 @@ import common  # noqa: F401  the project is found through it
 import numpy as np
 from safetensors.numpy import save_file
 
-from basemodel.command_line import run_command
-from basemodel.data import Sequences
-from basemodel.errors import RunError
-from basemodel.token_files import TokenFiles
+from basemodel.common.command_line import run_command
+from basemodel.common.errors import RunError
+from basemodel.data.sequences import Sequences
+from basemodel.data.token_files import TokenFiles
 
 LENGTH, BATCH = 1024, 64
 

@@ -26,10 +26,10 @@ from common import require, run_python, runs_dir_option
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from basemodel.command_line import run_command
-from basemodel.loss import NextTokenLoss
-from basemodel.token_files import TokenFiles
-from basemodel.weights import load_model
+from basemodel.common.command_line import run_command
+from basemodel.data.token_files import TokenFiles
+from basemodel.model.loss import NextTokenLoss
+from basemodel.model.weights import load_model
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH, STEPS = 4, 128, 4, 64, 12, 2000
 PEAK, LEAST, WARMUP = 1e-3, 1e-4, 100

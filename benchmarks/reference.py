@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basemodel.config import TrainConfig
-from gpt import GPTConfig
+from basemodel.model.config import GPTConfig
+from basemodel.training.config import TrainConfig
 
 
 class PlainLayerNorm(nn.Module):

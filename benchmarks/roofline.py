@@ -4,7 +4,7 @@
 
 All published figures are of GPT-2 small (124M parameters, context 1024) in bf16, compiled or hand-written,
 with a global batch of 524,288 tokens. The table shows, for each, what the constants say that were fitted to
-the others. The last line has those fitted to all, which basemodel/roofline.py holds.
+the others. The last line has those fitted to all, which basemodel/planning/roofline.py holds.
 """
 
 import dataclasses
@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from common import ROOT
 
-from basemodel import roofline, target
-from basemodel.command_line import run_command
-from basemodel.config import TrainConfig
-from basemodel.distributed import World
-from basemodel.footprint import Footprint, StepModel
-from basemodel.json_config import read_config
-from basemodel.machines import Machine, find_machines, read_gpus
+from basemodel import target
+from basemodel.common.command_line import run_command
+from basemodel.common.json_config import read_config
+from basemodel.model.config import GPTConfig
+from basemodel.planning import roofline
+from basemodel.planning.footprint import Footprint, StepModel
+from basemodel.planning.machines import Machine, find_machines, read_gpus
+from basemodel.training.config import TrainConfig
+from basemodel.training.processes import World
 from ddp_train import Learner
-from gpt import GPTConfig
 
 SEQUENCES = 512  # of 1024 tokens, per optimizer step
 MICROBATCH = 16

@@ -20,11 +20,11 @@ import numpy as np
 from common import ROOT, runs_dir_option, spread
 from safetensors.numpy import save_file
 
-from basemodel.command_line import run_command
-from basemodel.config import TrainConfig
-from basemodel.errors import RunError
-from basemodel.json_config import read_config
-from gpt import GPTConfig
+from basemodel.common.command_line import run_command
+from basemodel.common.errors import RunError
+from basemodel.common.json_config import read_config
+from basemodel.model.config import GPTConfig
+from basemodel.training.config import TrainConfig
 
 
 def write_run(folder: Path, source: Path, microbatch: int | None, interval: int, saves: int) -> Path:

@@ -30,16 +30,17 @@ from common import run_python, runs_dir_option, spread
 from reference import PlainTrainer
 from torch.nn.parallel import DistributedDataParallel
 
-from basemodel.command_line import run_command
-from basemodel.config import TrainConfig
-from basemodel.distributed import World, join_world
-from basemodel.figures import Figure, add_figure, speed_hash, today
-from basemodel.json_config import read_config
-from basemodel.machines import device_memory_gib
-from basemodel.memory import keep_freed_memory
-from basemodel.precision import choose_precision
+from basemodel.common.command_line import run_command
+from basemodel.common.json_config import read_config
+from basemodel.model.config import GPTConfig
+from basemodel.model.memory import keep_freed_memory
+from basemodel.planning.machines import device_memory_gib
+from basemodel.planning.speeds import Figure, add_figure, speed_hash, today
+from basemodel.training.backend import choose_precision
+from basemodel.training.config import TrainConfig
+from basemodel.training.processes import World, join_world
 from ddp_train import Learner
-from gpt import GPTConfig, GPTModel
+from gpt import GPTModel
 
 STARTED = time.time()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}

@@ -22,7 +22,7 @@ import tiktoken.registry
 from helpers import Sandbox, make_sandbox, requested_range, write_dataset
 from texts import gpt2_stand_in
 
-from basemodel.tokenizer import tiktoken_encoder
+from basemodel.data.tokenizer import tiktoken_encoder
 
 
 @dataclass

@@ -69,9 +69,8 @@ TORTURED_TRAIN = {
     "warmup_period_percent": 10,
 }
 BYTES = {"vocab_size": 257, "tokenizer": "bytes"}
-NO_CHART = (
-    "from basemodel import charts; charts.draw_chart = lambda *_: None"  # drawing takes longer than training
-)
+# Drawing takes longer than training.
+NO_CHART = "from basemodel.results import run_chart; run_chart.draw_chart = lambda *_: None"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -102,7 +101,8 @@ def write_model(folder: Path, seed: int = 0, **changes: Any) -> tuple[Path, Path
     import torch
     from safetensors.torch import save_file as save_tensors
 
-    from gpt import GPTConfig, GPTModel
+    from basemodel.model.config import GPTConfig
+    from gpt import GPTModel
 
     config = {**MODEL, **BYTES, **changes}
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,14 +34,14 @@ from helpers import (
 )
 
 import ablate as ablate_script
-from basemodel.ablation import CONFIGS, KEYS, Study, Variant
-from basemodel.errors import InputError
-from basemodel.intervals import student_t_quantile
-from basemodel.outcomes import differing_conditions, outcomes
+from basemodel.common.errors import InputError
+from basemodel.results.intervals import student_t_quantile
+from basemodel.results.study import CONFIGS, KEYS, Study, Variant
+from basemodel.results.study_report import differing_conditions, outcomes
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
 FORKED = f"import test_ablate; test_ablate.fork_trainings(); {NO_CHART}"
-QUICK = f"{FORKED}; from basemodel import outcomes; outcomes.draw_chart = lambda *_: None"
+QUICK = f"{FORKED}; from basemodel.results import study_report; study_report.draw_chart = lambda *_: None"
 
 
 class ForkedProcess:
@@ -373,7 +373,9 @@ def test_a_false_difference_in_at_most_one_study_of_twenty(
         shared = generator.normal(3, 0.05, seeds)
         losses = iter(shared[None] + generator.normal(0, 0.01, (variations + 1, seeds)))
         each = itertools.chain.from_iterable(losses)
-        monkeypatch.setattr("basemodel.outcomes.final_loss", lambda folder, each=each: float(next(each)))
+        monkeypatch.setattr(
+            "basemodel.results.study_report.final_loss", lambda folder, each=each: float(next(each))
+        )
         verdicts = [outcome.verdict for outcome in outcomes(study)[1:]]
         false += verdicts != ["within noise"] * variations
     assert 0.02 * studies < false < 0.07 * studies
@@ -381,7 +383,7 @@ def test_a_false_difference_in_at_most_one_study_of_twenty(
 
 def test_a_real_difference_stands_out(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 3.2, 3.1, 2.9, 3.11, 3.0])
-    monkeypatch.setattr("basemodel.outcomes.final_loss", lambda folder: next(losses))
+    monkeypatch.setattr("basemodel.results.study_report.final_loss", lambda folder: next(losses))
     study = Study("base", Path("runs"), [Variant("base", {}), Variant("b", {}, {"epochs": 2})], [1, 2, 3])
     better = outcomes(study)[1]
     # The losses of a seed are alike, so that the difference shows although the ranges overlap.

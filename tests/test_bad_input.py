@@ -12,10 +12,11 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
 import ddp_train
-from basemodel.config import TrainConfig
-from basemodel.errors import InputError
-from basemodel.json_config import read_config
-from gpt import GPTConfig, GPTModel
+from basemodel.common.errors import InputError
+from basemodel.common.json_config import read_config
+from basemodel.model.config import GPTConfig
+from basemodel.training.config import TrainConfig
+from gpt import GPTModel
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
 

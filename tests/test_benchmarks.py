@@ -23,8 +23,8 @@ from helpers import (
     write_dataset,
 )
 
-from basemodel.distributed import join_world
-from basemodel.errors import RunError
+from basemodel.common.errors import RunError
+from basemodel.training.processes import join_world
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablations
@@ -330,7 +330,8 @@ def test_overhead(sandbox: Sandbox) -> None:
 @needs_gpt2
 def test_prepare(sandbox: Sandbox) -> None:
     command = "--megabytes", 0.5, "--rounds", 1, "--only", "tiktoken, 1"
-    few = f"{BESIDE}; from basemodel import documents; documents.python_docs = lambda: ['Few words do.']"
+    stand_in = "documents.python_docs = lambda: ['Few words do.']"
+    few = f"{BESIDE}; from basemodel.prepare import documents; {stand_in}"
     said = measured(sandbox, "prepare", *command, runs=False, before=few)
     for side in ("plain loop", "tiktoken, 1"):
         assert_lines(said, rf"\| {side} \| {SPREAD} \| {SPREAD} \| {FIGURE} \| {FIGURE}, {FIGURE} \|")

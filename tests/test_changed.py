@@ -10,13 +10,13 @@ import pytest
 from helpers import MODEL, TRAIN, Sandbox, random_tokens, run_script, write_dataset
 from safetensors.torch import load_file
 
-from basemodel.config import TrainConfig
-from basemodel.data import BatchPlan
-from basemodel.errors import InputError
-from basemodel.hub import same_on_all_nodes
-from basemodel.resume import check_resumable
-from basemodel.run import Run
-from gpt import GPTConfig
+from basemodel.common.errors import InputError
+from basemodel.data.hub import same_on_all_nodes
+from basemodel.model.config import GPTConfig
+from basemodel.training.batches import BatchPlan
+from basemodel.training.config import TrainConfig
+from basemodel.training.resume import check_resumable
+from basemodel.training.run import Run
 
 CONFIGS = {"model.json": GPTConfig, "train.json": TrainConfig}
 

@@ -17,9 +17,8 @@ from helpers import Sandbox, refused, run_script, write_dataset
 from matplotlib.figure import Figure
 
 import compare_runs
-from basemodel.errors import InputError
-from basemodel.measured_loss import MeasuredLoss, write_test_loss
-from basemodel.task_results import TaskResult, keep_task_results
+from basemodel.common.errors import InputError
+from basemodel.evaluation.measurements import MeasuredLoss, TaskResult, keep_task_results, write_test_loss
 from compare_runs import main, notes, read_run
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from helpers import MODEL
 
-from basemodel.config import TrainConfig
-from basemodel.errors import InputError
-from basemodel.json_config import read_config
-from gpt import GPTConfig
+from basemodel.common.errors import InputError
+from basemodel.common.json_config import read_config
+from basemodel.model.config import GPTConfig
+from basemodel.training.config import TrainConfig
 
 TRAIN = {"dataset": "owner/name", "microbatch_size": 1, "min_train_tokens": 1}
 WSD, MUON = {"lr_schedule": "wsd", "warmup_period_percent": 0.0}, {"optimizer": "muon"}

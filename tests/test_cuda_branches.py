@@ -14,11 +14,14 @@ from torch import Tensor
 
 import checkpointing
 import ddp_train
-from basemodel import attention, data, distributed, loss, memory, pending, precision, resume
-from basemodel.config import TrainConfig
-from basemodel.distributed import World
-from basemodel.errors import InputError, RunError
-from gpt import GPTConfig, GPTModel
+from basemodel.common.errors import InputError, RunError
+from basemodel.data import sequences
+from basemodel.model import loss, masks, memory
+from basemodel.model.config import GPTConfig
+from basemodel.training import backend, pending, processes, resume
+from basemodel.training.config import TrainConfig
+from basemodel.training.processes import World
+from gpt import GPTModel
 
 CUDA = torch.device("cuda", 1)
 ON_CUDA = World(rank=1, local_rank=1, size=2, local_size=2, device=CUDA, control=None)
@@ -34,7 +37,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: calls.append(("index", index)))
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: calls.append(("init", a, k)))
     monkeypatch.setattr(dist, "new_group", lambda **k: calls.append(("group", k["backend"])))
-    monkeypatch.setattr(distributed, "store_of_these_processes", lambda *_: dist.HashStore())
+    monkeypatch.setattr(processes, "store_of_these_processes", lambda *_: dist.HashStore())
     names = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 29_500}
     for name, value in {**names, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))
@@ -42,7 +45,7 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_processes_on_gpus_speak_nccl_each_with_its_own_device(two_gpus: list[Any]) -> None:
-    world = distributed.join_world()
+    world = processes.join_world()
     assert world.device == CUDA
     assert two_gpus[0] == ("index", 1), "before anything else touches a device"
     kind, (backend,), options = two_gpus[1]
@@ -53,7 +56,7 @@ def test_processes_on_gpus_speak_nccl_each_with_its_own_device(two_gpus: list[An
 def test_more_processes_than_gpus_are_refused(two_gpus: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(InputError, match="3 processes on a node with 2 devices; --nproc_per_node=2"):
-        distributed.join_world()
+        processes.join_world()
 
 
 def test_ddp_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +95,7 @@ class Noting:
 def test_tokens_travel_pinned_and_narrow_and_nobody_waits() -> None:
     for device, first in ((CUDA, ["pin"]), (torch.device("cpu"), [])):
         tokens = Noting()
-        data.to_device(tokens, device)
+        sequences.to_device(tokens, device)
         assert tokens.calls == [*first, (device, {"non_blocking": True}), (torch.int64, {})]
 
 
@@ -131,7 +134,7 @@ def test_the_precision_is_the_best_that_the_gpu_has(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     config = TrainConfig(**{**TRAIN, "precision": "auto"})
-    assert precision.choose_precision(config, CUDA) == expected
+    assert backend.choose_precision(config, CUDA) == expected
 
 
 @pytest.fixture
@@ -172,7 +175,7 @@ def test_flex_attention_is_chosen_where_it_is_compiled_and_needs_no_dropout(
 
     def within_documents(tokens: Tensor, end: int, *, flex: bool) -> Any:
         asked.append(flex)
-        return attention.within_documents(tokens, end, flex=False)
+        return masks.within_documents(tokens, end, flex=False)
 
     monkeypatch.setattr(loss, "within_documents", within_documents)
     module(torch.randint(257, (2, 17)))
@@ -226,12 +229,12 @@ def test_errors_of_nccl_are_one_line() -> None:
     for error in (nccl, dist.DistNetworkError("connection reset")):
         with (
             pytest.raises(RunError, match="another training process died or hung; start again with"),
-            distributed.lost_processes_explained(),
+            processes.lost_processes_explained(),
         ):
             raise error
     with (
         pytest.raises(RuntimeError, match="CUDA error: an illegal memory access"),
-        distributed.lost_processes_explained(),
+        processes.lost_processes_explained(),
     ):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 

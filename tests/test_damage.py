@@ -21,9 +21,11 @@ from helpers import (
 from torture import Training, assert_same_end, train
 
 import checkpointing
-from basemodel import charts, loss, run_folder
-from basemodel.errors import InputError
-from basemodel.run_folder import lock_run
+from basemodel.common.errors import InputError
+from basemodel.model import loss
+from basemodel.results import run_chart
+from basemodel.training import run_folder
+from basemodel.training.run_folder import lock_run
 
 
 def write_checkpoints(folder: Path, steps: int = 3) -> list[Path]:
@@ -205,8 +207,8 @@ def leave(status, really=os._exit):
     shutil.copytree(disk / "runs", runs + "-after", symlinks=True)
     really(status)
 os._exit = leave
-from basemodel import charts
-charts.draw_chart = lambda *_: None
+from basemodel.results import run_chart
+run_chart.draw_chart = lambda *_: None
 """
 
 
@@ -259,10 +261,10 @@ def test_a_disk_too_small_is_noticed_before_the_first_step(
 @forked
 def test_a_chart_that_cannot_be_drawn_is_a_warning(tmp_path: Path) -> None:
     sandbox = make_sandbox(tmp_path, "run")
-    real = charts.draw_chart
+    real = run_chart.draw_chart
 
     def patch(rank: int) -> None:
-        charts.draw_chart = real
+        run_chart.draw_chart = real
 
     (sandbox.run_dir("run") / "training-run-chart.png.incomplete").mkdir()
     said = train(sandbox, "run", patch=patch)

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from helpers import MODEL, random_tokens, write_dataset
 
-from basemodel.config import TrainConfig
-from basemodel.data import BatchPlan, Sequences, check_tokens, match_tokenizer, open_data, plan_batches
-from basemodel.errors import InputError
-from basemodel.hub import fingerprint_files
-from basemodel.optimizer import learning_rate_at
-from basemodel.run import Run
-from basemodel.token_files import TokenFiles
-from gpt import GPTConfig
+from basemodel.common.errors import InputError
+from basemodel.data.hub import fingerprint_files
+from basemodel.data.sequences import Sequences, match_tokenizer
+from basemodel.data.token_files import TokenFiles
+from basemodel.model.config import GPTConfig
+from basemodel.training.batches import BatchPlan, check_tokens, open_data, plan_batches
+from basemodel.training.config import TrainConfig
+from basemodel.training.run import Run
+from basemodel.training.schedule import learning_rate_at
 
 
 def sequences(tmp_path: Path, tokens: int = 1000, start: int = 0, length: int = 10) -> Sequences:

@@ -13,11 +13,12 @@ from helpers import MODEL, TRAIN
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from basemodel.config import TrainConfig
-from basemodel.distributed import World
-from basemodel.loss import NextTokenLoss, chunked_cross_entropy
+from basemodel.model.config import GPTConfig
+from basemodel.model.loss import NextTokenLoss, chunked_cross_entropy
+from basemodel.training.config import TrainConfig
+from basemodel.training.processes import World
 from ddp_train import Learner
-from gpt import GPTConfig, GPTModel
+from gpt import GPTModel
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), control=None)
 needs_compiler = pytest.mark.skipif(

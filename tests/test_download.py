@@ -16,11 +16,11 @@ from conftest import Hub
 from helpers import Sandbox, Script, random_tokens, run_script, wait_for, write_dataset
 from huggingface_hub import constants
 
-from basemodel import downloads
-from basemodel.errors import InputError
-from basemodel.hub import download_files, fetch_dataset
+from basemodel.common.errors import InputError
+from basemodel.data import downloads
+from basemodel.data.hub import download_files, fetch_dataset
 
-IMPATIENT = "import basemodel.downloads as d; d.WAITS = (0.01,) * 6"
+IMPATIENT = "import basemodel.data.downloads as d; d.WAITS = (0.01,) * 6"
 SIZE = 24_000_088  # of the file of 12 million tokens, which comes in three parts
 
 
@@ -132,7 +132,7 @@ def test_cuts_and_kills_cost_little(serve_hub, tmp_path) -> None:
     hub = serve_hub(tmp_path / "hub")
     env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     fetch = f"hub.fetch_dataset(Path({str(tmp_path)!r}, 'sets'), 'far/away', None, ['train'])"
-    before = f"from pathlib import Path; from basemodel import hub; {fetch}; raise SystemExit"
+    before = f"from pathlib import Path; from basemodel.data import hub; {fetch}; raise SystemExit"
     folder = tmp_path / "sets/far/away"
     for step in range(1, 6):
         hub.cuts, hub.hold = [800_000] * 3, 600_000  # each part breaks off, goes on, and stops

@@ -14,10 +14,8 @@ import tiktoken
 from helpers import needs_gpt2
 from texts import assert_holds, nasty_text, prepare, random_characters, split_texts, write_jsonl
 
-from basemodel import documents, readers
-from basemodel.documents import LongText, in_validation, safe_cut
-from basemodel.errors import InputError
-from basemodel.tokenizer import (
+from basemodel.common.errors import InputError
+from basemodel.data.tokenizer import (
     EnginesDisagree,
     GigatokenEncoder,
     MarkingEncoder,
@@ -25,6 +23,8 @@ from basemodel.tokenizer import (
     set_up_engine,
     tiktoken_encoder,
 )
+from basemodel.prepare import documents, readers
+from basemodel.prepare.documents import LongText, in_validation, safe_cut
 
 # New in Unicode 17: a letter of Latin Extended-D, a Sidetic letter, a Chinese character.
 NEW_LETTERS = "\ua7ce\U00010940\U000323b0"
@@ -108,7 +108,7 @@ class Tokenizer:
         return numpy.array([0] if b"number 7 " in data else tokens, numpy.uint32)
 sys.modules["gigatoken"] = types.ModuleType("gigatoken")
 sys.modules["gigatoken"].__spec__ = sys.modules["gigatoken"].Tokenizer = Tokenizer
-from basemodel import tokenizer
+from basemodel.data import tokenizer
 tokenizer.differing_characters = lambda *_: ""  # a second's work
 """
 

@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from helpers import MODEL, option_defaults, run_script, write_model
 from safetensors.torch import save_file
 
-from basemodel.generation import BATCH_SIZE, continuations, generate
-from basemodel.tokenizer import get_tokenizer
-from basemodel.weights import load_model
-from gpt import GPTConfig, GPTModel
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.model.config import GPTConfig
+from basemodel.model.generation import BATCH_SIZE, continuations, generate
+from basemodel.model.weights import load_model
+from gpt import GPTModel
 from test_smoke import main, printable
 
 torch.set_num_threads(1)  # the models are tiny, and the machine has other work

@@ -17,8 +17,8 @@ from helpers import MODEL, NO_CHART, Sandbox, assert_same_tensors, write_dataset
 from reference import PlainGPT
 from safetensors.torch import load_file
 
-from basemodel.machines import peak_flops
-from gpt import GPTConfig
+from basemodel.model.config import GPTConfig
+from basemodel.planning.machines import peak_flops
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
 # One step that moves a weight by 1e-30 at most.
@@ -287,7 +287,7 @@ def test_speed_time_and_cost_are_those_of_the_clock(sandbox: Sandbox) -> None:
 
 
 GPU = """
-from basemodel import machines
+from basemodel.planning import machines
 machines.current_device_name = lambda: "NVIDIA A100-SXM4-40GB"
 known = machines.peak_flops
 machines.peak_flops = lambda name: known(name) and known(name) / 312e6  # an A100 does 1,000,000 FLOP/s
@@ -375,7 +375,7 @@ def test_long_runs_are_drawn_as_means_in_a_band_of_extremes(
 ) -> None:
     from matplotlib.axes import Axes
 
-    from basemodel.charts import draw_chart
+    from basemodel.results.run_chart import draw_chart
 
     losses = np.random.default_rng(0).normal(5, 1, 1000)
     lines = [

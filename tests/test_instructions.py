@@ -16,12 +16,12 @@ import torch
 from helpers import Script, refused, run_script, wait_for, write_model
 
 import test_ift
-from basemodel import fine_tuning, instructions, judging
-from basemodel.errors import InputError, RunError
-from basemodel.fine_tuning import FineTuning
-from basemodel.generation import continuations
-from basemodel.tokenizer import get_tokenizer
-from basemodel.weights import load_model
+from basemodel.common.errors import InputError, RunError
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.evaluation import fine_tuning, instructions, judging
+from basemodel.evaluation.fine_tuning import FineTuning
+from basemodel.model.generation import continuations
+from basemodel.model.weights import load_model
 from gpt import GPTModel
 
 torch.set_num_threads(1)

@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from helpers import ROOT, run_script, write_model
 from safetensors.torch import load_file, save_file
 
-from basemodel import interactive
-from basemodel.interactive import PromptLine
-from basemodel.tokenizer import get_tokenizer
-from basemodel.weights import load_model
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.evaluation import prompt_line
+from basemodel.evaluation.prompt_line import PromptLine
+from basemodel.model.weights import load_model
 from test_smoke import main
 
 torch.set_num_threads(1)
@@ -59,7 +59,7 @@ def test_settings_are_changed_between_prompts(files: list[str]) -> None:
     second = said(files, "/temp=1.5\n/TOP_K 3\n/tokens 9\n/seed 11\na\n/seed none\n", "--temperature", "0")
     assert second == f"temperature 1.5\ntop-k 3\ntokens 9\nseed 11\n{sampled}seed none\n"
     assert said(files, "/tokens\n/quit\nnot reached\n", "--tokens", "5") == "tokens 5\n"
-    assert said(files, "/help\n") == interactive.HELP + "\n"
+    assert said(files, "/help\n") == prompt_line.HELP + "\n"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_an_answer_streams_and_shows_no_character_by_halves(
             screen.written.append(byte)
             yield torch.tensor([[byte]])
 
-    monkeypatch.setattr(interactive, "stream", stream)
+    monkeypatch.setattr(prompt_line, "stream", stream)
     settings = {"temperature": 0.0, "top-k": 1, "tokens": 99, "seed": None}
     line = PromptLine(load_model(*map(Path, files)), get_tokenizer("bytes"), settings, {})
     line._take("ä")

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from helpers import MODEL, TRAIN
 from reference import PlainTrainer
 
-from basemodel.compilation import compile_if_wanted
-from basemodel.config import TrainConfig
-from basemodel.distributed import World
-from basemodel.errors import RunError
-from basemodel.loss import IGNORED, NextTokenLoss, chunked_cross_entropy
+from basemodel.common.errors import RunError
+from basemodel.model.config import GPTConfig
+from basemodel.model.loss import IGNORED, NextTokenLoss, chunked_cross_entropy
+from basemodel.training.backend import compile_if_wanted
+from basemodel.training.config import TrainConfig
+from basemodel.training.processes import World
 from ddp_train import Learner
-from gpt import GPTConfig, GPTModel
+from gpt import GPTModel
 
 ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), control=None)
 

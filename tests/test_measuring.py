@@ -11,14 +11,15 @@ import torch
 from click.testing import CliRunner
 from helpers import MODEL, Sandbox, option_defaults, run_script, write_dataset, write_model
 
-from basemodel.data import Sequences
-from basemodel.errors import InputError
-from basemodel.measured_loss import read_test_loss
-from basemodel.token_files import TokenFiles
-from basemodel.tokenizer import get_tokenizer
-from basemodel.weights import load_model
-from basemodel.windows import SequenceSlice
-from gpt import GPTConfig, GPTModel
+from basemodel.common.errors import InputError
+from basemodel.data.sequences import Sequences
+from basemodel.data.token_files import TokenFiles
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.evaluation.measurements import read_test_loss
+from basemodel.evaluation.test_slices import SequenceSlice
+from basemodel.model.config import GPTConfig
+from basemodel.model.weights import load_model
+from gpt import GPTModel
 from test_loss import main, standard_error, unit_losses
 
 TEXTS = ["as quick as a fox.\n", "Größe, 語言 and язык 👩‍👩‍👧", "def f(x):\n\treturn x ** 2\n"] * 12

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import test_ift
-from basemodel.errors import RunError
-from basemodel.judging import Judge, judge_all
-from basemodel.replies import BadReply, parse_scores
+from basemodel.common.errors import RunError
+from basemodel.evaluation.judging import Judge, judge_all
+from basemodel.evaluation.replies import BadReply, parse_scores
 
 Answer = tuple[int, str] | None  # a status and a body; None: the connection is closed
 QUESTIONS = 4

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from helpers import MODEL, ROOT, Sandbox, random_tokens, run_script
 from safetensors.torch import load_file, save_file
 
-from basemodel.config import TrainConfig
-from basemodel.errors import InputError
-from basemodel.generation import generate
-from basemodel.json_config import read_config
-from basemodel.weights import load_weights
-from gpt import GPTConfig, GPTModel
+from basemodel.common.errors import InputError
+from basemodel.common.json_config import read_config
+from basemodel.model.config import GPTConfig
+from basemodel.model.generation import generate
+from basemodel.model.weights import load_weights
+from basemodel.training.config import TrainConfig
+from gpt import GPTModel
 
 SMALL = GPTConfig(**MODEL)
 

@@ -16,11 +16,11 @@ from test_inside_a_run import CLOCK
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from basemodel import machines, roofline
-from basemodel.deviation import SpeedWatch
-from basemodel.errors import InputError
-from basemodel.footprint import StepCounter, counting_backend
-from basemodel.machines import find_machines, read_gpus
+from basemodel.common.errors import InputError
+from basemodel.planning import machines, roofline
+from basemodel.planning.deviation import SpeedWatch
+from basemodel.planning.footprint import StepCounter, counting_backend
+from basemodel.planning.machines import find_machines, read_gpus
 
 # ------------------------------------------------------------------------------------------------------------
 # The table of machines
@@ -211,9 +211,9 @@ def test_plans_for_machines(sandbox: Sandbox) -> None:
     cost = float(json.loads((folder / "plan.json").read_text())["2xX1"]["tokens_per_second"])
     assert tokens == pytest.approx(2 * 3600 * cost, rel=0.01), "two hours of it" and tokens % 128 == 0
 
-    from basemodel.config import TrainConfig
-    from basemodel.figures import Figure, add_figure, speed_hash
-    from gpt import GPTConfig
+    from basemodel.model.config import GPTConfig
+    from basemodel.planning.speeds import Figure, add_figure, speed_hash
+    from basemodel.training.config import TrainConfig
 
     model = GPTConfig(**json.loads((folder / "model.json").read_text()))
     config = TrainConfig(**json.loads((folder / "train.json").read_text()))
@@ -246,9 +246,9 @@ def test_likely_reasons_for_a_slow_run(monkeypatch: pytest.MonkeyPatch) -> None:
     watch._compiled = True
     assert watch._reason(0.5).startswith("reading data takes 50% of the time")
     answers: dict[str, Any] = {"clocks": [["900", "1980"]], "apps": [["1"]]}
-    monkeypatch.setattr("basemodel.deviation.shutil.which", lambda _: "nvidia-smi")
+    monkeypatch.setattr("basemodel.planning.deviation.shutil.which", lambda _: "nvidia-smi")
     monkeypatch.setattr(
-        "basemodel.deviation._ask", lambda query: answers["clocks" if "clocks" in query else "apps"]
+        "basemodel.planning.deviation._ask", lambda query: answers["clocks" if "clocks" in query else "apps"]
     )
     assert watch._reason(0.0) == "a GPU runs at 900 of 1980 MHz: heat, or a limit of its power?"
     answers |= {"clocks": [["1900", "1980"]], "apps": [["1"], ["2"]]}
@@ -297,7 +297,7 @@ def test_a_run_ends_in_time_with_its_schedule_finished(sandbox: Sandbox) -> None
 def test_time_lost_in_a_crash_is_paid_for(sandbox: Sandbox) -> None:
     """Killed after step 15, 10 steps after its last checkpoint, it goes on with that much less."""
     sandbox.write_run(train=LONG | {"max_hours": 0.25, "validation_interval": None, "checkpoint_interval": 6})
-    crash = "import os\nfrom basemodel.reporting import Reporter\nlog = Reporter.step\n"
+    crash = "import os\nfrom basemodel.results.reporting import Reporter\nlog = Reporter.step\n"
     crash += (
         "def step(self, number, *a, **k):\n    log(self, number, *a, **k)\n    number == 11 and os._exit(9)\n"
     )

@@ -23,8 +23,8 @@ from texts import (
     write_parquet,
 )
 
-from basemodel.errors import InputError
-from basemodel.tokenizer import get_tokenizer
+from basemodel.common.errors import InputError
+from basemodel.data.tokenizer import get_tokenizer
 from prepare_datasets import main
 
 
@@ -175,7 +175,7 @@ def test_texts_that_turn_out_to_be_no_good(tmp_path: Path) -> None:
     second = write_jsonl(tmp_path / "second.jsonl", [f"{i}" for i in range(5000)])
     with second.open("a") as file:
         file.write('{"body": "not"}\n')
-    small_shards = "from basemodel import documents; documents.SHARD_BYTES = 20_000"
+    small_shards = "from basemodel.prepare import documents; documents.SHARD_BYTES = 20_000"
     for source, before, message in (
         (cut, "", "cut.parquet: damaged or not a parquet file"),
         (tmp_path / "empty.txt", "", "contains no documents to train on"),
@@ -244,7 +244,7 @@ def test_copies_are_counted_and_lie_on_one_side(tmp_path: Path) -> None:
         "bytes",
         "--validation-fraction",
         "0.3",
-        before="from basemodel import dataset_files; dataset_files.DOCUMENTS_AT_ONCE = 100",
+        before="from basemodel.prepare import assemble; assemble.DOCUMENTS_AT_ONCE = 100",
     )
     assert f"Duplicates: {len(texts) - len(set(texts))} documents, each a copy of another" in said
     sides = [set(text.split(b"\0")[:-1]) for text in tokens_of(tmp_path / "out").values()]

@@ -15,8 +15,8 @@ from helpers import Finished, Script, requested_range, wait_for
 from huggingface_hub import DatasetCard
 from texts import assert_holds, split_texts
 
-from basemodel.errors import InputError
-from basemodel.tokenizer import get_tokenizer
+from basemodel.common.errors import InputError
+from basemodel.data.tokenizer import get_tokenizer
 from prepare_datasets import main
 
 REVISIONS = {"main": "a" * 40, "v1": "b" * 40}
@@ -33,7 +33,7 @@ FILES = {
     },
     "b" * 40: {"sample/1.jsonl": LINES["old"]},
 }
-IMPATIENT = "import basemodel.downloads as d; d.WAITS = (0.01, 0.01)"  # between tries
+IMPATIENT = "import basemodel.data.downloads as d; d.WAITS = (0.01, 0.01)"  # between tries
 
 
 @dataclass

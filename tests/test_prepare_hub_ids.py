@@ -11,7 +11,7 @@ from folder_hub import COMMIT, FolderHub, serve_folder
 from helpers import Finished, Script, wait_for
 from texts import assert_holds, split_texts
 
-from basemodel.tokenizer import get_tokenizer
+from basemodel.data.tokenizer import get_tokenizer
 
 TEXTS = {
     name: [f"{name} {i} " + "word " * (i % 50) for i in range(400)]
@@ -55,7 +55,10 @@ def hub(tmp_path: Path) -> Iterator[FolderHub]:
         yield hub
 
 
-SMALL = "from basemodel import documents, encoding; documents.SHARD_BYTES = 4_000; encoding.JOB_BYTES = 1_000"
+SMALL = (
+    "from basemodel.prepare import documents, encoding; "
+    "documents.SHARD_BYTES = 4_000; encoding.JOB_BYTES = 1_000"
+)
 SLOW = """
 import time
 write = encoding.write_part

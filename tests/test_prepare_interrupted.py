@@ -15,14 +15,15 @@ from helpers import Finished, Script, children_of, is_alive, refused, wait_for
 from texts import assert_holds, split_texts, write_jsonl, write_parquet
 
 import prepare_datasets
-from basemodel.tokenizer import get_tokenizer
+from basemodel.data.tokenizer import get_tokenizer
 
 SMALL_SHARDS = (
-    "from basemodel import documents, encoding; documents.SHARD_BYTES = 20_000; encoding.JOB_BYTES = 5_000"
+    "from basemodel.prepare import documents, encoding; "
+    "documents.SHARD_BYTES = 20_000; encoding.JOB_BYTES = 5_000"
 )
 SLOW_SHARDS = """
 import time
-from basemodel import encoding
+from basemodel.prepare import encoding
 write = encoding.write_part
 def slow(*arguments):
     time.sleep(0.1)

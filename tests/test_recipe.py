@@ -11,20 +11,15 @@ import torch
 import torch.nn.functional as F
 from helpers import MODEL, TRAIN, Sandbox, assert_same_tensors, random_tokens, run_script, write_dataset
 
-from basemodel.attention import within_documents
-from basemodel.config import TrainConfig, optimizer_in_words
-from basemodel.distributed import World
-from basemodel.loss import NextTokenLoss, document_features
-from basemodel.measured_loss import read_test_loss
-from basemodel.optimizer import (
-    allocate_state,
-    learning_rate_at,
-    make_optimizer,
-    set_learning_rate,
-    share_out,
-    step_if,
-)
-from gpt import GPTConfig, GPTModel
+from basemodel.evaluation.measurements import read_test_loss
+from basemodel.model.config import GPTConfig
+from basemodel.model.loss import NextTokenLoss, document_features
+from basemodel.model.masks import within_documents
+from basemodel.training.config import TrainConfig, optimizer_in_words
+from basemodel.training.optimizer import allocate_state, make_optimizer, set_learning_rate, share_out, step_if
+from basemodel.training.processes import World
+from basemodel.training.schedule import learning_rate_at
+from gpt import GPTModel
 
 MUON = {"optimizer": "muon", "lr_schedule": "wsd", "warmup_period_percent": 10}
 BYTES = {**MODEL, "vocab_size": 257, "tokenizer": "bytes"}

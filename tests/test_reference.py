@@ -16,7 +16,7 @@ from reference import PlainGPT
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gpt import GPTConfig
+from basemodel.model.config import GPTConfig
 
 STEPS = 20
 COMMON = {

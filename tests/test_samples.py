@@ -22,20 +22,20 @@ from helpers import (
 )
 from safetensors.torch import load_file
 
-from basemodel.data import BatchPlan, open_data
-from basemodel.generation import continuations
-from basemodel.run import Run
-from basemodel.run_folder import read_samples, set_earlier_results_aside
-from basemodel.samples import continue_prompts
-from basemodel.tokenizer import get_tokenizer
-from basemodel.weights import load_model
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.model.generation import continuations
+from basemodel.model.weights import load_model
+from basemodel.results.samples import continue_prompts
+from basemodel.training.batches import BatchPlan, open_data
+from basemodel.training.run import Run
+from basemodel.training.run_folder import read_samples, set_earlier_results_aside
 from gpt import GPTModel
 
 # Bytes below 64 are in the vocabulary of the tests' runs.
 SAMPLED = {"sample_interval": 5, "sample_prompts": ["12: ", "\n()"]}
 SLOW_OR_BROKEN = f"""{NO_CHART}
 import os, time
-from basemodel import reporting
+from basemodel.results import reporting
 def sample(run, model, step):
     time.sleep(2.5)
     raise ValueError("nothing to say")

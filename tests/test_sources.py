@@ -15,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from basemodel.errors import InputError
-from basemodel.readers import cut_into_pieces, read_documents
-from basemodel.sources import Request, Source, find_source
+from basemodel.common.errors import InputError
+from basemodel.prepare.readers import cut_into_pieces, read_documents
+from basemodel.prepare.sources import Request, Source, find_source
 
 TEXTS = ["one", "two \u00e9\u4e2d\U0001f600", 'three "quoted", with\na line and <|endoftext|>', "NA", "0012"]
 ROWS = [*TEXTS, None, ""]

@@ -34,10 +34,11 @@ from helpers import (
 from torture import Training, assert_same_end, train
 
 import checkpointing
-from basemodel import command_line, distributed, watchdog
-from basemodel.command_line import run_command
-from basemodel.errors import InputError, RunError
-from basemodel.pending import PendingSteps
+from basemodel.common import command_line
+from basemodel.common.command_line import run_command
+from basemodel.common.errors import InputError, RunError
+from basemodel.training import processes, stopping
+from basemodel.training.pending import PendingSteps
 
 # ------------------------------------------------------------------------------------------------------------
 # Signals
@@ -50,15 +51,15 @@ def slow_save(rank: int) -> None:
 
 
 def slow_validation(rank: int) -> None:
-    real = distributed.World.any
+    real = processes.World.any
 
-    def slow(world: distributed.World, flag: object) -> bool:
-        if isinstance(flag, distributed.StopSignal):  # validation asks for it before each microbatch
+    def slow(world: processes.World, flag: object) -> bool:
+        if isinstance(flag, stopping.StopSignal):  # validation asks for it before each microbatch
             print("validating")
             time.sleep(0.3)
         return real(world, flag)
 
-    distributed.World.any = slow
+    processes.World.any = slow
 
 
 def second_validation(sandbox: Sandbox, run: str) -> bool:
@@ -117,7 +118,7 @@ def test_a_second_signal_ends_a_process_at_once_and_leaves_the_old_checkpoint(
             return real(path)
 
         checkpointing.fingerprint = stuck_in_the_second
-        distributed.REPEAT_SECONDS = 0.1
+        stopping.REPEAT_SECONDS = 0.1
 
     sandbox = make_sandbox(tmp_path, "stopped")
     sandbox.run_dir("whole").symlink_to(whole)
@@ -265,7 +266,7 @@ def test_when_a_gpu_hangs_all_end_at_the_timeout(tmp_path: Path, whole: Path) ->
 @forked
 def test_a_signal_ends_a_process_that_hangs(tmp_path: Path) -> None:
     def impatient(rank: int) -> None:
-        watchdog.GRACE_SECONDS = 1.0
+        stopping.GRACE_SECONDS = 1.0
 
     sandbox = make_sandbox(tmp_path, "run")
     training = Training(sandbox, "run", patch=impatient)
@@ -296,11 +297,11 @@ def test_processes_wait_ten_minutes_in_all_for_the_others(monkeypatch: pytest.Mo
     """Not for each of them: here the second comes in time, and the third too late."""
     store = dist.HashStore()
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 3)]))
-    monkeypatch.setattr(distributed, "START_SECONDS", 2.0)
+    monkeypatch.setattr(processes, "START_SECONDS", 2.0)
     for rank, seconds in ((1, 1.0), (2, 2.7)):
         threading.Timer(seconds, store.set, (f"member/{rank}", "here")).start()
     with pytest.raises(RunError, match="process 0 of 3 waited 2 s for the others to start"):
-        distributed.store_of_these_processes(0, 3)
+        processes.store_of_these_processes(0, 3)
     assert not store.check(["members"])
 
 
@@ -309,7 +310,7 @@ def test_a_process_whose_others_do_not_start_ends_too(sandbox: Sandbox) -> None:
     with reserve_port() as holder:
         env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         env["MASTER_PORT"] = str(holder.getsockname()[1])
-        soon = "from basemodel import distributed; distributed.START_SECONDS = 1.0"
+        soon = "from basemodel.training import processes; processes.START_SECONDS = 1.0"
         done = Script(sandbox.command("tiny"), env, before=soon).wait(30)
     error = "Error: process 0 of 2 waited 1 s for the others to start"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, error)

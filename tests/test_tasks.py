@@ -16,8 +16,9 @@ from folder_hub import serve_folder
 from helpers import Sandbox, option_defaults, refused, run_script, write_model
 from safetensors.torch import load_file, save_file
 
-from basemodel.errors import InputError, RunError
-from basemodel.harness import (
+from basemodel.common.errors import InputError, RunError
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.evaluation.harness import (
     continue_until,
     evaluate_task,
     harness_model,
@@ -25,11 +26,10 @@ from basemodel.harness import (
     paired_difference,
     require_harness,
 )
-from basemodel.huggingface import write_model_card
-from basemodel.scoring import Scorer
-from basemodel.task_results import TaskResult, headlines, keep_task_results, read_task_results
-from basemodel.tokenizer import get_tokenizer
-from basemodel.weights import load_model
+from basemodel.evaluation.measurements import TaskResult, headlines, keep_task_results, read_task_results
+from basemodel.evaluation.scoring import Scorer
+from basemodel.model.weights import load_model
+from basemodel.results.export import write_model_card
 from compare_runs import read_run, table
 from gpt import GPTModel
 from test_harness import label_models, main
@@ -279,7 +279,7 @@ def test_few_shot_questions_come_after_solved_ones(tasks: Tasks, tmp_path: Path)
 
 KILL = """
 import os, signal
-from basemodel.scoring import Scorer
+from basemodel.evaluation.scoring import Scorer
 batches, score = [], Scorer._score
 def killed(self, batch):
     batches.append(batch)

@@ -26,13 +26,14 @@ from huggingface_hub import DatasetCard
 from safetensors.numpy import load_file, save_file
 from texts import assert_holds, prepare, split_texts, write_jsonl
 
-from basemodel.config import TrainConfig
-from basemodel.data import Sequences, check_tokens, open_data
-from basemodel.errors import InputError
-from basemodel.hub import fingerprint_files, same_on_all_nodes
-from basemodel.token_files import TokenFiles
-from basemodel.tokenizer import get_tokenizer
-from gpt import GPTConfig
+from basemodel.common.errors import InputError
+from basemodel.data.hub import fingerprint_files, same_on_all_nodes
+from basemodel.data.sequences import Sequences
+from basemodel.data.token_files import TokenFiles
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.model.config import GPTConfig
+from basemodel.training.batches import check_tokens, open_data
+from basemodel.training.config import TrainConfig
 
 VALIDATE = {"validation_interval": 3, "validation_batches": 3, "checkpoint_interval": 3}
 THREE = [f"train-0000{index}-of-00003.safetensors" for index in range(3)]

@@ -13,9 +13,9 @@ import pytest
 from helpers import NO_CHART, Sandbox, assert_same_tensors, make_sandbox, refused, step_reached, wait_for
 from wandb_server import wandb_server
 
-from basemodel.run import Run
-from basemodel.run_folder import set_earlier_results_aside
-from basemodel.trackers import TRACKERS, Trackers, run_id
+from basemodel.results.trackers import TRACKERS, Trackers, run_id
+from basemodel.training.run import Run
+from basemodel.training.run_folder import set_earlier_results_aside
 
 ALL = ["tensorboard", "wandb", "trackio"]
 Values = dict[int, dict[str, float]]  # by step and name
@@ -219,7 +219,7 @@ def test_a_failure_is_one_warning_and_made_good_by_the_next_start(tracked: Run) 
 
 
 def test_a_tracker_that_does_not_end_is_left(tracked: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("basemodel.trackers.CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("basemodel.results.trackers.CLOSE_SECONDS", 0.1)
     said, never = [], threading.Event()
     trackers = Trackers(tracked, 0, said.append)
     trackers._trackers["trackio"].close = lambda **_: never.wait(30)

@@ -16,23 +16,19 @@ from helpers import MODEL, Sandbox, refused, run_script, write_dataset
 from safetensors.numpy import load_file
 from texts import EDGES, assert_holds, nasty_text, prepare, random_characters, split_texts, write_jsonl
 
-from basemodel import encoding
-from basemodel.data import match_tokenizer
-from basemodel.errors import InputError
-from basemodel.hub import fetch_dataset, fingerprint_files
-from basemodel.loss import NextTokenLoss
-from basemodel.readers import cut_into_pieces
-from basemodel.run_folder import read_samples
-from basemodel.terminal import printable
-from basemodel.tokenizer import MarkingEncoder, encode, get_tokenizer
-from basemodel.trained_tokenizer import (
-    byte_characters,
-    merges,
-    read_tokenizer,
-    same_tokenizer,
-    train_tokenizer,
-)
-from gpt import GPTConfig, GPTModel
+from basemodel.common.errors import InputError
+from basemodel.common.terminal import printable
+from basemodel.data.hub import fetch_dataset, fingerprint_files
+from basemodel.data.sequences import match_tokenizer
+from basemodel.data.tokenizer import MarkingEncoder, encode, get_tokenizer
+from basemodel.data.tokenizer_json import byte_characters, merges, read_tokenizer, same_tokenizer
+from basemodel.model.config import GPTConfig
+from basemodel.model.loss import NextTokenLoss
+from basemodel.prepare import encoding
+from basemodel.prepare.readers import cut_into_pieces
+from basemodel.prepare.tokenizer_training import train_tokenizer
+from basemodel.training.run_folder import read_samples
+from gpt import GPTModel
 
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 torch.set_num_threads(1)
@@ -266,7 +262,7 @@ def test_random_merges_are_encoded_exactly_or_refused(trained: Path, tmp_path: P
 def test_a_data_set_is_encoded_with_the_tokenizer_trained_on_it(tmp_path: Path) -> None:
     texts = some_texts(300)
     source = write_jsonl(tmp_path / "texts.jsonl", texts)
-    small = "from basemodel import documents; documents.SHARD_BYTES = 20_000"
+    small = "from basemodel.prepare import documents; documents.SHARD_BYTES = 20_000"
     options = ("--train-tokenizer", str(SIZE), "--validation-fraction", "0.2")
     prepare(source, tmp_path / "one", *options, "--workers", "1", before=small)
     prepare(source, tmp_path / "two", *options, "--workers", "2", before=small)
@@ -316,7 +312,7 @@ def test_shards_of_another_tokenizer_are_encoded_again(trained: Path, tmp_path: 
     content = json.loads(trained.read_text())
     renumber(content, 0)
     other.write_text(json.dumps(content))
-    broken = "from basemodel import dataset_files; dataset_files.lay_out = None"
+    broken = "from basemodel.prepare import assemble; assemble.lay_out = None"
     run_script("prepare_datasets.py", source, tmp_path / "out", "--tokenizer", trained, before=broken)
     assert (tmp_path / "out.incomplete/parts/000000-0000").exists()
     said = prepare(source, tmp_path / "out", "--tokenizer", str(other))

@@ -20,8 +20,8 @@ from helpers import (
     write_dataset,
 )
 
-from basemodel.distributed import join_world
-from basemodel.errors import InputError
+from basemodel.common.errors import InputError
+from basemodel.training.processes import join_world
 
 SCHEDULE = {"schedule_learning_rate": True, "warmup_period_percent": 25, "clipping_max_norm": 0.5}
 

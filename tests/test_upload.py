@@ -30,12 +30,13 @@ from helpers import (
 from safetensors.torch import load_file
 
 import upload_model
-from basemodel import huggingface
-from basemodel.errors import InputError, RunError
-from basemodel.generation import generate
-from basemodel.tokenizer import get_tokenizer
-from basemodel.weights import from_huggingface, load_tensors, to_huggingface
-from gpt import GPTConfig, GPTModel
+from basemodel.common.errors import InputError, RunError
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.model.config import GPTConfig
+from basemodel.model.generation import generate
+from basemodel.model.weights import from_huggingface, load_tensors, to_huggingface
+from basemodel.results import export
+from gpt import GPTModel
 
 torch.set_num_threads(1)
 SHAPE = {
@@ -63,7 +64,7 @@ def test_transformers_computes_and_continues_the_same(tmp_path: Path, tied: bool
     model = GPTModel(replace(CONFIG, tie_weights=tied, qkv_bias=bias)).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("scale" in name), std=0.1)
-    huggingface.write_model(tmp_path, model, get_tokenizer("bytes"))
+    export.write_model(tmp_path, model, get_tokenizer("bytes"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     tokens = torch.randint(257, (4, 32))
     with torch.no_grad():
@@ -82,7 +83,7 @@ def test_pipelines_batches_and_collators_take_the_folder_as_it_is(tmp_path: Path
     model = GPTModel(replace(CONFIG, tie_weights=tied)).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("scale" in name), std=0.1)
-    huggingface.write_model(tmp_path, model, get_tokenizer("bytes"))
+    export.write_model(tmp_path, model, get_tokenizer("bytes"))
     pipeline = transformers.pipeline("text-generation", model=str(tmp_path))
     for _ in range(10):  # without a limit it would go on past the last of 32 positions
         assert pipeline("Return the")[0]["generated_text"].startswith("Return the")
@@ -124,10 +125,8 @@ def test_a_huggingface_model_comes_back_bit_by_bit() -> None:
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, gpt2: tiktoken.Encoding, name: str) -> None:
     tokenizer = get_tokenizer(name)
-    huggingface.write_tokenizer(tmp_path, tokenizer, 1024)
-    config = huggingface.huggingface_config(
-        replace(CONFIG, vocab_size=tokenizer.n_vocab), tokenizer.eot_token
-    )
+    export.write_tokenizer(tmp_path, tokenizer, 1024)
+    config = export.huggingface_config(replace(CONFIG, vocab_size=tokenizer.n_vocab), tokenizer.eot_token)
     (tmp_path / "config.json").write_text(json.dumps(config))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in MIXED:
@@ -146,7 +145,7 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, gpt2: tiktoken.Encodin
 
 @needs_gpt2
 def test_gpt2_merges_are_the_published_ones() -> None:
-    pairs = huggingface.merges(get_tokenizer("gpt2")._mergeable_ranks)
+    pairs = export.merges(get_tokenizer("gpt2")._mergeable_ranks)
     assert len(pairs) == 50_000
     assert pairs[:5] == [(b" ", b"t"), (b" ", b"a"), (b"h", b"e"), (b"i", b"n"), (b"r", b"e")]
     assert pairs[-1] == (b" g", b"azed")
@@ -208,7 +207,7 @@ def test_nothing_is_left_of_an_export_that_fails(
     trained: tuple[Sandbox, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = list(upload(trained, tmp_path / "new")[1:])
-    monkeypatch.setattr(huggingface, "largest_logit_difference", lambda *_: (0.5, 1.0))
+    monkeypatch.setattr(export, "largest_logit_difference", lambda *_: (0.5, 1.0))
     with pytest.raises(RunError, match=r"logits differ by 5\.0e-01"):
         upload_model.main.main(files, standalone_mode=False)
     assert list(tmp_path.iterdir()) == []

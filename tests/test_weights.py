@@ -13,12 +13,13 @@ import transformers
 from helpers import BYTES, MODEL, ROOT, refused, run_script, write_model
 from safetensors.torch import load_file, save_file
 
-from basemodel import huggingface
-from basemodel.errors import InputError
-from basemodel.model_config import build_model
-from basemodel.tokenizer import get_tokenizer
-from basemodel.weights import load_model, load_weights, to_huggingface
-from gpt import GPTConfig, GPTModel
+from basemodel.common.errors import InputError
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.model.config import GPTConfig
+from basemodel.model.hf_format import build_model
+from basemodel.model.weights import load_model, load_weights, to_huggingface
+from basemodel.results import export
+from gpt import GPTModel
 
 torch.set_num_threads(1)
 CONFIG = GPTConfig(**{**MODEL, **BYTES})
@@ -178,8 +179,8 @@ def test_nanogpts_state_dict_is_computed_as_nanogpt_does(
     # Exported, it stays what it is, and comes back by its config.json.
     folder = tmp_path / "exported"
     folder.mkdir()
-    huggingface.write_model(folder, ours, get_tokenizer("bytes"))
-    huggingface.check_folder(folder, ours, get_tokenizer("bytes"))
+    export.write_model(folder, ours, get_tokenizer("bytes"))
+    export.check_folder(folder, ours, get_tokenizer("bytes"))
     back = load_model(folder / "config.json", folder).cpu()
     with torch.no_grad():
         torch.testing.assert_close(back(TOKENS), theirs(TOKENS), rtol=0, atol=1e-4)
@@ -190,7 +191,7 @@ def test_a_model_is_fine_tuned_elsewhere_and_brought_back(tmp_path: Path, tied: 
     """Exported without QKV bias, which Hugging Face's GPT-2 always has and trains."""
     exported, tuned = tmp_path / "exported", tmp_path / "tuned"
     exported.mkdir()
-    huggingface.write_model(exported, random_model(tie_weights=tied), get_tokenizer("bytes"))
+    export.write_model(exported, random_model(tie_weights=tied), get_tokenizer("bytes"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
     theirs(TOKENS, labels=TOKENS).loss.backward()
@@ -230,7 +231,7 @@ CONFIGS = {
 def test_configs_that_cannot_be_computed(tmp_path: Path, case: str) -> None:
     changes, message = CONFIGS[case]
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(huggingface.huggingface_config(CONFIG, 256) | changes))
+    path.write_text(json.dumps(export.huggingface_config(CONFIG, 256) | changes))
     with pytest.raises(InputError, match=f"config.json: {message}"):
         build_model(path)
 

@@ -27,8 +27,9 @@ from safetensors.numpy import load_file
 
 import checkpointing
 import ddp_train
-from basemodel import charts, pending
-from basemodel.command_line import run_command
+from basemodel.common.command_line import run_command
+from basemodel.results import run_chart
+from basemodel.training import pending
 
 
 class Training:
@@ -74,7 +75,7 @@ class Training:
             os.environ.update(zip(names, map(str, (rank, rank, size, size, port)), strict=True))
             os.environ["MASTER_ADDR"] = "127.0.0.1"
             sys.argv = ["ddp_train.py", *arguments]
-            charts.draw_chart = lambda *_: None  # takes longer than all the rest
+            run_chart.draw_chart = lambda *_: None  # takes longer than all the rest
             pending.STEPS_BEHIND["cpu"] = self._behind
             patch(rank)
             run_command(ddp_train.main, leave=os._exit)

@@ -1,0 +1,112 @@
+"""JSON files read into frozen dataclasses, strictly: errors name the file, the key and the fix."""
+
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from basemodel.common.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def read_config(config_class: type[Config], path: Path) -> Config:
+    """Read a JSON object from `path` into the dataclass `config_class`.
+
+    Raises InputError, naming the file and the key, for a missing or malformed file, a key that the class does
+    not know (with the nearest that it does), a required key left out, a wrong type, or a value that the class
+    refuses.
+    """
+    return checked_config(config_class, read_json_object(path), path)
+
+
+def checked_config(config_class: type[Config], values: dict[str, Any], source: Path | str) -> Config:
+    """The dataclass of a JSON object's values, checked as in `read_config`; errors name their `source`."""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    for key in values:
+        require_known(key, fields, source)
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise InputError(f"{source}: the key '{name}' is missing")
+    hints = typing.get_type_hints(config_class)
+    try:
+        return config_class(**{key: _checked(key, value, hints[key]) for key, value in values.items()})
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def require_known(key: str, known: Iterable[str], source: Path | str) -> None:
+    """Raise InputError, naming the nearest key, unless `key` is one of the `known`."""
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        raise InputError(f"{source}: unknown key '{key}'; did you mean '{nearest}'?")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read one JSON object, refusing repeated keys and NaN. Raises InputError, naming the place."""
+
+    def object_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):  # counted only then: a tokenizer has tens of thousands
+            key = next(key for key in keys if keys.count(key) > 1)
+            raise InputError(f"{path}: the key '{key}' appears twice; keep one")
+        return dict(pairs)
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise InputError(f"{path}: {name} is not a JSON number")
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, object_pairs_hook=object_once, parse_constant=refuse_constant)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON: {error.msg} at line {error.lineno}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must contain a JSON object, {{...}}")
+    return values
+
+
+def _checked(key: str, value: Any, hint: Any) -> Any:
+    """Return `value` as the type `hint`, or raise InputError. An integer passes for a float."""
+    for option in (
+        typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    ):
+        if typing.get_origin(option) is typing.Literal:
+            if isinstance(value, str) and value in typing.get_args(option):
+                return value
+        elif typing.get_origin(option) is tuple:
+            kinds = typing.get_args(option)
+            if isinstance(value, list):
+                kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+                if len(value) == len(kinds):
+                    return tuple(_checked(key, v, kind) for v, kind in zip(value, kinds, strict=True))
+        elif option is float and type(value) in (int, float) and abs(value) < sys.float_info.max:
+            return float(value)
+        elif option is not float and type(value) is option:
+            return value
+    raise InputError(f"{key} must be {_described(hint)}, not {json.dumps(value)}")
+
+
+def _described(hint: Any) -> str:
+    """Say a type hint as a user of JSON would."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(json.dumps(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        first, *others = typing.get_args(hint)
+        return f"a list of {_described(first)}" if ... in others else f"a list of {1 + len(others)} numbers"
+    if typing.get_args(hint):
+        return " or ".join(_described(option) for option in typing.get_args(hint))
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+    return names[hint]

@@ -1,0 +1,269 @@
+"""lm-evaluation-harness on our models: its tasks, requests and metrics; the answers are from scoring.py.
+
+Its own cache pickles answers, hence ours.
+"""
+
+import contextlib
+import difflib
+import importlib.metadata
+import logging
+import math
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from basemodel.common.errors import InputError
+from basemodel.evaluation.measurements import TaskResult
+from basemodel.evaluation.scoring import Scorer
+from basemodel.model.memory import memory_errors_explained
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+RESAMPLES = 1000  # for the standard errors of metrics that are no means
+SEED = 1234  # of few-shot examples: the library's own default
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A result, and what it was made from."""
+
+    result: TaskResult
+    values: list[Any]  # of each document; none for a group
+    aggregate: Callable[[list[Any]], float] | None
+
+
+def require_harness() -> None:
+    """Raise InputError if the library is not installed, or too old; keep its log to errors."""
+    os.environ["DISABLE_MULTIPROC"] = "1"  # or it would fork a process per core for each bootstrap
+    try:
+        import lm_eval.evaluator
+
+        _ = lm_eval.evaluator.TaskManager.load
+    except (ImportError, AttributeError):
+        raise InputError(
+            'lm-evaluation-harness is missing or too old; install it with: pip install -e ".[harness]"'
+        ) from None
+    for name in ("lm_eval", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tasks
+# ------------------------------------------------------------------------------------------------------------
+
+
+def load_tasks(names: Sequence[str], folders: Sequence[Path], fewshot: int | None) -> dict[str, Any]:
+    """The library's tasks and groups of these names, or in these YAML files, with their data; `folders` hold
+    more YAML files. Raises InputError for a name that is unknown, and for a task that cannot be loaded."""
+    manager = find_tasks(names, folders)
+    for name in names:
+        if name not in manager.all_tasks and not Path(name).is_file():
+            nearest = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+            raise InputError(f"unknown task '{name}'{hint}")
+    loaded = {name: load_task(manager, name) for name in names}
+    for tasks in loaded.values():
+        for name, task in tasks["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                raise InputError(
+                    f"task '{name}' runs code that models write, or shows pictures; choose another"
+                )
+            fixed = task.get_config("num_fewshot")
+            if fewshot is not None and fixed != 0:  # 0 in its file means that examples make no sense
+                task.set_config("num_fewshot", fewshot)
+            elif fixed is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(SEED)
+    return loaded
+
+
+def find_tasks(names: Sequence[str], folders: Sequence[Path]) -> "TaskManager":
+    """An index of tasks that holds these, if they exist. To read all the library's files takes ten seconds,
+    so those are tried first that lie in folders named like the tasks."""
+    import lm_eval.tasks
+
+    library = Path(lm_eval.tasks.__file__).parent
+    likely = [
+        path
+        for path in library.iterdir()
+        if path.is_dir() and any(name.startswith(path.name) for name in names)
+    ]
+    manager = lm_eval.tasks.TaskManager(include_path=[*likely, *folders], include_defaults=False)
+    # The members of a group or tag may lie anywhere.
+    if all(name in manager.all_subtasks or Path(name).is_file() for name in names):
+        return manager
+    return lm_eval.tasks.TaskManager(include_path=list(folders))
+
+
+def load_task(manager: "TaskManager", name: str) -> Any:
+    """A task or group with its data, from the cache of `datasets` or else the Hub. Raises InputError."""
+    with contextlib.suppress(Exception), offline():
+        return manager.load([name])
+    try:
+        return manager.load([name])
+    except Exception as error:  # whatever a task's own code, datasets and the network can raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        hint = ""
+        if isinstance(error, ConnectionError):
+            hint = "; run it once with a network, then the data stay in the cache of datasets (HF_HOME)"
+        raise InputError(f"task '{name}' could not be loaded: {reason}{hint}") from None
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Have `datasets` look in its cache alone. Asking the Hub first, it needs half a minute to give up where
+    there is no network, and takes other data where the Hub's have changed."""
+    import datasets
+    import huggingface_hub
+
+    places = datasets.config, huggingface_hub.constants
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ------------------------------------------------------------------------------------------------------------
+
+
+def harness_model(scorer: Scorer) -> "LM":
+    """The library's view of a model."""
+    from lm_eval.api.model import TemplateLM
+
+    class Model(TemplateLM):
+        """Passes the library's requests on as tokens."""
+
+        eot_token_id = scorer.tokenizer.eot_token
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            return scorer.encode(string)
+
+        def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests: list, **_: Any) -> list[tuple[float, bool]]:
+            for (context, answer), _tokens, continuation in requests:
+                if not continuation:
+                    raise InputError(f"a task's answer {answer!r} has no tokens after {context[-40:]!r}")
+            return scorer.log_likelihoods([(context, continuation) for _, context, continuation in requests])
+
+        def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list[float]:
+            texts = [scorer.encode(request.args[0]) for request in requests]
+            return [nats for nats, _ in scorer.log_likelihoods([([self.eot_token_id], x) for x in texts])]
+
+        def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
+            return continue_until(scorer, [request.args for request in requests])
+
+    return Model()
+
+
+def continue_until(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Continue each prompt greedily up to the first of its request's stop strings."""
+    if any(how.get("do_sample") and how.get("temperature") != 0 for _, how in requests):
+        raise InputError("the task samples its answers, which is not supported; choose another")
+    texts: dict[int, str] = {}
+    counts = [how.get("max_gen_toks", 256) for _, how in requests]
+    for count in set(counts):
+        chosen = [index for index, each in enumerate(counts) if each == count]
+        answers = scorer.continue_greedily([requests[index][0] for index in chosen], count)
+        texts |= dict(zip(chosen, answers, strict=True))
+    for index, (_, how) in enumerate(requests):
+        until = how.get("until") or []
+        for stop in [until] if isinstance(until, str) else until:
+            texts[index] = texts[index].partition(stop)[0] if stop else texts[index]
+    return [texts[index] for index in range(len(requests))]
+
+
+def evaluate_task(scorer: Scorer, loaded: Any, limit: int | None) -> list[Measured]:
+    """What a model scores at a task, or at a group and its tasks, on the first `limit` documents."""
+    from lm_eval.evaluator import evaluate
+
+    hint = "a smaller --batch-size needs less, and what is answered so far is kept"
+    # The library's own messages go to standard error, so that the table stands alone.
+    with contextlib.redirect_stdout(sys.stderr), memory_errors_explained(hint):
+        found = evaluate(
+            harness_model(scorer), loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=True
+        )
+    measured: dict[tuple[str, str], Measured] = {}
+    for name, figures in found["results"].items():  # tasks come before the groups that hold them
+        for key, value in figures.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = figures.get(f"{metric}_stderr,{kind}")
+            result = TaskResult(
+                task=name,
+                metric=metric if kind == "none" else f"{metric} {kind}",
+                value=float(value),
+                standard_error=float(error) if isinstance(error, int | float) else None,
+                higher_is_better=found["higher_is_better"].get(name, {}).get(metric),
+                documents=figures.get("sample_len", 0),
+                limit=limit,
+                fewshot=found["n-shot"].get(name) or 0,
+                group=group_of(name, found),
+                version=str(found["versions"].get(name)),
+                harness=importlib.metadata.version("lm_eval"),
+                measured=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            if name in loaded["tasks"]:
+                samples = [s for s in found["samples"][name] if s["filter"] == kind and metric in s]
+                aggregate = loaded["tasks"][name].aggregation().get(metric)
+                each = Measured(result, [sample[metric] for sample in samples], aggregate)
+            else:
+                parts = [measured.get((member, key)) for member in found["group_subtasks"][name]]
+                each = join_members(result, parts)
+            measured[name, key] = each
+    return list(measured.values())
+
+
+def group_of(name: str, found: dict[str, Any]) -> str | None:
+    """The group that has a result of its own, and this task or group as a member."""
+    groups = found["group_subtasks"].items()
+    return next((group for group, members in groups if name in members and group in found["results"]), None)
+
+
+def join_members(result: TaskResult, members: list[Measured | None]) -> Measured:
+    """A group's result; with the values of its members' documents where it is their mean, as it is if the
+    group weights its members by size."""
+    from lm_eval.api.metrics import mean
+
+    if all(member and member.aggregate is mean for member in members):
+        values = [value for member in members for value in member.values]
+        if math.isclose(mean(values), result.value):
+            return Measured(result, values, mean)
+    return Measured(result, [], None)
+
+
+def paired_difference(one: Measured, other: Measured) -> tuple[float, float | None]:
+    """How much more `one` scores than `other` on the same documents, and the standard error of that: over
+    documents for a mean, else over resamples of them; None for a group."""
+    from lm_eval.api.metrics import mean
+
+    difference, count = one.result.value - other.result.value, len(one.values)
+    if one.aggregate is None or count < 2 or len(other.values) != count:
+        return difference, None
+    if one.aggregate is mean:
+        errors = np.subtract(one.values, other.values, dtype=float)
+        return difference, errors.std(ddof=1) / math.sqrt(count)
+    rng = random.Random(SEED)
+    draws = [rng.choices(range(count), k=count) for _ in range(RESAMPLES)]
+    resampled = [
+        one.aggregate([one.values[i] for i in draw]) - other.aggregate([other.values[i] for i in draw])
+        for draw in draws
+    ]
+    return difference, float(np.std(resampled, ddof=1))

@@ -1,0 +1,197 @@
+"""The training loss: the head and its cross-entropy in chunks, so that all logits never exist at once.
+
+The logits of one GPT-2 small sequence take 200 MB in float32, and their gradient as much again: more than all
+activations of the twelve blocks. They are needed only briefly, because the gradient of the mean cross-entropy
+with respect to the logits, (softmax - one-hot) / N, follows from the logits alone. So the forward pass
+computes a chunk of logits, derives the loss and the gradients of features and head weights from it, and drops
+it; the backward pass only scales those gradients. (The idea is that of Cut Cross-Entropy, Wijmans et al.
+2024, and of Liger Kernel, Hsu et al. 2024, in plain PyTorch.)
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch._dynamo.config
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from basemodel.model.masks import within_documents
+from basemodel.target import device_type
+from gpt import GPTModel
+
+IGNORED = -100  # targets of this value are ignored, as in F.cross_entropy
+
+
+# Logits per chunk, in elements. More on accelerators, where accumulating the weight's gradient, once per
+# chunk, must stay cheap relative to the matrix products.
+CHUNK_LOGITS = {"cpu": 1 << 24}
+
+
+DEFAULT_CHUNK_LOGITS = 1 << 28
+
+
+def document_features(model: GPTModel, tokens: Tensor, *, flex: bool = False) -> Tensor:
+    """`model.features` of tokens (B, T) that attend to their own document alone; `flex`: FlexAttention."""
+    return model.features(tokens, *within_documents(tokens, model.config.end_of_text, flex=flex))
+
+
+class NextTokenLoss(nn.Module):
+    """The model with its loss: the module that DDP wraps."""
+
+    def __init__(self, model: GPTModel, *, document_masking: bool = False) -> None:
+        super().__init__()
+        self.model, self.document_masking = model, document_masking
+        self._chunk: ChunkFunction = chunk_loss_and_gradients
+
+    def compile(self, *, any_size: bool = False, backend: str | Callable = "inductor") -> None:
+        """Compile, at their next call, each block and the loss of a chunk; `any_size`: for all batch sizes.
+
+        One graph of all blocks would hold back every gradient until its backward pass has ended, and DDP
+        could not all-reduce those of the last blocks meanwhile. Equal blocks are compiled once.
+        """
+        # On a CPU keep 60% of the activations and recompute the cheap ones: as fast, in a tenth less memory.
+        on_cpu = device_type(self.model.out_head.weight) == "cpu"
+        torch._functorch.config.activation_memory_budget = 0.6 if on_cpu else 1.0
+        dynamic = None if any_size else False  # None: as a second size comes
+        torch._dynamo.config.optimize_ddp = False  # it would cut graphs at buckets; blocks are small enough
+        for block in self.model.trf_blocks:
+            block.compile(dynamic=dynamic, backend=backend)
+        self._chunk = torch.compile(chunk_loss_and_gradients, dynamic=dynamic, backend=backend)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the compiled graphs are in use."""
+        return self._chunk is not chunk_loss_and_gradients
+
+    def uncompile(self) -> None:
+        """Undo `compile`."""
+        for block in self.model.trf_blocks:
+            block._compiled_call_impl = None
+        self._chunk = chunk_loss_and_gradients
+
+    def forward(self, sequences: Tensor, loss_scale: Tensor | None = None) -> Tensor:
+        """Map sequences (B, T + 1) to the mean cross-entropy in nats per token, a scalar.
+
+        `loss_scale` is what the caller will multiply the loss by, for fp16.
+        """
+        features = self._features(sequences[:, :-1]).flatten(0, 1)  # (B * T, C)
+        options = {"loss_scale": loss_scale, "chunk_function": self._chunk}
+        return chunked_cross_entropy(
+            features, self.model.out_head.weight, sequences[:, 1:].flatten(), **options
+        )
+
+    def _features(self, tokens: Tensor) -> Tensor:
+        if not self.document_masking:
+            return self.model.features(tokens)
+        # FlexAttention skips what is masked, where it is compiled for a GPU; it knows no dropout.
+        flex = device_type(tokens) == "cuda" and self.is_compiled and self.model.config.drop_rate == 0
+        return document_features(self.model, tokens, flex=flex)
+
+
+def chunked_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    loss_scale: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """`F.cross_entropy(features @ weight.T, targets)` of features (N, C), weight (V, C), targets (N,).
+
+    Equal to it up to rounding, in value and in both gradients, with products in autocast's precision. For
+    fp16, `loss_scale`, by which the caller will multiply the loss, scales the gradients where they are
+    computed: what the products round to zero, no later scaling brings back. The backward pass may run once:
+    it scales the gradients in place. `options` are those of Chunks.
+    """
+    if torch.is_autocast_enabled(features.device.type):
+        features = features.to(torch.get_autocast_dtype(features.device.type))
+    if chunk_tokens is None:  # equal chunks, because compiled code is specialized for a size
+        most = CHUNK_LOGITS.get(device_type(features), DEFAULT_CHUNK_LOGITS)
+        chunks = math.ceil(len(features) * len(weight) / most)
+        chunk_tokens = math.ceil(len(features) / chunks)
+    wants_gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
+    chunks = Chunks(chunk_tokens, wants_gradients, **options)
+    return _ChunkedCrossEntropy.apply(features, weight, targets, loss_scale, chunks)
+
+
+def chunk_loss_and_gradients(
+    features: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, factor: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of a chunk of features (n, C), and its gradient with respect to the logits, (n, V),
+    times `factor`.
+
+    Rows of `weight` beyond vocab_size are padding.
+    """
+    logits = features @ weight.T
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if weight.shape[0] > vocab_size:
+        logits[:, vocab_size:] = -torch.inf
+    counts = targets != IGNORED
+    rows = targets.where(counts, 0)[:, None]
+    log_probabilities = F.log_softmax(logits, dim=-1)
+    of_targets = log_probabilities.gather(1, rows)
+    # The gradient is the softmax minus one at the target, subtracted before rounding.
+    gradient, at_targets = log_probabilities.exp_(), of_targets.exp().sub(1)
+    if factor is not None:
+        gradient, at_targets = gradient.mul_(factor), at_targets * factor
+    gradient = gradient.to(features.dtype)
+    gradient.scatter_(1, rows, at_targets.to(features.dtype))
+    gradient *= counts[:, None]
+    return -(of_targets.squeeze(1) * counts).sum(), gradient
+
+
+ChunkFunction = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
+
+
+class Chunks(NamedTuple):
+    """How the loss is computed in chunks."""
+
+    tokens: int  # per chunk
+    gradients: bool  # whether any are wanted
+    chunk_function: ChunkFunction = chunk_loss_and_gradients
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, targets: Tensor, loss_scale: Tensor | None, chunks: Chunks
+    ) -> Tensor:
+        vocab_size, count = weight.shape[0], (targets != IGNORED).sum()
+        factor = None if loss_scale is None else loss_scale / count
+        # GPUs multiply in tiles, so there the copy for the products is padded to a multiple of 64 rows.
+        padding = -vocab_size % 64 if device_type(features) == "cuda" else 0
+        padded = F.pad(weight.to(features.dtype), (0, 0, 0, padding))
+        loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
+        if chunks.gradients:
+            features_gradient = torch.empty_like(features)
+            weight_gradient = torch.zeros_like(weight)
+            product = torch.empty_like(padded)
+        with torch.autocast(features.device.type, enabled=False):
+            for first in range(0, len(features), chunks.tokens):
+                chunk = features[first : first + chunks.tokens]
+                chunk_targets = targets[first : first + chunks.tokens]
+                chunk_loss, gradient = chunks.chunk_function(chunk, padded, chunk_targets, vocab_size, factor)
+                loss += chunk_loss
+                if chunks.gradients:
+                    torch.mm(gradient, padded, out=features_gradient[first : first + chunks.tokens])
+                    torch.mm(gradient.T, chunk, out=product)
+                    weight_gradient += product[:vocab_size]
+        if chunks.gradients:
+            # The gradients are those of the loss times this.
+            multiple = count if loss_scale is None else loss_scale
+            ctx.save_for_backward(features_gradient, weight_gradient, multiple)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        features_gradient, weight_gradient, multiple = ctx.saved_tensors
+        scale = gradient / multiple
+        return (
+            (features_gradient * scale).to(features_gradient.dtype),
+            weight_gradient.mul_(scale),
+            *[None] * 3,
+        )

@@ -1,0 +1,53 @@
+"""What a model in training says: samples.jsonl.
+
+What needs tiktoken is imported where it is used: a run without samples does without it.
+"""
+
+import json
+from typing import Any
+
+import torch
+
+from basemodel.common.files import replace_text
+from basemodel.training.run import Run
+from basemodel.training.run_folder import read_samples
+from gpt import GPTModel
+
+# As `test_smoke.py --tokens 50 --seed RANDOM_SEED` with the run's prompts samples from a checkpoint.
+SAMPLE_TOKENS = 50
+SAMPLING = {"temperature": 1.0, "top_k": 25}
+
+
+def require_tokenizer(run: Run) -> None:
+    """Raise InputError if the run's prompts cannot be encoded. The data set's own tokenizer encodes anything,
+    and `open_data` requires it."""
+    shape = run.model_config
+    if run.config.sample_interval is not None and shape.tokenizer != "dataset":
+        from basemodel.data.tokenizer import get_tokenizer
+        from basemodel.model.generation import encode_prompts
+
+        encode_prompts(get_tokenizer(shape.tokenizer), run.config.sample_prompts, shape.vocab_size)
+
+
+def continue_prompts(run: Run, model: GPTModel, step: int) -> list[dict[str, Any]]:
+    """What the run's model says after `step` steps: the lines of samples.jsonl, one per prompt.
+
+    Training does not notice: the modules that compute are others, never compiled and never in training mode,
+    with the same weights; and the random numbers come from a generator of their own.
+    """
+    from basemodel.data.tokenizer import get_tokenizer
+    from basemodel.model.generation import continuations
+
+    twin = GPTModel.outline(model.config).eval()
+    twin.load_state_dict(model.state_dict(), assign=True)
+    generator = torch.Generator(model.tok_emb.weight.device).manual_seed(run.config.random_seed)
+    tokenizer, prompts = get_tokenizer(model.config.tokenizer, run.data.folder), run.config.sample_prompts
+    texts = continuations(twin, tokenizer, prompts, SAMPLE_TOKENS, generator=generator, **SAMPLING)
+    seen = {"step": step, "tokens": run.plan.tokens(step)}
+    return [{**seen, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def keep_samples(run: Run, step: int, samples: list[dict[str, Any]]) -> None:
+    """Replace the lines of samples.jsonl for `step` and later steps, which a resumed run repeats."""
+    lines = [line for line in read_samples(run.samples) if line["step"] < step] + samples
+    replace_text(run.samples, "".join(json.dumps(line) + "\n" for line in lines), durable=True)

@@ -1,0 +1,240 @@
+"""The processes that train together: how they communicate, stop together, and notice that one has died."""
+
+import hashlib
+import os
+import platform
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from basemodel.common.errors import InputError, RunError
+
+Result = TypeVar("Result")
+
+START_SECONDS = 600.0  # how long processes wait for one another to start
+DIED_OR_HUNG = (
+    "another training process died or hung; start again with --resume, or have torchrun do so with "
+    "--max-restarts=3"
+)
+LAUNCH_ADVICE = "launch with torchrun, or `unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE` for one process"
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, one per device, and this process's place among them.
+
+    torchrun starts a process per device on each node and tells it, in the environment, its `rank` among all
+    processes and its `local_rank` on the node. Without a launcher the world is this process alone.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    device: torch.device
+    # Two CPU groups for Python objects: one with the step timeout, one for slow tasks such as downloads.
+    control: dist.ProcessGroup | None
+    patient: dist.ProcessGroup | None = None
+    timeout: float = 600.0  # seconds that processes wait for one another in a step
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and logs for all."""
+        return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """A human-readable name of the device."""
+        cuda = self.device.type == "cuda"
+        return (
+            torch.cuda.get_device_name(self.device) if cuda else f"{self.device.type} ({platform.machine()})"
+        )
+
+    def all_gather(self, value: Result, *, patiently: bool = False) -> list[Result]:
+        """Every process's `value` (any small object), by rank."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.patient if patiently else self.control)
+        return values
+
+    def launchers(self) -> tuple[str, ...]:
+        """A name of each torchrun launcher that started processes, one per node, unique to the launch."""
+        # torchrun has none, and the run id is often "none". But each launcher makes a folder of its own,
+        # under a random name, where its processes report errors: FOLDER/attempt_0/0/error.json
+        file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        names = {"/".join(Path(each).parts[-5:-3]) for each in self.all_gather(file) if each}
+        return tuple(sorted(names))
+
+    def agree(self, task: Callable[[], Result], *, on: bool = True) -> Result | None:
+        """Run `task` on the processes where `on` is true while the others wait; return its result there.
+
+        If it raises InputError or RunError on one process, all processes raise that error.
+        """
+        result, problem = None, None
+        if on:
+            try:
+                result = task()
+            except (InputError, RunError) as error:
+                problem = error
+        for error in self.all_gather(problem, patiently=True):
+            if error is not None:
+                raise error
+        return result
+
+    def broadcast(self, value: Result) -> Result:
+        """Broadcast the first process's `value`."""
+        if self.control is None:
+            return value
+        holder = [value]
+        dist.broadcast_object_list(holder, src=0, group=self.control)
+        return holder[0]
+
+    def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Broadcast the first process's CPU tensors by name; the others need no copy on disk."""
+        if self.control is None:
+            return tensors
+        for name, shape, dtype in self.broadcast([(n, t.shape, t.dtype) for n, t in tensors.items()]):
+            if name not in tensors:
+                tensors[name] = torch.empty(shape, dtype=dtype)
+            dist.broadcast(tensors[name], src=0, group=self.control)
+        return tensors
+
+    def any(self, flag: object) -> bool:
+        """Whether `flag` is true on any process. Communicates on the CPU; the device goes on working."""
+        if self.control is None:
+            return bool(flag)
+        flags = torch.tensor(bool(flag), dtype=torch.int32)
+        dist.all_reduce(flags, group=self.control)
+        return flags.item() > 0
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum a device tensor over all processes, in place. No host synchronization on a GPU."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_shards(self, shares: list[list[Tensor]]) -> None:
+        """Broadcast the tensors of `shares[rank]`, all of one dtype, from each process, in place."""
+        if self.size == 1:
+            return
+        flat = [torch.cat([tensor.flatten() for tensor in share]) if share else None for share in shares]
+        works = [
+            dist.broadcast(tensors, src=rank, async_op=True)
+            for rank, tensors in enumerate(flat)
+            if tensors is not None
+        ]
+        for work in works:
+            work.wait()
+        for rank, (share, tensors) in enumerate(zip(shares, flat, strict=True)):
+            if share and rank != self.rank:
+                for tensor, values in zip(share, tensors.split([t.numel() for t in share]), strict=True):
+                    tensor.copy_(values.view_as(tensor))
+
+
+def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
+    """Choose this process's device and join the process group; collectives time out after `timeout`.
+
+    Raises InputError if the node has fewer devices than processes, or for wrong environment variables.
+    """
+    rank, local_rank, size, local_size = place_in_the_world()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        device = torch.device("cpu")
+        if local_size > 1:  # torchrun sets one thread per process, regardless of the cores
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    else:
+        count = torch.accelerator.device_count()
+        if local_size > count:
+            raise InputError(
+                f"{local_size} processes on a node with {count} devices; --nproc_per_node={count}"
+            )
+        if local_rank >= count:
+            raise InputError(f"LOCAL_RANK is {local_rank} on a node with {count} devices; {LAUNCH_ADVICE}")
+        device = torch.device(accelerator.type, local_rank)
+        torch.accelerator.set_device_index(local_rank)
+    if size == 1:
+        return World(rank, local_rank, size, local_size, device, control=None)
+    # NCCL's own timeout aborts the process without a word, so the watchdog of a step comes first.
+    dist.init_process_group(
+        dist.get_default_backend_for_device(device),
+        store=store_of_these_processes(rank, size),
+        rank=rank,
+        world_size=size,
+        timeout=timeout if device.type == "cpu" else timeout + timedelta(seconds=START_SECONDS),
+        device_id=None if device.type == "cpu" else device,
+    )
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))
+    return World(rank, local_rank, size, local_size, device, control, patient, timeout.total_seconds())
+
+
+def place_in_the_world() -> tuple[int, int, int, int]:
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; by default those of a process alone.
+
+    Raises InputError if the variables are not those that a launcher would set.
+    """
+    numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    numbers = {name: os.environ.get(name, default) for name, default in numbers.items()}
+    for name, value in numbers.items():
+        if not value.isdecimal():
+            raise InputError(f"{name} is '{value}', not a whole number; {LAUNCH_ADVICE}")
+    rank, local_rank, size, local_size, port = map(int, numbers.values())
+    if port > 65535:
+        raise InputError(f"MASTER_PORT is {port}, more than 65535; {LAUNCH_ADVICE}")
+    if rank >= size:
+        raise InputError(f"RANK is {rank}, too large for a WORLD_SIZE of {size}; {LAUNCH_ADVICE}")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ():
+        if not os.environ.get(name):
+            raise InputError(f"WORLD_SIZE is {size}, but {name} is not set; {LAUNCH_ADVICE}")
+    return rank, local_rank, size, local_size
+
+
+def store_of_these_processes(rank: int, size: int) -> dist.Store:
+    """The rendezvous store, with a key prefix that only this generation of processes uses.
+
+    When torchrun restarts processes, its store still has the addresses of the dead ones, and new processes
+    would wait for them forever (pytorch issues 135712 and 167288). So each process publishes a random id, the
+    first one publishes the list of all ids until every process has seen its own in it, and a hash of that
+    list becomes the prefix. Raises RunError if not all processes are there within START_SECONDS.
+    """
+    late = f"process {rank} of {size} waited {START_SECONDS:.0f} s for the others to start"
+    deadline, mine = time.monotonic() + START_SECONDS, uuid.uuid4().hex
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
+        store.set(f"member/{rank}", mine)
+        while (left := deadline - time.monotonic()) > 0.01:
+            store.set_timeout(timedelta(seconds=left))
+            if rank == 0:
+                store.wait([f"member/{each}" for each in range(size)])  # for all at once, not for each
+                store.set("members", " ".join(store.get(f"member/{each}").decode() for each in range(size)))
+            members = store.get("members").decode()
+            if mine in members.split():
+                round_ = hashlib.sha256(members.encode()).hexdigest()
+                store.set(f"{round_}/present/{rank}", "")
+                if store.check([f"{round_}/present/{each}" for each in range(size)]):
+                    return dist.PrefixStore(round_, store)
+            time.sleep(0.01)
+    except dist.DistError as error:
+        raise RunError(late) from error
+    raise RunError(late)
+
+
+@contextmanager
+def lost_processes_explained() -> Iterator[None]:
+    """Turn the errors of collectives in which a process has died or hung into a RunError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise RunError(DIED_OR_HUNG) from error
+        raise

@@ -1,0 +1,163 @@
+"""Resuming: whether a run is to continue, whether it may, and what makes it the same run."""
+
+import base64
+import dataclasses
+import functools
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpointing
+from basemodel.common.errors import InputError
+from basemodel.data.token_files import whole_set
+from basemodel.training.run import Run
+from basemodel.training.run_folder import read_status
+from gpt import GPTModel
+
+# Keys of train.json that may change when a run goes on: they say how the same work is split, kept, checked or
+# shown.
+FREE_ON_RESUME = {
+    "microbatch_size",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "compile",
+    "usd_per_hour",
+    "max_hours",
+    "max_usd",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "validation_interval",
+    "validation_batches",
+    "start_val_token",
+    "sample_interval",
+    "sample_prompts",
+    "report_to",
+}
+
+
+def was_started_before(run: Run) -> bool:
+    """Whether torchrun starts the run's processes again: after a failure, or because a node joined or left.
+
+    TORCHELASTIC_RESTART_COUNT counts the failures that this node's launcher has seen, and nothing else. But
+    at least one launcher stays whenever processes are started again, and status.json names the last ones.
+    """
+    known = read_status(run.directory).get("launchers") or []
+    failed_before = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return failed_before or any(launcher in known for launcher in run.launchers)
+
+
+def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpointing.Checkpoint | None:
+    """The checkpoint to continue from, checked to be this run's; None if there is none."""
+    if name is None:
+        return None
+    if name == "newest":
+        checkpoint = checkpointing.newest_checkpoint(run.checkpoints, tqdm.write)
+    else:
+        checkpoint = checkpointing.named_checkpoint(run.checkpoints, name, tqdm.write)
+    if checkpoint is None:
+        return None
+    check_resumable(checkpoint.path.name, checkpoint.meta, run, tqdm.write if allow_change else None)
+    if checkpoint.meta["global_step"] > run.plan.steps:
+        raise InputError(
+            f"{checkpoint.path.name} is beyond the run's end, {run.plan.steps:,} steps; raise "
+            "min_train_tokens, or name an earlier checkpoint"
+        )
+    return checkpoint
+
+
+def check_space(run: Run, step: int) -> None:
+    """Raise InputError if the disk has no room for the checkpoints still to be written after step `step`."""
+    parameters = GPTModel.outline(run.model_config).parameter_count()
+    to_come, keep = run.saves_from(step), run.config.keep_checkpoints
+    checkpointing.require_space(run.checkpoints, to_come, keep, parameters)
+
+
+def rng_state(device: torch.device) -> dict[str, str]:
+    """The state of the random number generators that dropout draws from, as text for meta.json."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states[device.type] = torch.get_device_module(device).get_rng_state()
+    return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
+
+
+def set_rng_state(states: dict[str, str], device: torch.device) -> None:
+    """Restore what `rng_state` returned. On another type of device, dropout masks will differ."""
+    for name, text in states.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif name == device.type:
+            torch.get_device_module(device).set_rng_state(state)
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """The versions of what computes, and this code's commit, None where that is not known."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"versions": versions, "git_commit": commit}
+
+
+def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[str], None] | None) -> None:
+    """Raise InputError, naming the keys, if going on from checkpoint `name` would not continue the same run.
+
+    With `allow`, changes to the configs or the data are only reported to it. Another global batch would read
+    other data, and is always refused.
+    """
+    changed = _changed_keys("model.json", meta["model_config"], run.model_config)
+    changed += _changed_keys("train.json", meta["train_config"], run.config)
+    changed += _changed_data(meta.get("data", {}), run)
+    if changed and allow is None:
+        raise InputError(
+            f"{name} belongs to another run: {'; '.join(changed)}; undo that, start from scratch, or "
+            "continue anyway with --allow-config-change"
+        )
+    if changed:
+        allow(f"Going on, as allowed, although {'; '.join(changed)}")
+    if meta["global_batch"] != run.plan.global_batch:
+        raise InputError(
+            f"{name} was trained with global batches of {meta['global_batch']} sequences, not "
+            f"{run.plan.global_batch}; set global_batch_size to {meta['global_batch']}"
+        )
+    seen, step = meta["sequences_seen"], meta["global_step"]
+    if seen != run.plan.sequences(step):
+        raise InputError(
+            f"{name} had read {seen:,} sequences after {step:,} steps, this run would have read "
+            f"{run.plan.sequences(step):,}; half_batch_percent of min_train_tokens must be as many as before"
+        )
+
+
+def _changed_data(theirs: dict[str, dict[str, Any]], run: Run) -> list[str]:
+    dataset, changed = run.config.dataset, []
+    for split in run.config.splits:
+        before, now = (whole_set(files, split, dataset) for files in (theirs, run.files))
+        if before and now and before != now:  # without validation before, there is nothing to compare
+            changed.append(f"the {split} tokens of {dataset} were in {before[-1]}, are now in {now[-1]}")
+    for name in sorted(run.files.keys() & theirs.keys()):
+        before, now = theirs[name]["sha256"], run.files[name]["sha256"]
+        if before != now:
+            changed.append(f"{name} of {dataset} had the SHA-256 {before[:12]}..., has {now[:12]}...")
+    return changed
+
+
+def _changed_keys(file: str, theirs: dict[str, Any], config: Any) -> list[str]:
+    # A key that the checkpoint's version did not know had the effect of its default. Tuples become lists.
+    theirs = {field.name: field.default for field in dataclasses.fields(config)} | theirs
+    theirs, ours = json.loads(json.dumps((theirs, dataclasses.asdict(config)), default=str))
+    return [
+        f"{file}: {key} was {json.dumps(theirs[key])}, is {json.dumps(ours[key])}"
+        for key in ours
+        if key not in FREE_ON_RESUME and theirs[key] != ours[key]
+    ]

@@ -1,0 +1,121 @@
+"""A run's folder: finding it, reading its logs, locking it, and setting earlier results aside."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from basemodel.common.command_line import require_plain_name
+from basemodel.common.errors import InputError
+
+LOCK_SECONDS = 900.0  # how long a resumed run waits for its last processes: they may hang, and time out
+
+
+def find_run(runs_dir: Path, name: str) -> Path:
+    """The folder of the run `name`. Raises InputError, naming the runs there are, if there is none."""
+    folder = runs_dir / require_plain_name(name, "run")
+    if not folder.is_dir():
+        have = ", ".join(sorted(path.parent.name for path in runs_dir.glob("*/train.json"))) or "none"
+        raise InputError(f"{folder}: no such run; there are: {have}")
+    return folder
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """The contents of status.json; empty if it is missing or damaged."""
+    return read_json_or_nothing(run_dir / "status.json")
+
+
+def read_json_or_nothing(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if it is missing or damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects with a step in a file of JSON lines, without truncated and damaged ones."""
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            yield values
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, merged by step, without truncated and damaged ones."""
+    lines: dict[int, dict[str, Any]] = {}
+    for values in _read_lines(path):
+        lines[values["step"]] = lines.get(values["step"], {}) | values
+    return list(lines.values())
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The lines of a samples.jsonl: step, tokens (seen so far), prompt, and text (what the model added)."""
+    keys = {"step", "tokens", "prompt", "text"}
+    return [values for values in _read_lines(path) if keys <= values.keys()]
+
+
+def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
+    """Lock a run's folder for the life of this process; False if the file system has no locks.
+
+    With `say`, which is told about it, wait up to LOCK_SECONDS for the process that holds the lock: it may be
+    what is left of a dead launch, saving a last time. Raises InputError if the folder stays locked or cannot
+    be written to.
+    """
+    holder = read_status(run_dir).get("pid")  # most likely
+    if not os.access(run_dir, os.W_OK):
+        raise InputError(f"{run_dir}: cannot be written to; training writes its results there")
+    handle = os.open(run_dir, os.O_RDONLY)
+    deadline = None
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if say is None or (deadline is not None and time.monotonic() > deadline):
+                raise InputError(
+                    f"{run_dir}: is being trained by another process (pid {holder}); wait for it or stop it"
+                ) from None
+        except OSError:
+            return False
+        if deadline is None:
+            deadline = time.monotonic() + LOCK_SECONDS
+            say(f"Waiting up to {LOCK_SECONDS:.0f} s for another process of this run (pid {holder}) to end")
+        time.sleep(0.2)
+
+
+def is_locked(run_dir: Path) -> bool:
+    """Whether another process holds the lock of a run's folder, because it trains the run."""
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks on this file system
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def set_earlier_results_aside(directory: Path) -> Path | None:
+    """Move the results of an earlier run into a new subfolder and return it; None if there are none."""
+    names = ("checkpoints", "metrics.jsonl", "status.json", "training-run-chart.png", "samples.jsonl")
+    names += ("trackers.json", "tensorboard", "wandb")
+    found = [directory / name for name in names if (directory / name).exists()]
+    if not found:
+        return None
+    now = datetime.now(UTC)
+    while (aside := directory / f"earlier-{now:%Y%m%dZ%H%M%S}").exists():
+        now += timedelta(seconds=1)
+    aside.mkdir()
+    for path in found:
+        path.rename(aside / path.name)
+    return aside

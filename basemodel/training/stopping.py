@@ -1,0 +1,92 @@
+"""How a training stops: by a signal, or because its step hangs."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Self
+
+from basemodel.common.command_line import say_error
+from basemodel.training.processes import DIED_OR_HUNG, World
+
+GRACE_SECONDS = 20.0  # the patience once a signal has come; torchrun kills 30 s after its own
+TICK = 0.2
+REPEAT_SECONDS = 3.0  # how long a second signal counts as torchrun's copy of the first
+
+
+class StopSignal:
+    """Remembers that SIGTERM or SIGINT asked this process to stop.
+
+    A second one exits at once, without saving, unless it comes within REPEAT_SECONDS: then it is ignored,
+    because torchrun forwards what the terminal has already sent. A
+    separate thread receives the signals: Python's own handlers run in the main thread, which may be blocked
+    in a collective with a process that is gone.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        # Without its launcher nothing can stop or restart this process, so it stops by itself.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def __enter__(self) -> Self:
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        signal.set_wakeup_fd(self._writer)
+        self._handlers = {
+            number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._writer)
+
+    def __bool__(self) -> bool:
+        """Whether this process was asked to stop, or has lost its launcher."""
+        if self._launcher not in (None, os.getppid()):
+            self.received = self.received or signal.SIGTERM
+        return self.received is not None
+
+    def _watch(self, reader: int) -> None:
+        first = None
+        while number := os.read(reader, 1):
+            if first is None:
+                first, self.received = time.monotonic(), self.received or number[0]
+            elif time.monotonic() - first > REPEAT_SECONDS:
+                os._exit(128 + number[0])
+        os.close(reader)
+
+
+@contextmanager
+def hung_steps_ended(
+    world: World, stop: StopSignal, overdue: Callable[[], float], give_up: Callable[[str], None]
+) -> Iterator[None]:
+    """End this process, as for a RunError, when a step is `overdue()` by more than the collective timeout.
+
+    A collective of gloo raises an error then. One of NCCL does not, and the main thread waits for the GPU
+    forever; so this takes a thread of its own, which first calls `give_up` with the reason. A signal to stop,
+    which the main thread would look at after the step, shortens the patience.
+    """
+    left = threading.Event()
+
+    def watch() -> None:
+        late = 0.0  # seconds by this thread's count: while a process is suspended, it does not count
+        while not left.wait(TICK):
+            late = late + TICK if overdue() > 0 else 0.0
+            if late > (world.timeout if stop.received is None else min(world.timeout, GRACE_SECONDS)):
+                try:
+                    give_up(DIED_OR_HUNG)
+                finally:  # whatever that has raised
+                    os._exit(say_error(DIED_OR_HUNG, 1))
+
+    if world.size > 1:
+        threading.Thread(target=watch, daemon=True, name="watchdog").start()
+    try:
+        yield
+    finally:
+        left.set()
