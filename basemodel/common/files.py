@@ -1,8 +1,11 @@
-"""Files that are hashed, fsynced and replaced atomically."""
+"""Files that are hashed, fsynced, locked and replaced atomically."""
 
 import errno
+import fcntl
 import hashlib
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +36,27 @@ def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
     temporary.replace(path)
     if durable:
         sync(path.parent)
+
+
+def lock(path: Path, patience: float = 0.0, on_wait: Callable[[], None] | None = None) -> bool:
+    """Lock a file or folder for the life of this process; False if the file system has no locks.
+
+    While another process holds the lock, `on_wait` is called once and the lock is tried again for
+    `patience` seconds. Raises BlockingIOError if it is still held then.
+    """
+    handle, deadline = os.open(path, os.O_RDONLY), time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(handle)
+                raise
+        except OSError:
+            os.close(handle)
+            return False
+        if on_wait:
+            on_wait()
+            on_wait = None
+        time.sleep(0.2)

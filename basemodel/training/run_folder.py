@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from basemodel.common.command_line import require_plain_name
 from basemodel.common.errors import InputError
+from basemodel.common.files import lock
 
 LOCK_SECONDS = 900.0  # how long a resumed run waits for its last processes: they may hang, and time out
 
@@ -72,23 +72,13 @@ def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
     holder = read_status(run_dir).get("pid")  # most likely
     if not os.access(run_dir, os.W_OK):
         raise InputError(f"{run_dir}: cannot be written to; training writes its results there")
-    handle = os.open(run_dir, os.O_RDONLY)
-    deadline = None
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if say is None or (deadline is not None and time.monotonic() > deadline):
-                raise InputError(
-                    f"{run_dir}: is being trained by another process (pid {holder}); wait for it or stop it"
-                ) from None
-        except OSError:
-            return False
-        if deadline is None:
-            deadline = time.monotonic() + LOCK_SECONDS
-            say(f"Waiting up to {LOCK_SECONDS:.0f} s for another process of this run (pid {holder}) to end")
-        time.sleep(0.2)
+    waiting = f"Waiting up to {LOCK_SECONDS:.0f} s for another process of this run (pid {holder}) to end"
+    try:
+        return lock(run_dir, LOCK_SECONDS, lambda: say(waiting)) if say else lock(run_dir)
+    except BlockingIOError:
+        raise InputError(
+            f"{run_dir}: is being trained by another process (pid {holder}); wait for it or stop it"
+        ) from None
 
 
 def is_locked(run_dir: Path) -> bool:
