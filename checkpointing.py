@@ -28,14 +28,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from basemodel.common.command_line import require_plain_name
 from basemodel.common.errors import InputError, RunError
 from basemodel.common.files import fingerprint, sync
 from basemodel.common.json_config import read_json_object
-from basemodel.data.tokenizer_json import TOKENIZER_FILE
+from basemodel.common.names import META, TOKENIZER_FILE, require_plain_name
+from basemodel.model.config import GPTConfig
 from basemodel.model.weights import save_tensors
 
-MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
+MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", META
 REQUIRED_META = {
     *("files", "global_step", "sequences_seen", "settled", "skipped", "seconds", "best_loss", "train_loss"),
     *("val_loss", "recent_losses", "rng", "scaler", "precision"),
@@ -300,14 +300,20 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def require_space(folder: Path, to_come: int, keep: int | None, parameters: int) -> None:
-    """Raise InputError unless the disk has room for `to_come` checkpoints of 3 x 4 bytes per parameter.
+def size_in_bytes(model: GPTConfig, optimizer: str) -> int:
+    """The size of a checkpoint: weights and the optimizer's moments, all float32. AdamW has two moments per
+    parameter; Muon has one per parameter of the blocks' matrices, and AdamW's for the rest."""
+    return 12 * model.parameters - (4 * model.hidden_parameters if optimizer == "muon" else 0)
+
+
+def require_space(folder: Path, to_come: int, keep: int | None, size: int) -> None:
+    """Raise InputError unless the disk has room for `to_come` checkpoints of `size` bytes.
 
     With `keep`, at most `keep` + 2 exist at a time: the newest, the best, and the one being written.
     """
     here = len(list_checkpoints(folder))
     checkpoints = to_come if keep is None else max(1, min(to_come, keep + 2 - here))
-    needed, free = checkpoints * 12 * parameters, _free_space(folder)
+    needed, free = checkpoints * size, _free_space(folder)
     if needed > free:
         raise InputError(
             f"{folder}: {checkpoints} checkpoints take {_in_words(needed)}, only {_in_words(free)} are free; "

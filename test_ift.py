@@ -19,9 +19,10 @@ from typing import Any
 import click
 import numpy as np
 
-from basemodel.common.command_line import require_plain_name, run_command
+from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
+from basemodel.common.names import require_plain_name
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation.fine_tuning import FineTuning, check_lengths, encode_records, fine_tune
 from basemodel.evaluation.instructions import FIELDS, fetch_records, prompt_of, read_records, split_records

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo.config
-import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,6 +50,10 @@ class NextTokenLoss(nn.Module):
         One graph of all blocks would hold back every gradient until its backward pass has ended, and DDP
         could not all-reduce those of the last blocks meanwhile. Equal blocks are compiled once.
         """
+        # Imported here, because they take seconds.
+        import torch._dynamo.config
+        import torch._functorch.config
+
         # On a CPU keep 60% of the activations and recompute the cheap ones: as fast, in a tenth less memory.
         on_cpu = device_type(self.model.out_head.weight) == "cpu"
         torch._functorch.config.activation_memory_budget = 0.6 if on_cpu else 1.0
@@ -78,9 +80,9 @@ class NextTokenLoss(nn.Module):
         `loss_scale` is what the caller will multiply the loss by, for fp16.
         """
         features = self._features(sequences[:, :-1]).flatten(0, 1)  # (B * T, C)
-        options = {"loss_scale": loss_scale, "chunk_function": self._chunk}
+        weight, targets = self.model.out_head.weight, sequences[:, 1:].flatten()
         return chunked_cross_entropy(
-            features, self.model.out_head.weight, sequences[:, 1:].flatten(), **options
+            features, weight, targets, loss_scale=loss_scale, chunk_function=self._chunk
         )
 
     def _features(self, tokens: Tensor) -> Tensor:
@@ -98,14 +100,14 @@ def chunked_cross_entropy(
     *,
     loss_scale: Tensor | None = None,
     chunk_tokens: int | None = None,
-    **options: Any,
+    chunk_function: "ChunkFunction | None" = None,
 ) -> Tensor:
     """`F.cross_entropy(features @ weight.T, targets)` of features (N, C), weight (V, C), targets (N,).
 
     Equal to it up to rounding, in value and in both gradients, with products in autocast's precision. For
     fp16, `loss_scale`, by which the caller will multiply the loss, scales the gradients where they are
-    computed: what the products round to zero, no later scaling brings back. The backward pass may run once:
-    it scales the gradients in place. `options` are those of Chunks.
+    computed: what the products round to zero, no later scaling brings back. The backward pass may run only
+    once, because it scales the gradients in place. `chunk_function`: a compiled `chunk_loss_and_gradients`.
     """
     if torch.is_autocast_enabled(features.device.type):
         features = features.to(torch.get_autocast_dtype(features.device.type))
@@ -114,7 +116,7 @@ def chunked_cross_entropy(
         chunks = math.ceil(len(features) * len(weight) / most)
         chunk_tokens = math.ceil(len(features) / chunks)
     wants_gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
-    chunks = Chunks(chunk_tokens, wants_gradients, **options)
+    chunks = Chunks(chunk_tokens, wants_gradients, chunk_function or chunk_loss_and_gradients)
     return _ChunkedCrossEntropy.apply(features, weight, targets, loss_scale, chunks)
 
 
@@ -152,7 +154,7 @@ class Chunks(NamedTuple):
 
     tokens: int  # per chunk
     gradients: bool  # whether any are wanted
-    chunk_function: ChunkFunction = chunk_loss_and_gradients
+    chunk_function: ChunkFunction
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

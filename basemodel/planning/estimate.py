@@ -108,10 +108,7 @@ class Estimator:
 
     def precision_on(self, machine: Machine) -> str:
         """The precision that a run would choose on a machine."""
-        config = self.run.config
-        if not config.use_amp:
-            return "fp32"
-        return config.precision if config.precision != "auto" else "bf16" if machine.gpu.bf16 else "fp16"
+        return self.run.config.precision_on("cuda", has_bf16=machine.gpu.bf16)
 
     @functools.cached_property
     def _footprints(self) -> list[Footprint]:
@@ -126,7 +123,7 @@ class Estimator:
     def _step_model(self) -> StepModel:
         config, world = self.run.config, World(0, 0, 1, 1, torch.device("cpu"), control=None)
         precision = "bf16" if config.precision == "auto" else config.precision  # fp16 takes as much
-        still = dataclasses.replace(config, compile=False, precision=precision if config.use_amp else "auto")
+        still = dataclasses.replace(config, compile=False, precision=precision)
         make = functools.partial(self._make_learner, still, self.run.model_config, world)
         return StepModel(make, compiled=config.compile is not False)
 

@@ -24,7 +24,7 @@ from basemodel.planning.estimate import (
 )
 from basemodel.planning.machines import find_machines, read_gpus
 from basemodel.training.backend import choose_precision
-from basemodel.training.batches import SHORT_PARTS, RunData, open_data
+from basemodel.training.batches import SHORT_PARTS, RunData, open_data, plan_batches
 from basemodel.training.config import optimizer_in_words
 from basemodel.training.processes import World
 from basemodel.training.run import Run
@@ -79,6 +79,14 @@ def open_if_here(run: Run, datasets_dir: Path | None) -> RunData | None:
 # ------------------------------------------------------------------------------------------------------------
 # Here
 # ------------------------------------------------------------------------------------------------------------
+
+
+def plan_here(run: Run, datasets_dir: Path, world: World) -> None:
+    """Print what a run would do on these processes, using the data if they are already downloaded."""
+    data = open_if_here(run, datasets_dir)
+    plan = plan_batches(run.config, run.model_config.context_length, world.size, data and data.train.count)
+    if world.is_first:
+        print_plan(dataclasses.replace(run, data=data, plan=plan), world)
 
 
 def print_plan(run: Run, world: World) -> None:

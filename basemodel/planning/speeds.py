@@ -39,7 +39,7 @@ class Figure:
 def speed_hash(model: GPTConfig, config: TrainConfig, *, compiled: bool) -> str:
     """A hash of what makes a step fast or slow, but for the batch."""
     shape = {k: v for k, v in dataclasses.asdict(model).items() if k not in LEFT_OUT}
-    keys = ("optimizer", "document_masking", "use_amp", "precision", "deterministic")
+    keys = ("optimizer", "document_masking", "precision", "deterministic")
     return hashlib.sha256(
         json.dumps([shape, compiled, [getattr(config, key) for key in keys]]).encode()
     ).hexdigest()[:12]

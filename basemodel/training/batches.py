@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from basemodel.common.errors import InputError
+from basemodel.common.names import TOKENIZER_FILE
 from basemodel.data.hub import dataset_folder
 from basemodel.data.sequences import Sequences, match_tokenizer
 from basemodel.data.token_files import TokenFiles
-from basemodel.data.tokenizer_json import TOKENIZER_FILE
 from basemodel.model.config import GPTConfig
 from basemodel.training.config import TrainConfig
 

@@ -141,6 +141,18 @@ class World:
                     tensor.copy_(values.view_as(tensor))
 
 
+@contextmanager
+def joined_world(collective_timeout: float) -> Iterator[World]:
+    """The world of this process, whose group is left at the end; collectives time out after so many seconds.
+
+    A collective in which another process has died or hung raises RunError.
+    """
+    with lost_processes_explained():
+        yield join_world(timedelta(seconds=collective_timeout))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     """Choose this process's device and join the process group; collectives time out after `timeout`.
 

@@ -14,12 +14,12 @@ def learning_rate_at(step: float, steps: float, config: TrainConfig) -> float:
     reaching zero one step after the last (Hägele et al. 2024).
     """
     peak = config.learning_rate
-    if config.schedule == "constant":
+    if config.lr_schedule in (None, "constant"):
         return peak
     warmup = round(steps * config.warmup_period_percent / 100)
     if step < warmup:
         return peak * (step + 1) / warmup
-    if config.schedule == "wsd":
+    if config.lr_schedule == "wsd":
         decay = round(steps * config.decay_period_percent / 100)
         return peak * min(1.0, (steps - step) / (decay + 1))
     progress = (step - warmup) / max(1, steps - 1 - warmup)
