@@ -154,7 +154,7 @@ def test_the_head_is_padded_to_whole_tiles(seems_cuda: None) -> None:
         rows.append(len(weight))
         return loss.chunk_loss_and_gradients(features, weight, *more)
 
-    found = loss.chunked_cross_entropy(features, weight, targets, chunk_tokens=10, chunk_function=chunk)
+    found = loss.chunked_cross_entropy(features, weight, targets, chunks=loss.Chunks(10, chunk))
     whole = F.cross_entropy(features @ weight.T, targets)
     assert rows == [128] * 3
     torch.testing.assert_close(found, whole)
@@ -220,7 +220,7 @@ def test_dropout_on_a_gpu_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch, "get_device_module", lambda device: there)
     saved = resume.rng_state(CUDA)
     there.state = torch.zeros(16, dtype=torch.uint8)
-    resume.set_rng_state(saved, CUDA)
+    resume.set_rng_state({"rng": [saved]}, SimpleNamespace(size=1, rank=0, device=CUDA), seed=1)
     assert there.state.tolist() == list(range(16))
 
 

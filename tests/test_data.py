@@ -126,7 +126,7 @@ def test_tokens_are_rounded_up_to_whole_global_batches_and_exact_multiples_stay(
 
 
 def test_learning_rate_warms_up_then_falls_along_a_cosine_to_a_tenth() -> None:
-    scheduled = config(learning_rate=1.0, schedule_learning_rate=True, warmup_period_percent=10)
+    scheduled = config(learning_rate=1.0, lr_schedule="cosine", warmup_period_percent=10)
     rates = [learning_rate_at(step, 100, scheduled) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10] == 1.0

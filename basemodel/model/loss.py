@@ -82,7 +82,7 @@ class NextTokenLoss(nn.Module):
         features = self._features(sequences[:, :-1]).flatten(0, 1)  # (B * T, C)
         weight, targets = self.model.out_head.weight, sequences[:, 1:].flatten()
         return chunked_cross_entropy(
-            features, weight, targets, loss_scale=loss_scale, chunk_function=self._chunk
+            features, weight, targets, loss_scale=loss_scale, chunks=Chunks(function=self._chunk)
         )
 
     def _features(self, tokens: Tensor) -> Tensor:
@@ -91,33 +91,6 @@ class NextTokenLoss(nn.Module):
         # FlexAttention skips what is masked, where it is compiled for a GPU; it knows no dropout.
         flex = device_type(tokens) == "cuda" and self.is_compiled and self.model.config.drop_rate == 0
         return document_features(self.model, tokens, flex=flex)
-
-
-def chunked_cross_entropy(
-    features: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    loss_scale: Tensor | None = None,
-    chunk_tokens: int | None = None,
-    chunk_function: "ChunkFunction | None" = None,
-) -> Tensor:
-    """`F.cross_entropy(features @ weight.T, targets)` of features (N, C), weight (V, C), targets (N,).
-
-    Equal to it up to rounding, in value and in both gradients, with products in autocast's precision. For
-    fp16, `loss_scale`, by which the caller will multiply the loss, scales the gradients where they are
-    computed: what the products round to zero, no later scaling brings back. The backward pass may run only
-    once, because it scales the gradients in place. `chunk_function`: a compiled `chunk_loss_and_gradients`.
-    """
-    if torch.is_autocast_enabled(features.device.type):
-        features = features.to(torch.get_autocast_dtype(features.device.type))
-    if chunk_tokens is None:  # equal chunks, because compiled code is specialized for a size
-        most = CHUNK_LOGITS.get(device_type(features), DEFAULT_CHUNK_LOGITS)
-        chunks = math.ceil(len(features) * len(weight) / most)
-        chunk_tokens = math.ceil(len(features) / chunks)
-    wants_gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
-    chunks = Chunks(chunk_tokens, wants_gradients, chunk_function or chunk_loss_and_gradients)
-    return _ChunkedCrossEntropy.apply(features, weight, targets, loss_scale, chunks)
 
 
 def chunk_loss_and_gradients(
@@ -152,9 +125,35 @@ ChunkFunction = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], tuple[Ten
 class Chunks(NamedTuple):
     """How the loss is computed in chunks."""
 
-    tokens: int  # per chunk
-    gradients: bool  # whether any are wanted
-    chunk_function: ChunkFunction
+    tokens: int | None = None  # per chunk; None: as many as CHUNK_LOGITS allows
+    function: ChunkFunction = chunk_loss_and_gradients
+    gradients: bool = True  # whether any are needed
+
+
+def chunked_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    loss_scale: Tensor | None = None,
+    chunks: Chunks = Chunks(),  # noqa: B008
+) -> Tensor:
+    """`F.cross_entropy(features @ weight.T, targets)` of features (N, C), weight (V, C), targets (N,).
+
+    Equal to it up to rounding, in value and in both gradients, with products in autocast's precision. For
+    fp16, `loss_scale`, by which the caller will multiply the loss, scales the gradients where they are
+    computed: what the products round to zero, no later scaling brings back. The backward pass may run only
+    once, because it scales the gradients in place.
+    """
+    if torch.is_autocast_enabled(features.device.type):
+        features = features.to(torch.get_autocast_dtype(features.device.type))
+    tokens = chunks.tokens
+    if tokens is None:  # equal chunks, because compiled code is specialized for a size
+        most = CHUNK_LOGITS.get(device_type(features), DEFAULT_CHUNK_LOGITS)
+        tokens = math.ceil(len(features) / math.ceil(len(features) * len(weight) / most))
+    gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
+    chunks = chunks._replace(tokens=tokens, gradients=gradients)
+    return _ChunkedCrossEntropy.apply(features, weight, targets, loss_scale, chunks)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -176,7 +175,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for first in range(0, len(features), chunks.tokens):
                 chunk = features[first : first + chunks.tokens]
                 chunk_targets = targets[first : first + chunks.tokens]
-                chunk_loss, gradient = chunks.chunk_function(chunk, padded, chunk_targets, vocab_size, factor)
+                chunk_loss, gradient = chunks.function(chunk, padded, chunk_targets, vocab_size, factor)
                 loss += chunk_loss
                 if chunks.gradients:
                     torch.mm(gradient, padded, out=features_gradient[first : first + chunks.tokens])
