@@ -17,9 +17,9 @@ from common import run_python, runs_dir_option
 
 from basemodel.common.command_line import run_command
 from basemodel.results.reporting import Reporter
-from basemodel.training.batches import plan_batches
 from basemodel.training.run import Run
 from basemodel.training.run_folder import read_metrics
+from basemodel.training.schedule import plan_batches
 
 
 def seconds_per_log(run_dir: Path, folder: Path) -> float:

@@ -15,10 +15,9 @@ from basemodel.data.hub import fingerprint_files
 from basemodel.data.sequences import Sequences, match_tokenizer
 from basemodel.data.token_files import TokenFiles
 from basemodel.model.config import GPTConfig
-from basemodel.training.batches import BatchPlan, check_tokens, open_data, plan_batches
 from basemodel.training.config import TrainConfig
-from basemodel.training.run import Run
-from basemodel.training.schedule import learning_rate_at
+from basemodel.training.run import Run, check_tokens, open_data
+from basemodel.training.schedule import BatchPlan, learning_rate_at, plan_batches
 
 
 def sequences(tmp_path: Path, tokens: int = 1000, start: int = 0, length: int = 10) -> Sequences:

@@ -19,11 +19,11 @@ from basemodel.planning import roofline
 from basemodel.planning.footprint import Footprint, Step, StepModel
 from basemodel.planning.machines import Machine, device_memory_gib, gpu_of
 from basemodel.planning.speeds import Figure, find_figure, on_machine
-from basemodel.training.batches import plan_batches
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import World
 from basemodel.training.run import Run
 from basemodel.training.run_folder import read_json_or_nothing
+from basemodel.training.schedule import plan_batches
 from gpt import GPTModel
 
 GIB = 2**30

@@ -24,11 +24,11 @@ from basemodel.planning.estimate import (
 )
 from basemodel.planning.machines import find_machines, read_gpus
 from basemodel.training.backend import choose_precision
-from basemodel.training.batches import SHORT_PARTS, RunData, open_data, plan_batches
 from basemodel.training.config import optimizer_in_words
 from basemodel.training.processes import World
-from basemodel.training.run import Run
+from basemodel.training.run import Run, RunData, open_data
 from basemodel.training.run_folder import read_status
+from basemodel.training.schedule import SHORT_PARTS, plan_batches
 from gpt import GPTModel
 
 PARTS = ("weights", "gradients", "buckets", "optimizer", "activations", "logits", "reserve")  # of memory

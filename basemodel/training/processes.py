@@ -191,18 +191,16 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
 
 
 def place_in_the_world() -> tuple[int, int, int, int]:
-    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; by default those of a process alone.
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; by default those of a single process.
 
-    Raises InputError if the variables are not those that a launcher would set.
+    Raises InputError if a shell or a scheduler has left variables that no launcher would set.
     """
-    numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0"}
-    numbers = {name: os.environ.get(name, default) for name, default in numbers.items()}
-    for name, value in numbers.items():
-        if not value.isdecimal():
-            raise InputError(f"{name} is '{value}', not a whole number; {LAUNCH_ADVICE}")
-    rank, local_rank, size, local_size, port = map(int, numbers.values())
-    if port > 65535:
-        raise InputError(f"MASTER_PORT is {port}, more than 65535; {LAUNCH_ADVICE}")
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    values = {name: os.environ.get(name, default) for name, default in defaults.items()}
+    if not all(value.isdecimal() for value in values.values()):
+        listed = ", ".join(f"{name}={value}" for name, value in values.items())
+        raise InputError(f"{listed}: not whole numbers; {LAUNCH_ADVICE}")
+    rank, local_rank, size, local_size = map(int, values.values())
     if rank >= size:
         raise InputError(f"RANK is {rank}, too large for a WORLD_SIZE of {size}; {LAUNCH_ADVICE}")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ():

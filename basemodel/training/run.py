@@ -9,14 +9,34 @@ from tqdm import tqdm
 import checkpointing
 from basemodel.common.errors import InputError
 from basemodel.common.json_config import read_config
-from basemodel.common.names import CHECKPOINTS, METRICS, MODEL_JSON, SAMPLES, TRAIN_JSON, require_inside
+from basemodel.common.names import (
+    CHECKPOINTS,
+    METRICS,
+    MODEL_JSON,
+    SAMPLES,
+    TOKENIZER_FILE,
+    TRAIN_JSON,
+    require_inside,
+)
 from basemodel.data import hub
+from basemodel.data.sequences import Sequences, match_tokenizer
+from basemodel.data.token_files import TokenFiles
 from basemodel.model.config import GPTConfig
 from basemodel.training import run_folder
-from basemodel.training.batches import BatchPlan, RunData, check_tokens, open_data, plan_batches
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import World
-from basemodel.training.schedule import learning_rate_at
+from basemodel.training.schedule import BatchPlan, learning_rate_at, plan_batches
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is validated on."""
+
+    train: Sequences
+    validation: Sequences | None
+    model_config: GPTConfig  # with the data set's end-of-text token
+    tokenizer: bytes | None  # the content of its tokenizer.json, if it has one of its own
+    folder: Path
 
 
 @dataclass
@@ -131,3 +151,47 @@ def prepare_run(run: Run, datasets_dir: Path, world: World, checkpoint: str | No
     files = world.agree(lambda: hub.fingerprint_files(folder, config.splits), on=on_each_node)
     files = hub.same_on_all_nodes([node for node in world.all_gather(files) if node is not None])
     return replace(run, model_config=data.model_config, plan=plan, data=data, files=files)
+
+
+def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunData:
+    """Open a run's token files. Raises InputError for a file that is missing, damaged or too short."""
+    folder = hub.dataset_folder(datasets_dir, config.dataset)
+    model = match_tokenizer(folder, model)
+    tokenizer = (folder / TOKENIZER_FILE).read_bytes() if model.tokenizer == "dataset" else None
+
+    def sequences(split: str, start: int) -> Sequences:
+        return Sequences(TokenFiles(folder, split), start, model.context_length, config.random_seed)
+
+    train = sequences("train", config.start_train_token)
+    if train.count <= 0:
+        raise InputError(
+            f"{train.tokens}: too short: {train.tokens.count} tokens do not fill one sequence of "
+            f"{model.context_length} after start_train_token {config.start_train_token}"
+        )
+    if config.validation_interval is None:
+        return RunData(train, None, model, tokenizer, folder)
+    validation = sequences("validation", config.start_val_token)
+    most = validation.count // config.microbatch_size
+    if config.validation_batches > most:
+        raise InputError(
+            f"{validation.tokens}: too short: its {validation.tokens.count} tokens fill {most} "
+            f"validation batches of {config.microbatch_size} x {model.context_length} after start_val_token "
+            f"{config.start_val_token}, not {config.validation_batches}"
+        )
+    return RunData(train, validation, model, tokenizer, folder)
+
+
+def check_tokens(
+    data: RunData, train: int, validation: int, vocab_size: int, *, share: tuple[int, int]
+) -> None:
+    """Check every token of the first `train` and `validation` sequences, those that a run will use.
+
+    `share` (which, of how many): the processes of a node each check a part. Raises InputError for a token id
+    outside the vocabulary.
+    """
+    which, parts = share
+    for sequences, count in ((data.train, min(train, data.train.count)), (data.validation, validation)):
+        if sequences is not None:
+            tokens = count * sequences.length + 1
+            first, stop = (sequences.start + tokens * part // parts for part in (which, which + 1))
+            sequences.tokens.check_vocabulary(first, stop, vocab_size)
