@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from common import ROOT
 
-from basemodel import target
 from basemodel.common.command_line import run_command
 from basemodel.common.json_config import read_config
 from basemodel.model.config import GPTConfig
@@ -58,7 +57,6 @@ def gpt2_small(compiled: bool = True) -> Footprint:
     config = dataclasses.replace(config, compile=False, precision="bf16")
     world = World(0, 0, 1, 1, torch.device("cpu"), control=None)
     with (
-        target.planned_for("cuda"),
         StepModel(lambda: Learner(config, model, world), compiled=compiled) as step,
     ):
         return step.count(MICROBATCH, model.context_length)

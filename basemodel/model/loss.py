@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from basemodel.model.masks import within_documents
-from basemodel.target import device_type
 from gpt import GPTModel
 
 IGNORED = -100  # targets of this value are ignored, as in F.cross_entropy
@@ -44,7 +43,7 @@ class NextTokenLoss(nn.Module):
         self.model, self.document_masking = model, document_masking
         self._chunk: ChunkFunction = chunk_loss_and_gradients
 
-    def compile(self, *, any_size: bool = False, backend: str | Callable = "inductor") -> None:
+    def compile(self, *, any_size: bool = False) -> None:
         """Compile, at their next call, each block and the loss of a chunk; `any_size`: for all batch sizes.
 
         One graph of all blocks would hold back every gradient until its backward pass has ended, and DDP
@@ -55,13 +54,13 @@ class NextTokenLoss(nn.Module):
         import torch._functorch.config
 
         # On a CPU keep 60% of the activations and recompute the cheap ones: as fast, in a tenth less memory.
-        on_cpu = device_type(self.model.out_head.weight) == "cpu"
+        on_cpu = self.model.out_head.weight.device.type == "cpu"
         torch._functorch.config.activation_memory_budget = 0.6 if on_cpu else 1.0
         dynamic = None if any_size else False  # None: as a second size comes
         torch._dynamo.config.optimize_ddp = False  # it would cut graphs at buckets; blocks are small enough
         for block in self.model.trf_blocks:
-            block.compile(dynamic=dynamic, backend=backend)
-        self._chunk = torch.compile(chunk_loss_and_gradients, dynamic=dynamic, backend=backend)
+            block.compile(dynamic=dynamic)
+        self._chunk = torch.compile(chunk_loss_and_gradients, dynamic=dynamic)
 
     @property
     def is_compiled(self) -> bool:
@@ -89,7 +88,7 @@ class NextTokenLoss(nn.Module):
         if not self.document_masking:
             return self.model.features(tokens)
         # FlexAttention skips what is masked, where it is compiled for a GPU; it knows no dropout.
-        flex = device_type(tokens) == "cuda" and self.is_compiled and self.model.config.drop_rate == 0
+        flex = tokens.device.type == "cuda" and self.is_compiled and self.model.config.drop_rate == 0
         return document_features(self.model, tokens, flex=flex)
 
 
@@ -149,7 +148,7 @@ def chunked_cross_entropy(
         features = features.to(torch.get_autocast_dtype(features.device.type))
     tokens = chunks.tokens
     if tokens is None:  # equal chunks, because compiled code is specialized for a size
-        most = CHUNK_LOGITS.get(device_type(features), DEFAULT_CHUNK_LOGITS)
+        most = CHUNK_LOGITS.get(features.device.type, DEFAULT_CHUNK_LOGITS)
         tokens = math.ceil(len(features) / math.ceil(len(features) * len(weight) / most))
     gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
     chunks = chunks._replace(tokens=tokens, gradients=gradients)
@@ -164,7 +163,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocab_size, count = weight.shape[0], (targets != IGNORED).sum()
         factor = None if loss_scale is None else loss_scale / count
         # GPUs multiply in tiles, so there the copy for the products is padded to a multiple of 64 rows.
-        padding = -vocab_size % 64 if device_type(features) == "cuda" else 0
+        padding = -vocab_size % 64 if features.device.type == "cuda" else 0
         padded = F.pad(weight.to(features.dtype), (0, 0, 0, padding))
         loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
         if chunks.gradients:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from basemodel import target
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
 from basemodel.model.config import GPTConfig
@@ -113,7 +112,7 @@ class Estimator:
     @functools.cached_property
     def _footprints(self) -> list[Footprint]:
         length = self.run.model_config.context_length
-        with target.planned_for("cuda"), self._step_model as step:
+        with self._step_model as step:
             large = step.count(4 * self._size, length, validates=False)
             small = step.count(self._size, length)
         # Validation, a small part of any run, is only counted once.

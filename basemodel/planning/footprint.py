@@ -22,8 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from basemodel.target import is_planned
-
 aten = torch.ops.aten
 # FLOPs by operation; attention on a CPU, which that of a GPU is counted as, has those of the GPU's.
 FLOPS = {
@@ -335,11 +333,9 @@ class StepModel:
         learner.loss_module.register_forward_hook(lambda *_: self._enter("activations"))
         learner.optimizer.register_step_pre_hook(lambda *_: self._enter("optimizer"))
         learner.optimizer.register_step_post_hook(lambda *_: self._enter("activations"))
-        if is_planned():
-            for module in learner.model.modules():
-                module.__class__ = FusedDropout if type(module) is nn.Dropout else type(module)
         if self._compiled:
-            learner.loss_module.compile(backend=counting_backend(counter))
+            for block in learner.model.trf_blocks:
+                block.compile(dynamic=False, backend=counting_backend(counter))
         return self
 
     def __exit__(self, *error: object) -> None:
