@@ -72,7 +72,7 @@ class World:
         # torchrun has none, and the run id is often "none". But each launcher makes a folder of its own,
         # under a random name, where its processes report errors: FOLDER/attempt_0/0/error.json
         file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        names = {"/".join(Path(each).parts[-5:-3]) for each in self.all_gather(file) if each}
+        names = {"/".join(Path(path).parts[-5:-3]) for path in self.all_gather(file) if path}
         return tuple(sorted(names))
 
     def agree(self, task: Callable[[], Result], *, on: bool = True) -> Result | None:
@@ -225,13 +225,13 @@ def store_of_these_processes(rank: int, size: int) -> dist.Store:
         while (left := deadline - time.monotonic()) > 0.01:
             store.set_timeout(timedelta(seconds=left))
             if rank == 0:
-                store.wait([f"member/{each}" for each in range(size)])  # for all at once, not for each
-                store.set("members", " ".join(store.get(f"member/{each}").decode() for each in range(size)))
+                store.wait([f"member/{other}" for other in range(size)])  # for all at once, not for each
+                store.set("members", " ".join(store.get(f"member/{other}").decode() for other in range(size)))
             members = store.get("members").decode()
             if mine in members.split():
                 round_ = hashlib.sha256(members.encode()).hexdigest()
                 store.set(f"{round_}/present/{rank}", "")
-                if store.check([f"{round_}/present/{each}" for each in range(size)]):
+                if store.check([f"{round_}/present/{other}" for other in range(size)]):
                     return dist.PrefixStore(round_, store)
             time.sleep(0.01)
     except dist.DistError as error:

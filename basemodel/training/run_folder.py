@@ -106,13 +106,13 @@ def is_locked(run_dir: Path) -> bool:
 def set_earlier_results_aside(directory: Path) -> Path | None:
     """Move the results of an earlier run into a new subfolder and return it; None if there are none."""
     names = (CHECKPOINTS, METRICS, STATUS, CHART, SAMPLES, "trackers.json", "tensorboard", "wandb")
-    found = [directory / name for name in names if (directory / name).exists()]
-    if not found:
+    results = [directory / name for name in names if (directory / name).exists()]
+    if not results:
         return None
     now = datetime.now(UTC)
     while (aside := directory / f"earlier-{now:%Y%m%dZ%H%M%S}").exists():
         now += timedelta(seconds=1)
     aside.mkdir()
-    for path in found:
+    for path in results:
         path.rename(aside / path.name)
     return aside
