@@ -15,6 +15,8 @@ import pytest
 from helpers import ROOT
 from packaging.requirements import Requirement
 
+from basemodel.training.resume import FREE_ON_RESUME
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = {
     *("torch", "tiktoken", "datasets", "huggingface_hub", "safetensors"),
@@ -278,6 +280,11 @@ def test_the_page_about_the_code_lists_every_module() -> None:
 def test_links_lead_to_files(document: Path) -> None:
     missing = {link for link in links(document) if not (document.parent / link).exists()}
     assert not {link for link in missing if Path(link).name not in MERGED_LATER}
+
+
+def test_the_page_about_resuming_names_the_keys_that_may_change() -> None:
+    _, _, section = (ROOT / "docs/surviving.md").read_text().partition("## Keys that may change")
+    assert set(re.findall(r"`(\w+)`", section.partition("\n## ")[0])) == FREE_ON_RESUME
 
 
 def test_the_readme_is_short_and_shows_every_room_and_script() -> None:
