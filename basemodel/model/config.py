@@ -43,3 +43,11 @@ class GPTConfig:
         """The token that ends each document; the last one where no data set has said which."""
         own = self.vocab_size - 1 if self.end_of_text_id is None else self.end_of_text_id
         return {"gpt2": 50_256, "bytes": 256, "dataset": own}[self.tokenizer]
+
+    @property
+    def parameter_count(self) -> int:
+        """The number of parameters of the model; tied ones count once."""
+        width = self.emb_dim
+        block = 12 * width**2 + (13 if self.qkv_bias else 10) * width
+        embeddings = (self.vocab_size * (1 if self.tie_weights else 2) + self.context_length) * width
+        return embeddings + self.n_layers * block + 2 * width
