@@ -28,7 +28,7 @@ from basemodel.results.study_report import draw_chart, notes, outcomes, table
 from basemodel.training.run_folder import is_locked, read_status
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("base", metavar="BASE")
 @click.argument("datasets_dir", type=Path)
 @click.option(
@@ -40,11 +40,7 @@ from basemodel.training.run_folder import is_locked, read_status
     help="Keys of train.json and model.json with the values of a variation; `default` leaves a key out.",
 )
 @click.option(
-    "--seeds",
-    type=click.IntRange(1),
-    default=3,
-    show_default=True,
-    help="Number of seeds, starting with BASE's random_seed.",
+    "--seeds", type=click.IntRange(1), default=3, help="Number of seeds, starting with BASE's random_seed."
 )
 @click.option(
     "--launch",
@@ -52,15 +48,14 @@ from basemodel.training.run_folder import is_locked, read_status
     show_default="this Python",
     help='Command that starts ddp_train.py, such as "torchrun --nproc_per_node=8".',
 )
-@click.option(
-    "--chart", type=Path, default="ablate.png", show_default=True, help="PNG file to draw the chart to."
-)
+@click.option("--chart", type=Path, default="ablate.png", help="PNG file to draw the chart to.")
 @click.option("--report", is_flag=True, help="Train nothing and show the results so far.")
 @click.option(
     "--runs-dir",
     type=Path,
     default=Path(__file__).parent / "runs",
-    help="Folder of the runs; default: runs/ beside this script.",
+    show_default="runs/ beside this script",
+    help="Folder of the runs.",
 )
 def main(
     base: str,
@@ -101,16 +96,14 @@ def main(
 def find_launcher(launch: str) -> list[str]:
     """The command line that starts ddp_train.py. Raises InputError if there is no such program."""
     try:
-        words = shlex.split(launch)
-    except ValueError as error:
-        raise InputError(f"--launch {launch}: {error}") from None
-    if not words:
-        raise InputError("--launch: must be a command, such as python or torchrun --nproc_per_node=8")
+        name, *options = shlex.split(launch)
+    except ValueError:  # an open quote, or nothing at all
+        raise InputError("--launch: must be a command, such as torchrun --nproc_per_node=8") from None
     # First beside this Python, because its environment may not be activated.
-    program = shutil.which(words[0], path=Path(sys.executable).parent) or shutil.which(words[0])
+    program = shutil.which(name, path=Path(sys.executable).parent) or shutil.which(name)
     if program is None:
-        raise InputError(f"--launch {launch}: there is no program '{words[0]}'")
-    return [program, *words[1:]]
+        raise InputError(f"--launch {launch}: there is no program '{name}'")
+    return [program, *options]
 
 
 class Trainings:

@@ -47,24 +47,19 @@ SAMPLES = 100  # per run that the page holds; served with the runs' folders, it 
 Points = list[tuple[int, float]]  # tokens seen, value
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("run_names", nargs=-1, required=True, metavar="RUN ...")
-@click.option(
-    "--chart", type=Path, default="compare-runs.png", show_default=True, help="PNG file to draw the chart to."
-)
+@click.option("--chart", type=Path, default="compare-runs.png", help="PNG file to draw the chart to.")
 @click.option("--html", "page", type=Path, help="HTML file to write a page that follows the runs to.")
 @click.option(
-    "--refresh",
-    type=click.IntRange(1),
-    default=30,
-    show_default=True,
-    help="Seconds between two updates of the page.",
+    "--refresh", type=click.IntRange(1), default=30, help="Seconds between two updates of the page."
 )
 @click.option(
     "--runs-dir",
     type=Path,
     default=Path(__file__).parent / "runs",
-    help="Folder of the runs; default: runs/ beside this script.",
+    show_default="runs/ beside this script",
+    help="Folder of the runs.",
 )
 def main(run_names: tuple[str, ...], chart: Path, page: Path | None, refresh: int, runs_dir: Path) -> None:
     """Compare several runs, by the names of their folders: print a Markdown table and chart their losses."""

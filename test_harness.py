@@ -43,22 +43,16 @@ PUBLISHED = {
 }
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("models", type=Path, nargs=-1, required=True, metavar="MODEL_JSON MODEL_SAFETENSORS ...")
-@click.option(
-    "--tasks", default=TASKS, show_default=True, help="Names of tasks or YAML files, separated by commas."
-)
+@click.option("--tasks", default=TASKS, help="Names of tasks or YAML files, separated by commas.")
 @click.option(
     "--include-path", "folders", type=Path, multiple=True, help="Folder of further tasks, as YAML files."
 )
 @click.option("--fewshot", type=click.IntRange(0), help="Solved examples per question; default: the task's.")
 @click.option("--limit", type=click.IntRange(1), help="Documents per task at most, for a quick try.")
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Texts per forward pass."
-)
-@click.option(
-    "--cache", type=Path, default="harness-cache", show_default=True, help="Folder that keeps the answers."
-)
+@click.option("--batch-size", type=click.IntRange(1), default=32, help="Texts per forward pass.")
+@click.option("--cache", type=Path, default="harness-cache", help="Folder that keeps the answers.")
 def main(
     models: tuple[Path, ...],
     tasks: str,

@@ -21,7 +21,7 @@ from basemodel.model.weight_files import folder_of
 from basemodel.model.weights import load_model
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("model_json", type=Path)
 @click.argument("model_safetensors", type=Path)
 @click.option(
@@ -29,30 +29,20 @@ from basemodel.model.weights import load_model
     "prompts",
     multiple=True,
     default=["Every effort moves you"],
-    show_default=True,
     help="Text to continue; may be repeated.",
 )
-@click.option(
-    "--tokens", type=click.IntRange(1), default=20, show_default=True, help="Tokens to add at most."
-)
+@click.option("--tokens", type=click.IntRange(1), default=20, help="Tokens to add at most.")
 @click.option(
     "--temperature",
     type=click.FloatRange(0, 1000),
     default=1.0,
-    show_default=True,
     help="Randomness of the choice; 0 always takes the most likely token.",
 )
 @click.option(
-    "--top-k",
-    type=click.IntRange(0),
-    default=25,
-    show_default=True,
-    help="Number of most likely tokens to sample from; 0: all.",
+    "--top-k", type=click.IntRange(0), default=25, help="Number of most likely tokens to sample from; 0: all."
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed that makes samples reproducible.")
-@click.option(
-    "--samples", type=click.IntRange(1), default=1, show_default=True, help="Continuations per prompt."
-)
+@click.option("--samples", type=click.IntRange(1), default=1, help="Continuations per prompt.")
 @click.option("--interactive", is_flag=True, help="Read prompts and settings from a prompt line.")
 @click.pass_context
 def main(

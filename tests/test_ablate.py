@@ -285,7 +285,7 @@ WRONG = {
     "qkv_bias=": "must be KEY=VALUE",
     "qkv_bias=True": 'qkv_bias must be true or false, not "True"',
     "learning_rate=-1": "learning_rate must be more than 0, not -1.0",
-    "learning_rate=NaN": "NaN is not a JSON number",
+    "learning_rate=NaN": "learning_rate must be a number, not NaN",
     "optimizer=sgd": 'optimizer must be "adamw" or "muon", not "sgd"',
     "learning_rate=0.1,learning_rate=0.2": "learning_rate appears twice",
     "random_seed=7": "all variations are trained with the same seeds; use --seeds",

@@ -102,10 +102,10 @@ SCORED = {  # what the server does, and the number of requests for four question
 HTML = "<!doctype html><html><head><title>My router</title></head><body>Hello</body></html>"
 STOPPED = {  # what the server does, and the reason that is reported
     "a cut reply": (saying(lambda s: "", finish_reason="length"), '"finish_reason":"length"'),
-    "an answer without a score": (saying(lambda s: plain(s[:1])), "no score .* for each of the 2 answers"),
+    "an answer without a score": (saying(lambda s: plain(s[:1])), "no score from 0 to 100 for each answer"),
     "a third answer": (saying(lambda s: plain([*s, 1])), "no score from 0 to 100"),
     "out of range": (saying(lambda s: plain([s[0], 101])), "no score from 0 to 100"),
-    "prose": (saying(lambda s: "I like both."), "2 answers in 'I like both.'"),
+    "prose": (saying(lambda s: "I like both."), "answer, 1 to 2, in 'I like both.'"),
     "an endless thought": (saying(lambda s: f"<think>{plain(s)}"), "no score from 0 to 100"),
     "a refusal": (saying(lambda s: None, message={"content": None, "refusal": "I will not."}), "I will not."),
     "an error in 200": (lambda *_: (200, '{"error": {"message": "loading"}}'), "but: .*loading"),
@@ -167,7 +167,7 @@ def test_a_question_without_scores_is_skipped_and_counted(
     assert "Judged by judge, 3 questions\n1 of 4 questions have no valid scores" in printed.out
     assert f"| good | {(60 + 61 + 63) / 3:.1f} |" in printed.out
     assert "| good minus bad | +50.0 | +50.0 to +50.0 |" in printed.out
-    reason = "each of the 2 answers in 'no'" if spoilt[0] == 200 else "status 400: .*filtered.*"
+    reason = "for each answer, 1 to 2, in 'no'" if spoilt[0] == 200 else "status 400: .*filtered.*"
     assert re.fullmatch(f"Record 2 is skipped: .*{reason}\n", printed.err)
     scores = [record["Judged by judge"] for record in json.loads((tmp_path / "scores.json").read_text())]
     assert scores[1:3] == [{"good": 61.0, "bad": 11.0}, {"good": None, "bad": None}]

@@ -109,14 +109,8 @@ def parse_scores(reply: str, count: int) -> list[float]:
         scores, entries = [], {}
     valid = [type(score) in (int, float) and 0 <= score <= 100 for score in scores]
     if not all(valid) or len(valid) < count or any(key.startswith("answer_") for key in entries):
-        answers = "the answer" if count == 1 else f"each of the {count} answers"
-        raise BadReply(f"no score from 0 to 100 for {answers} in {shortened(reply)!r}")
+        raise BadReply(f"no score from 0 to 100 for each answer, 1 to {count}, in {reply!r}")
     return scores
-
-
-def shortened(text: str) -> str:
-    """The text as one line of at most 200 characters."""
-    return " ".join(text.split())[:200]
 
 
 class Judge:
@@ -167,14 +161,15 @@ class Judge:
                 self.cache.add({key: reply})
                 return scores
         attempts = self.retries + 1
-        raise BadReply(f"{self.model} gave no valid scores in {attempts} attempts; the last: {reason}")
+        raise BadReply(
+            self._one_line(f"{self.model} gave no valid scores in {attempts} attempts; the last: {reason}")
+        )
 
     def _ask(self, request: dict[str, Any]) -> str:
         """The text of a reply, asked for without the schema if the server does not take it. The client itself
         retries after network errors and when the server is busy. Raises BadReply and RunError."""
         if self._takes_schema is False:
             request = {key: value for key, value in request.items() if key != "response_format"}
-        hint = "" if "/v1" in self.server else "; does the address lack /v1?"
         try:
             completion = self._client.chat.completions.create(**request)
             if isinstance(completion, str):  # of another content type than JSON
@@ -185,26 +180,28 @@ class Judge:
                 self._takes_schema = False
                 return self._ask(request)
             if status in QUESTION_REFUSED:
-                raise BadReply(shortened(self._redacted(reason))) from None
-            hints = {401: "; set OPENAI_API_KEY to a key that the server accepts", 404: hint}
-            raise self._failure(reason, hints.get(status, "")) from None
+                raise BadReply(reason) from None
+            hint = "; set OPENAI_API_KEY to a key that the server accepts" if status == 401 else ""
+            raise self._failure(reason, hint) from None
         except self._openai.APIConnectionError as error:
             raise self._failure(f"no answer ({error.__cause__ or error})") from None
         except ValueError as error:
-            raise self._failure(f"the reply is not JSON: {error}", hint) from None
+            raise self._failure(f"the reply is not JSON: {error}") from None
         message = completion.choices[0].message if completion.choices else None
         if not (message and message.content):
             reply = (message and message.refusal) or completion.to_json(indent=None)
-            raise BadReply(shortened(f"no answer came back, but: {self._redacted(reply)}"))
-        return self._redacted(message.content)
+            raise BadReply(f"no answer came back, but: {reply}")
+        return message.content
 
     def _failure(self, reason: str, hint: str = "") -> RunError:
+        hint += "" if "/v1" in self.server else "; does the address lack /v1?"
         resume = "finished judgements are kept, and the same command resumes"
-        return RunError(f"{self.server}: {shortened(self._redacted(reason))}{hint}; {resume}")
+        return RunError(f"{self.server}: {self._one_line(reason)}{hint}; {resume}")
 
-    def _redacted(self, text: str) -> str:
-        """Text from outside without the key; a key of a few characters could be part of any word."""
-        return text.replace(self._key, "[key]") if len(self._key) >= 8 else text
+    def _one_line(self, text: str) -> str:
+        """Text from outside, short and without the key; a very short key could be part of any word."""
+        text = text.replace(self._key, "[key]") if len(self._key) >= 8 else text
+        return " ".join(text.split())[:300]
 
 
 def judge_all(results: dict[str, list[Record]], judge: Judge, seed: int, parallel: int) -> np.ndarray:

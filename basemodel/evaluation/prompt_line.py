@@ -74,7 +74,7 @@ class PromptLine:
         word, value = re.fullmatch(r"/\s*([^\s=]*)[\s=]*(.*?)\s*", line).groups()
         word = word.lower().replace("_", "-")
         names = [*self.settings, "help", "quit"]
-        matches = [name for name in names if name == word] or [n for n in names if n.startswith(word)]
+        matches = [name for name in names if name.startswith(word)]
         if len(matches) != 1:
             nearest = matches or difflib.get_close_matches(word, names, n=1, cutoff=0.0)
             raise InputError(f"there is no /{word}; did you mean /{' or /'.join(nearest)}? Try /help")

@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
@@ -121,7 +121,7 @@ def read_variation(text: str, base: Variant) -> Variant:
         if word == "default":
             values[KEYS[key]].pop(key, None)
         else:
-            values[KEYS[key]][key] = json_or_word(word, source)
+            values[KEYS[key]][key] = json_or_word(word)
     checked, before = as_checked(values, source), as_checked(base.values, base.label)
     changes = {key: checked[key] for key in changed if checked[key] != before[key]}
     if len(changes) < len(changed):
@@ -131,15 +131,11 @@ def read_variation(text: str, base: Variant) -> Variant:
     return Variant(text, values, changes)
 
 
-def json_or_word(text: str, source: str) -> Any:
+def json_or_word(text: str) -> Any:
     """A value in JSON, or else the text itself, as a string without its quotes."""
-
-    def refuse_constant(name: str) -> NoReturn:
-        raise InputError(f"{source}: {name} is not a JSON number")
-
     try:
-        return json.loads(text, parse_constant=refuse_constant)
-    except json.JSONDecodeError:
+        return json.loads(text)
+    except ValueError:
         return text
 
 
