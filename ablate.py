@@ -4,9 +4,9 @@
     python ablate.py demo datasets --vary drop_rate=0.1 --vary tie_weights=true,learning_rate=0.01
     python ablate.py baseline datasets --vary qkv_bias=true --seeds 5 --launch "torchrun --nproc_per_node=8"
 
-Trains BASE and each variation with several seeds, one after another, as plain runs in runs/, named by what
-they change: demo--drop_rate-0.1--seed-42. Stopped or killed, the same command continues; with more --seeds or
-another --vary, it trains only what is missing.
+Trains BASE and each variation with several seeds, one after another, as plain runs in runs/ that are named by
+their changes: demo--drop_rate-0.1--seed-42. After a stop or a kill the same command continues; with more
+--seeds or another --vary, it trains only the missing runs.
 """
 
 import re
@@ -28,33 +28,35 @@ from basemodel.results.study_report import draw_chart, notes, outcomes, table
 from basemodel.training.run_folder import is_locked, read_status
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("base", metavar="BASE")
-@click.argument("datasets_dir", type=click.Path(path_type=Path))
+@click.argument("datasets_dir", type=Path)
 @click.option(
     "--vary",
     "variations",
     multiple=True,
     required=True,
     metavar="KEY=VALUE[,KEY=VALUE...]",
-    help="One variation: keys of train.json and model.json with other values; default leaves a key out.",
+    help="Keys of train.json and model.json with the values of a variation; `default` leaves a key out.",
 )
 @click.option(
-    "--seeds",
-    type=click.IntRange(1),
-    default=3,
-    show_default=True,
-    help="How many, from BASE's random_seed on.",
+    "--seeds", type=click.IntRange(1), default=3, help="Number of seeds, starting with BASE's random_seed."
 )
 @click.option(
     "--launch",
     default=shlex.quote(sys.executable),
     show_default="this Python",
-    help='What starts ddp_train.py, such as "torchrun --nproc_per_node=8".',
+    help='Command that starts ddp_train.py, such as "torchrun --nproc_per_node=8".',
 )
-@click.option("--chart", type=Path, default="ablate.png", show_default=True)
-@click.option("--report", is_flag=True, help="Train nothing: show what there is so far.")
-@click.option("--runs-dir", type=click.Path(path_type=Path), default=Path(__file__).parent / "runs")
+@click.option("--chart", type=Path, default="ablate.png", help="PNG file to draw the chart to.")
+@click.option("--report", is_flag=True, help="Train nothing and show the results so far.")
+@click.option(
+    "--runs-dir",
+    type=Path,
+    default=Path(__file__).parent / "runs",
+    show_default="runs/ beside this script",
+    help="Folder of the runs.",
+)
 def main(
     base: str,
     datasets_dir: Path,
@@ -67,7 +69,7 @@ def main(
     runs_dir: Path,
 ) -> int:
     """Train the run BASE and variations of it with several seeds, on data sets kept in DATASETS_DIR, and say
-    which differences in validation loss stand out of the noise."""
+    which differences in validation loss stand out from the noise."""
     study = Study.plan(runs_dir, base, variations, seeds)
     require_file_path(chart)
     failed: dict[str, str] = {}
@@ -86,29 +88,26 @@ def main(
         draw_chart(study, chart)
         print(f"\nChart: {chart}")
     if failed:
-        said = "; ".join(f"{name} {reason}" for name, reason in failed.items())
-        raise RunError(f"{len(failed)} trainings failed; the same command tries them again: {said}")
+        reasons = "; ".join(f"{name} {reason}" for name, reason in failed.items())
+        raise RunError(f"{len(failed)} trainings failed; the same command tries them again: {reasons}")
     return 0
 
 
 def find_launcher(launch: str) -> list[str]:
-    """The words that start ddp_train.py. Raises InputError if there is no such program."""
+    """The command line that starts ddp_train.py. Raises InputError if there is no such program."""
     try:
-        words = shlex.split(launch)
-    except ValueError as error:
-        raise InputError(f"--launch {launch}: {error}") from None
-    if not words:
-        raise InputError("--launch: must be a command, such as python or torchrun --nproc_per_node=8")
-    # First beside this Python: its environment may not be activated.
-    places = str(Path(sys.executable).parent), None
-    program = next(filter(None, (shutil.which(words[0], path=place) for place in places)), None)
+        name, *options = shlex.split(launch)
+    except ValueError:  # an open quote, or nothing at all
+        raise InputError("--launch: must be a command, such as torchrun --nproc_per_node=8") from None
+    # First beside this Python, because its environment may not be activated.
+    program = shutil.which(name, path=Path(sys.executable).parent) or shutil.which(name)
     if program is None:
-        raise InputError(f"--launch {launch}: there is no program '{words[0]}'")
-    return [program, *words[1:]]
+        raise InputError(f"--launch {launch}: there is no program '{name}'")
+    return [program, *options]
 
 
 class Trainings:
-    """Trains the runs of a study one after another; a signal that asks to stop also stops the training."""
+    """Trains the runs of a study one after another. A signal to stop also stops the current training."""
 
     def __init__(self, study: Study, launcher: list[str], datasets_dir: Path) -> None:
         self.study, self.launcher, self.datasets_dir = study, launcher, datasets_dir
@@ -117,9 +116,9 @@ class Trainings:
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> Self:
-        wanted = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-        heard = [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]  # as by nohup
-        self._handlers = {number: signal.signal(number, self._stop) for number in heard}
+        signals = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+        handled = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # as by nohup
+        self._handlers = {number: signal.signal(number, self._stop) for number in handled}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -132,25 +131,25 @@ class Trainings:
             self._process.terminate()  # it saves a checkpoint first
 
     def check(self) -> None:
-        """Have `--plan` check each variant that has not begun, here, with this launcher and data.
+        """Check each variant that has not begun, by `--plan` with this launcher and data.
 
-        Raises InputError for the first that could not be trained.
+        Raises InputError for the first that cannot be trained.
         """
         for variant in self.study.variants:
             folder = self.study.folder(variant, self.study.seeds[0])
             if self.stopped or (folder / "metrics.jsonl").exists():
                 continue
-            done = self._start(folder, "--plan", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            said = done.communicate()[1]
-            if done.returncode and not self.stopped:
-                errors = re.findall("^Error: (.*)", said, re.MULTILINE) or said.strip().splitlines()[-1:]
+            process = self._start(folder, "--plan", output=subprocess.PIPE)
+            _, output = process.communicate()
+            if process.returncode and not self.stopped:
+                errors = re.findall("^Error: (.*)", output, re.MULTILINE) or output.strip().splitlines()[-1:]
                 raise InputError(f"{folder.name}: {errors[0] if errors else 'it cannot be started'}")
 
     def run(self) -> int | None:
-        """Train what has not finished; return the signal that stopped it, if one did.
+        """Train the runs that have not finished; return the signal that stopped it, if one did.
 
-        A training that fails, because it diverges for example, does not keep the others from being trained.
-        Raises RunError if the first one fails.
+        If a training fails, because it diverges for example, the others still go on. Raises RunError if the
+        first one fails.
         """
         runs = self.study.runs()
         for number, folder in enumerate(runs, start=1):
@@ -169,29 +168,29 @@ class Trainings:
         status = self._start(folder, "--resume").wait()
         self._process = None
         loss = final_loss(folder)
-        # Stopped from outside, as a preempted machine does; torchrun says only that its workers failed.
-        asked = [number for number in (signal.SIGTERM, signal.SIGINT) if status in (-number, 128 + number)]
-        if not self.stopped and asked:
-            self.stopped = asked[0]
+        # Stopped from outside, as on a preempted machine; torchrun says only that its workers failed.
+        signals = [number for number in (signal.SIGTERM, signal.SIGINT) if status in (-number, 128 + number)]
+        if not self.stopped and signals:
+            self.stopped = signals[0]
         elif status == 0 and loss is not None:
             print(f"{folder.name}: validation loss {loss:.4f}", flush=True)
         elif not self.stopped:
             error = read_status(folder).get("error")
-            how = f"ended with exit status {status}" + ("" if status else ", without a result")
-            self.failed[folder.name] = f"failed: {error}" if error else how
+            ending = f"ended with exit status {status}" + ("" if status else ", without a result")
+            self.failed[folder.name] = f"failed: {error}" if error else ending
             print(f"{folder.name} {self.failed[folder.name]}", flush=True)
 
-    def _start(self, folder: Path, option: str, **streams: object) -> subprocess.Popen:
+    def _start(self, folder: Path, option: str, output: int | None = None) -> subprocess.Popen:
         """Start ddp_train.py for a run, in a process group of its own, so that Ctrl-C reaches it once."""
         words = [str(Path(__file__).with_name("ddp_train.py")), folder.name, str(self.datasets_dir), option]
         command = [*self.launcher, *words, "--runs-dir", str(folder.parent)]
-        self._process = subprocess.Popen(command, process_group=0, **streams)
+        self._process = subprocess.Popen(command, process_group=0, stdout=output, stderr=output, text=True)
         if self.stopped:
             self._process.terminate()
         return self._process
 
     def _wait_for_others(self) -> None:
-        """Wait for what still trains a run of the study: an ablate.py that is killed leaves its training."""
+        """Wait for processes that still train runs of the study: a killed ablate.py leaves its training."""
         for folder in self.study.runs():
             if not self.stopped and is_locked(folder):
                 pid = read_status(folder).get("pid")

@@ -3,10 +3,10 @@
 
     python compare_runs.py demo demo-tied demo-dropout
     python compare_runs.py demo demo-tied --html runs/compare.html
-    python -m http.server --directory runs          then look at http://localhost:8000/compare.html
+    python -m http.server --directory runs          then open http://localhost:8000/compare.html
 
 The page is self-contained. When served together with the runs' folders, it also polls their metrics.jsonl,
-status.json and samples.jsonl, and so follows runs in progress.
+status.json and samples.jsonl to follow runs in progress.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from basemodel.common.command_line import require_file_path, run_command
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
 from basemodel.common.json_config import read_config
+from basemodel.common.tables import markdown_table
 from basemodel.common.xkcd import xkcd_chart
 from basemodel.evaluation.measurements import (
     MeasuredLoss,
@@ -39,24 +40,29 @@ from basemodel.evaluation.measurements import (
 from basemodel.model.config import GPTConfig
 from basemodel.training.config import TrainConfig
 from basemodel.training.run_folder import find_run, read_metrics, read_samples, read_status
-from gpt import GPTModel
 
 UNKNOWN = "–"
 BINS = 200  # points in a curve of all steps
-SAMPLES = 100  # of a run, kept in the page; served with the runs' folders, it reads all of them
+SAMPLES = 100  # per run that the page holds; served with the runs' folders, it reads all of them
 Points = list[tuple[int, float]]  # tokens seen, value
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("run_names", nargs=-1, required=True, metavar="RUN ...")
-@click.option("--chart", type=Path, default="compare-runs.png", show_default=True)
-@click.option("--html", "page", type=Path, help="Also write a page that follows the runs.")
+@click.option("--chart", type=Path, default="compare-runs.png", help="PNG file to draw the chart to.")
+@click.option("--html", "page", type=Path, help="HTML file to write a page that follows the runs to.")
 @click.option(
-    "--refresh", type=click.IntRange(1), default=30, show_default=True, help="The page's, in seconds."
+    "--refresh", type=click.IntRange(1), default=30, help="Seconds between two updates of the page."
 )
-@click.option("--runs-dir", type=Path, default=Path(__file__).parent / "runs")
+@click.option(
+    "--runs-dir",
+    type=Path,
+    default=Path(__file__).parent / "runs",
+    show_default="runs/ beside this script",
+    help="Folder of the runs.",
+)
 def main(run_names: tuple[str, ...], chart: Path, page: Path | None, refresh: int, runs_dir: Path) -> None:
-    """Compare the runs RUN ..., folders in runs/: print a Markdown table and chart their losses."""
+    """Compare several runs, by the names of their folders: print a Markdown table and chart their losses."""
     for path in filter(None, (chart, page)):
         require_file_path(path)
     for name in run_names:
@@ -64,8 +70,7 @@ def main(run_names: tuple[str, ...], chart: Path, page: Path | None, refresh: in
             raise InputError(f"run '{name}' is named twice")
     runs = [read_run(runs_dir, name) for name in run_names]
     rows = table(runs)
-    for cells in (list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)):
-        print(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    print(markdown_table(list(rows[0]), [list(row.values()) for row in rows]))
     for note in notes(runs):
         print(f"\n{note}")
     if any(run.tokens is not None for run in runs):
@@ -80,7 +85,7 @@ def main(run_names: tuple[str, ...], chart: Path, page: Path | None, refresh: in
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run's folder says about it; None stands for what is not known yet."""
+    """What the folder of a run says about it; None where it is not known yet."""
 
     folder: Path
     config: dict[str, Any]  # model.json and train.json, with their defaults
@@ -90,12 +95,12 @@ class RunSummary:
     validation: Points
     learning_rate: Points  # binned
     grad_norm: Points  # binned
-    samples: list[dict[str, Any]]  # what the model said while it trained
+    samples: list[dict[str, Any]]  # how the model continued prompts while it trained
     validation_loss: float | None  # the best so far
     test: MeasuredLoss | None  # of the best checkpoint, else of the latest
-    tasks: list[TaskResult]  # likewise
+    tasks: list[TaskResult]  # of the same checkpoints
     tokens: int | None  # seen so far
-    seconds: float | None  # over all resumed parts
+    seconds: float | None  # in all parts of the run, however often it was resumed
     global_batch: int | None  # sequences per optimizer step
     tokens_per_second: float | None  # the median over all steps: excludes validation, checkpoints and pauses
     validation_share: float | None  # of the time
@@ -119,7 +124,7 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     return RunSummary(
         folder=folder,
         config=dataclasses.asdict(model_config) | dataclasses.asdict(config),
-        parameters=GPTModel.outline(model_config).parameter_count(),
+        parameters=model_config.parameter_count,
         status=read_status(folder),
         train=binned(curve(metrics, "train_loss")),
         validation=validation,
@@ -154,14 +159,14 @@ def shown(value: float | None, form: str) -> str:
 
 
 def cost(status: dict[str, Any]) -> str:
-    """What a run has cost so far and, while it is running, what it will have cost at its end."""
+    """The cost of a run so far and, while it is running, the expected total."""
     so_far = shown(status.get("cost_usd"), "${:,.2f}")
     expected = status.get("expected_cost_usd") if status.get("status") == "running" else None
     return so_far if expected is None else f"{so_far} of ${expected:,.2f}"
 
 
 def table(runs: list[RunSummary]) -> list[dict[str, str]]:
-    """One row per run, by column."""
+    """A row for each run, by column."""
     first = runs[0].config
 
     def differences(config: dict[str, Any]) -> str:
@@ -195,7 +200,8 @@ def notes(runs: list[RunSummary]) -> list[str]:
     tests = [run.test for run in runs if run.test]
     if any(not test.same_data(tests[0]) for test in tests):
         where = (
-            f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,} tokens in {test.windows}"
+            f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,} tokens in sequences of "
+            f"{test.context_length:,}" + (", within documents" if test.document_masking else "")
             for test in tests
         )
         return [f"The test losses were measured on different data: {'; '.join(dict.fromkeys(where))}."]
@@ -211,7 +217,7 @@ def draw_chart(runs: list[RunSummary], path: Path) -> None:
             color = f"C{index}"
             styles = ((run.train, {"alpha": 0.4}), (run.validation, {"marker": "o", "markersize": 5}))
             for points, style in styles:
-                # Without those above, from which a line would come into the picture.
+                # Points above the frame are left out: lines from them would enter the picture.
                 points = [point for point in points if point[1] <= top]
                 axes.plot(*np.reshape(points, (-1, 2)).T, color=color, linewidth=2, **style)
             axes.plot([], [], color=color, label=run.folder.name)
@@ -221,8 +227,8 @@ def draw_chart(runs: list[RunSummary], path: Path) -> None:
 
 
 def highest_loss(runs: list[RunSummary]) -> float:
-    """The highest loss to draw, of those after a twentieth of the tokens: the first ones would squash the
-    rest."""
+    """The highest loss to draw, leaving out the first twentieth of the tokens: those losses would squash the
+    others."""
     longest = max(run.tokens or 0 for run in runs)
     points = (point for run in runs for point in (*run.train, *run.validation))
     return max((loss for tokens, loss in points if tokens >= longest / 20), default=1.0)
@@ -230,7 +236,7 @@ def highest_loss(runs: list[RunSummary]) -> float:
 
 def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, seconds: int) -> None:
     """Write a page that shows the runs and, when served with their folders, follows them."""
-    titles = {result.title for run in runs for result in run.tasks}  # which have a table of their own there
+    titles = {result.title for run in runs for result in run.tasks}  # these have a table of their own
     rows = [{column: cell for column, cell in row.items() if column not in titles} for row in rows]
     content = [page_entry(run, cells, path) for run, cells in zip(runs, rows, strict=True)]
     for entry, group in zip(content, groups(runs), strict=True):
@@ -250,7 +256,7 @@ def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, s
 
 
 def page_entry(run: RunSummary, cells: dict[str, str], page: Path) -> dict[str, Any]:
-    """What the page holds of a run: the table's `cells` and more, its curves, samples and tasks."""
+    """The page's data on a run: the table's `cells` and more, its curves, samples and tasks."""
     price, status = run.config["usd_per_hour"], run.status.get("status", "not started")
     hours = 0.0 if status == "finished" else (run.status.get("eta_seconds") or 0) / 3600 or None
     more = {
@@ -260,10 +266,10 @@ def page_entry(run: RunSummary, cells: dict[str, str], page: Path) -> dict[str, 
         "cost to come": shown(None if None in (price, hours) else price * hours, "${:,.2f}"),
     }
     first = "run", "now", "validation loss", "test loss", "hours", "minutes to go", "cost", "cost to come"
-    last = "differs from the first by"  # which may be long
+    last = "differs from the first by"  # may be long
     order = dict.fromkeys((*first, *cells, last))
     steps = sorted({sample["step"] for sample in run.samples})
-    kept = {*steps[:: max(1, len(run.samples) // SAMPLES)], *steps[-1:]}
+    steps = {*steps[:: max(1, len(run.samples) // SAMPLES)], *steps[-1:]}
     return {
         "folder": quote(os.path.relpath(run.folder.resolve(), page.resolve().parent)),
         "cells": {key: (cells | more)[key] for key in sorted(order, key=last.__eq__)},
@@ -272,14 +278,14 @@ def page_entry(run: RunSummary, cells: dict[str, str], page: Path) -> dict[str, 
         "validation": run.validation,
         "learning_rate": run.learning_rate,
         "grad_norm": run.grad_norm,
-        "samples": [sample for sample in run.samples if sample["step"] in kept],
+        "samples": [sample for sample in run.samples if sample["step"] in steps],
         "samples_to_come": bool(run.samples or run.config.get("sample_interval")),
         "tasks": {result.title: str(result) for result in run.tasks},
     }
 
 
 def groups(runs: list[RunSummary]) -> list[str]:
-    """The name of each run's group: those that differ in random_seed alone share the first one's name."""
+    """The group of each run: runs that differ in random_seed alone share the name of the first."""
     names: dict[str, str] = {}
     for run in runs:
         key = json.dumps({**run.config, "random_seed": None})

@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
 """Can it be taught? Fine-tune models on instructions, let them answer others, and judge the answers.
 
-    python test_ift.py generate demo runs/demo/model.json runs/demo/checkpoints/best/model.safetensors
-    python test_ift.py judge demo-ift-results.json gpt2-ift-results.json           OPENAI_API_KEY is set
+    python test_ift.py generate mine runs/original/model.json runs/original/checkpoints/best/model.safetensors
+    python test_ift.py judge mine-ift-results.json gpt2-ift-results.json           OPENAI_API_KEY is set
     python test_ift.py judge *-ift-results.json --base-url http://localhost:11434/v1 --model llama3.3
     python test_ift.py judge *-ift-results.json --no-llm                           no server
 
 Fine-tuning follows chapter 7 of "Build a Large Language Model (from Scratch)" (Raschka 2024) and uses its
-1,100 records: in file order 85% for training, 10% to answer, 5% for validation. Unlike there, it trains until
-the validation loss rises, and answers with the weights of the best epoch.
+1,100 records: in file order, 85% for training, 10% to answer, 5% for validation. Unlike the book, it trains
+until the validation loss rises, and answers with the weights of the best epoch. The prompts need a longer
+context than the demo's.
 """
 
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -23,9 +23,10 @@ from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
 from basemodel.common.names import require_plain_name
+from basemodel.common.tables import markdown_table
 from basemodel.data.tokenizer import get_tokenizer
-from basemodel.evaluation.fine_tuning import FineTuning, check_lengths, encode_records, fine_tune
-from basemodel.evaluation.instructions import FIELDS, fetch_records, prompt_of, read_records, split_records
+from basemodel.evaluation import instructions
+from basemodel.evaluation.instructions import FIELDS, FineTuning
 from basemodel.evaluation.judging import (
     RESULTS_ENDING,
     Judge,
@@ -34,7 +35,7 @@ from basemodel.evaluation.judging import (
     read_questions,
     token_f1,
 )
-from basemodel.model.generation import continuations
+from basemodel.model.generation import GREEDY, continuations
 from basemodel.model.weight_files import folder_of
 from basemodel.model.weights import load_model
 
@@ -42,30 +43,36 @@ DATA_URL = (
     "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
     "ch07/01_main-chapter-code/instruction-data.json"
 )
+SEED = click.IntRange(0, 2**63 - 1)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main() -> None:
-    """Fine-tune a model on instructions and let it answer others; judge several models' answers."""
+    """Fine-tune a model on instructions and let it answer others; judge the answers of several models."""
 
 
 @main.command(name="generate")
 @click.argument("name")
 @click.argument("model_json", type=Path)
 @click.argument("model_safetensors", type=Path)
-@click.option("--data", type=Path, help="A file of records; default: download the book's.")
-@click.option("--data-url", default=DATA_URL, help="Where to download the book's records.")
+@click.option("--data", type=Path, help="File of records to use in place of the book's.")
+@click.option("--data-url", default=DATA_URL, show_default=False, help="Address of the book's records.")
+@click.option("--datasets-dir", type=Path, default="datasets", help="Folder that keeps downloaded records.")
+@click.option("--output-dir", type=Path, default=".", help="Folder that the results are written to.")
 @click.option(
-    "--datasets-dir", type=Path, default="datasets", show_default=True, help="For downloaded records."
+    "--drop-rate", type=click.FloatRange(0, 0.99), default=0.0, help="Dropout, whatever model.json says."
 )
-@click.option("--output-dir", type=Path, default=".", help="For the results.")
-@click.option("--drop-rate", type=click.FloatRange(0, 0.99), default=0.0, show_default=True, help="Dropout.")
-@click.option("--learning-rate", type=click.FloatRange(0, 1, min_open=True), default=5e-5, show_default=True)
-@click.option("--weight-decay", type=click.FloatRange(0), default=0.1, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--max-epochs", type=click.IntRange(1), default=100, show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=123, show_default=True)
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=5e-5,
+    help="Learning rate of AdamW, which is constant.",
+)
+@click.option("--weight-decay", type=click.FloatRange(0), default=0.1, help="Weight decay of AdamW.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, help="Records per training step.")
+@click.option("--max-epochs", type=click.IntRange(1), default=100, help="Epochs to train at most.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, help="Tokens per answer at most.")
+@click.option("--seed", type=SEED, default=123, help="Seed of the order of records and of dropout.")
 def generate_command(
     name: str,
     model_json: Path,
@@ -75,31 +82,37 @@ def generate_command(
     data_url: str,
     datasets_dir: Path,
     output_dir: Path,
+    drop_rate: float,
+    learning_rate: float,
+    weight_decay: float,
+    batch_size: int,
+    max_epochs: int,
     max_new_tokens: int,
-    **hyperparameters: Any,
+    seed: int,
 ) -> None:
     """Fine-tune the model in MODEL_SAFETENSORS and write its answers to NAME-ift-results.json.
 
-    Dropout is --drop-rate, whatever model.json says. Answers take the most likely token each time.
+    Answers take the most likely token each time.
     """
     results = output_dir / (require_plain_name(name, "name") + RESULTS_ENDING)
     if results.exists():
         raise InputError(f"{results}: already exists; remove it or choose another name")
     if not output_dir.is_dir():
         raise InputError(f"{output_dir}: no such folder")
-    train, validation, test = split_records(
-        read_records(data) if data else fetch_records(datasets_dir, data_url)
-    )
+    records = instructions.read_records(data) if data else instructions.fetch_records(datasets_dir, data_url)
+    train, validation, test = instructions.split_records(records)
     model = load_model(model_json, model_safetensors)
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
-    how = FineTuning(**hyperparameters)
-    train_tokens, validation_tokens = (encode_records(part, tokenizer, model) for part in (train, validation))
+    settings = FineTuning(learning_rate, weight_decay, batch_size, drop_rate, max_epochs, seed)
+    train_tokens, validation_tokens = (
+        instructions.encode_records(part, tokenizer, model) for part in (train, validation)
+    )
     print(f"{len(train):,} records to train on, {len(validation):,} to validate, {len(test):,} to answer")
-    print(f"AdamW, learning rate {how.learning_rate:g}, batch {how.batch_size}, dropout {how.drop_rate:g}")
-    check_lengths(train, tokenizer, model.config.context_length)
-    fine_tune(model, train_tokens, validation_tokens, how, tokenizer.eot_token)
-    prompts = [prompt_of(record) for record in test]
-    responses = continuations(model, tokenizer, prompts, max_new_tokens, temperature=0)
+    print(f"AdamW, learning rate {learning_rate:g}, batch {batch_size}, dropout {drop_rate:g}")
+    instructions.check_lengths(train, tokenizer, model.config.context_length)
+    instructions.fine_tune(model, train_tokens, validation_tokens, settings, tokenizer.eot_token)
+    prompts = [instructions.prompt_of(record) for record in test]
+    responses = continuations(model, tokenizer, prompts, max_new_tokens, GREEDY)
     answered = [
         {**{field: record[field] for field in FIELDS}, "model_response": response.strip()}
         for record, response in zip(test, responses, strict=True)
@@ -110,14 +123,14 @@ def generate_command(
 
 @main.command(name="judge")
 @click.argument("paths", type=Path, nargs=-1, required=True, metavar="RESULTS.json ...")
-@click.option("--model", default="gpt-5.1", show_default=True, help="The judge.")
-@click.option("--base-url", help="An OpenAI-compatible server; default: OpenAI's.")
+@click.option("--model", default="gpt-5.1", help="Model that judges.")
+@click.option("--base-url", help="Address of an OpenAI-compatible server; default: OpenAI's.")
 @click.option("--no-llm", is_flag=True, help="Score by token F1 and exact match instead.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=42, show_default=True)
-@click.option("--retries", type=click.IntRange(0), default=3, show_default=True, help="After a bad reply.")
-@click.option("--parallel", type=click.IntRange(1), default=4, show_default=True, help="Questions at once.")
-@click.option("--cache", type=Path, default="ift-judgements.jsonl", show_default=True, help="For replies.")
-@click.option("--scores", type=Path, help="Write the scores of each question to this JSON file.")
+@click.option("--seed", type=SEED, default=42, help="Seed of the order of answers and of the intervals.")
+@click.option("--retries", type=click.IntRange(0), default=3, help="Attempts after a reply without scores.")
+@click.option("--parallel", type=click.IntRange(1), default=4, help="Questions to ask at the same time.")
+@click.option("--cache", type=Path, default="ift-judgements.jsonl", help="File that keeps the replies.")
+@click.option("--scores", type=Path, help="JSON file to write the scores of each question to.")
 def judge_command(
     paths: tuple[Path, ...],
     *,
@@ -138,36 +151,30 @@ def judge_command(
     names, questions = list(results), next(iter(results.values()))
     if scores is not None and not scores.parent.is_dir():
         raise InputError(f"{scores}: no such folder: {scores.parent}")
-    found: dict[str, np.ndarray] = {}  # each model's scores on each question, (models, questions)
+    tables: dict[str, np.ndarray] = {}  # the scores of each model on each question, (models, questions)
     if no_llm:
+        pairs = [[(r["model_response"], r["output"]) for r in records] for records in results.values()]
         for title, metric in {"Token F1": token_f1, "Exact match": exact_match}.items():
-            pairs = [[(r["model_response"], r["output"]) for r in records] for records in results.values()]
-            found[title] = np.array([[metric(*pair) for pair in row] for row in pairs])
+            tables[title] = np.array([[metric(*pair) for pair in row] for row in pairs])
     else:
         judge = Judge(model, base_url, retries, cache)
-        found[f"Judged by {model}"] = judge_all(results, judge, seed, parallel)
-    for title, values in found.items():
+        tables[f"Judged by {model}"] = judge_all(results, judge, seed, parallel)
+    for title, values in tables.items():
         print_scores(title, names, values, seed)
     if scores:
-        lines = [
-            {field: question[field] for field in FIELDS}
-            | {
-                title: {
-                    name: None if np.isnan(score) else score
-                    for name, score in zip(names, values[:, index], strict=True)
-                }
-                for title, values in found.items()
-            }
-            for index, question in enumerate(questions)
-        ]
+        lines = [{field: question[field] for field in FIELDS} for question in questions]
+        for title, values in tables.items():
+            for line, column in zip(lines, values.T.tolist(), strict=True):
+                valid = (None if np.isnan(score) else score for score in column)
+                line[title] = dict(zip(names, valid, strict=True))
         replace_text(scores, json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
 
 
 def bootstrap_intervals(values: np.ndarray, seed: int, resamples: int = 10_000) -> np.ndarray:
-    """95% intervals of the rows' means, (rows, 2): percentiles of resampled questions."""
+    """95% intervals of the rows' means, (rows, 2): percentiles over resampled questions."""
     questions = values.shape[1]
-    drawn = np.random.default_rng(seed).multinomial(questions, [1 / questions] * questions, size=resamples)
-    return np.percentile(drawn @ values.T / questions, [2.5, 97.5], axis=0).T
+    draws = np.random.default_rng(seed).multinomial(questions, [1 / questions] * questions, size=resamples)
+    return np.percentile(draws @ values.T / questions, [2.5, 97.5], axis=0).T
 
 
 def print_scores(title: str, names: list[str], scores: np.ndarray, seed: int) -> None:
@@ -178,23 +185,25 @@ def print_scores(title: str, names: list[str], scores: np.ndarray, seed: int) ->
     """
     asked, scores = scores.shape[1], scores[:, ~np.isnan(scores).any(axis=0)]
 
-    def print_rows(heading: str, labels: list[str], values: np.ndarray, form: str) -> None:
-        print(f"\n| {heading} | mean | 95% interval |\n| --- | --- | --- |")
-        for label, row, (low, high) in zip(labels, values, bootstrap_intervals(values, seed), strict=True):
-            print(f"| {label} | {row.mean():{form}} | {low:{form}} to {high:{form}} |")
+    def print_means(heading: str, labels: list[str], values: np.ndarray, form: str) -> None:
+        rows = [
+            (label, f"{row.mean():{form}}", f"{low:{form}} to {high:{form}}")
+            for label, row, (low, high) in zip(labels, values, bootstrap_intervals(values, seed), strict=True)
+        ]
+        print("\n" + markdown_table([heading, "mean", "95% interval"], rows))
 
     order = sorted(range(len(names)), key=lambda index: -scores[index].mean())
     print(f"\n{title}, {scores.shape[1]} questions")
     if skipped := asked - scores.shape[1]:
         print(
-            f"{skipped} of {asked} questions had no valid scores: means and intervals leave them out and say "
-            "nothing of them; the same command asks for them again"
+            f"{skipped} of {asked} questions have no valid scores; means and intervals leave them out. The "
+            "same command asks for them again"
         )
-    print_rows("model", [names[index] for index in order], scores[order], ".1f")
+    print_means("model", [names[index] for index in order], scores[order], ".1f")
     pairs = list(itertools.combinations(order, 2))
     if pairs:
         labels = [f"{names[a]} minus {names[b]}" for a, b in pairs]
-        print_rows("paired difference", labels, np.stack([scores[a] - scores[b] for a, b in pairs]), "+.1f")
+        print_means("paired difference", labels, np.stack([scores[a] - scores[b] for a, b in pairs]), "+.1f")
 
 
 if __name__ == "__main__":

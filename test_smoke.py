@@ -10,29 +10,39 @@ import sys
 from pathlib import Path
 
 import click
-import torch
 
 from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
 from basemodel.common.terminal import printable
 from basemodel.data.tokenizer import get_tokenizer
-from basemodel.evaluation.prompt_line import PromptLine, Temperature
-from basemodel.model.generation import continuations
+from basemodel.evaluation.prompt_line import PromptLine
+from basemodel.model.generation import Sampling, continuations, random_generator
 from basemodel.model.weight_files import folder_of
 from basemodel.model.weights import load_model
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("model_json", type=Path)
 @click.argument("model_safetensors", type=Path)
-@click.option("--prompt", "prompts", multiple=True, default=["Every effort moves you"], show_default=True)
-@click.option("--tokens", type=click.IntRange(1), default=20, show_default=True, help="At most, per sample.")
-@click.option("--temperature", type=Temperature(), default=1.0, show_default=True, help="0: no sampling.")
 @click.option(
-    "--top-k", type=click.IntRange(0), default=25, show_default=True, help="Tokens to sample from; 0: all."
+    "--prompt",
+    "prompts",
+    multiple=True,
+    default=["Every effort moves you"],
+    help="Text to continue; may be repeated.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="For reproducible samples.")
-@click.option("--samples", type=click.IntRange(1), default=1, show_default=True, help="Per prompt.")
+@click.option("--tokens", type=click.IntRange(1), default=20, help="Tokens to add at most.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, 1000),
+    default=1.0,
+    help="Randomness of the choice; 0 always takes the most likely token.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(0), default=25, help="Number of most likely tokens to sample from; 0: all."
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed that makes samples reproducible.")
+@click.option("--samples", type=click.IntRange(1), default=1, help="Continuations per prompt.")
 @click.option("--interactive", is_flag=True, help="Read prompts and settings from a prompt line.")
 @click.pass_context
 def main(
@@ -47,9 +57,9 @@ def main(
     samples: int,
     interactive: bool,
 ) -> None:
-    """Continue one or more --prompt with the model in MODEL_SAFETENSORS, ours or a Hugging Face GPT-2."""
-    given = [name for name in ("prompts", "samples") if ctx.get_parameter_source(name).name == "COMMANDLINE"]
-    if interactive and given:
+    """Continue prompts with the model in MODEL_SAFETENSORS, ours or a Hugging Face GPT-2."""
+    sources = [ctx.get_parameter_source(name).name for name in ("prompts", "samples")]
+    if interactive and "COMMANDLINE" in sources:
         raise InputError("--interactive reads its prompts itself; leave out --prompt and --samples")
     model = load_model(model_json, model_safetensors)
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
@@ -58,11 +68,9 @@ def main(
         settings = {"temperature": temperature, "top-k": top_k, "tokens": tokens, "seed": seed}
         types = {option.opts[0].removeprefix("--"): option.type for option in ctx.command.params}
         return PromptLine(model, tokenizer, settings, types).run()
-    generator = torch.Generator(model.tok_emb.weight.device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
     starts = [prompt for prompt in prompts for _ in range(samples)]
-    options = {"temperature": temperature, "top_k": top_k, "generator": generator}
-    texts = continuations(model, tokenizer, starts, tokens, **options)
+    sampling = Sampling(temperature, top_k, random_generator(model, seed))
+    texts = continuations(model, tokenizer, starts, tokens, sampling)
     separator = "\n\n" if len(texts) > 1 else "\n"
     print(separator.join(printable(start + text) for start, text in zip(starts, texts, strict=True)))
 

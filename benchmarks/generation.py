@@ -17,7 +17,7 @@ from basemodel.common.command_line import run_command
 from basemodel.common.errors import RunError
 from basemodel.common.json_config import read_config
 from basemodel.model.config import GPTConfig
-from basemodel.model.generation import generate
+from basemodel.model.generation import Sampling, generate
 from gpt import GPTModel
 
 
@@ -38,7 +38,7 @@ def main(run: str, tokens: int, prompt_tokens: int, batch_size: int, rounds: int
 
     def seconds(*, use_cache: bool, count: int = tokens) -> tuple[float, torch.Tensor]:
         start = time.perf_counter()
-        continued = generate(model, prompt, count, temperature=0, use_cache=use_cache).cpu()
+        continued = generate(model, prompt, count, Sampling(0, use_cache=use_cache)).cpu()
         return time.perf_counter() - start, continued
 
     seconds(use_cache=True, count=8)

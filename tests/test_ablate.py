@@ -35,9 +35,8 @@ from helpers import (
 
 import ablate as ablate_script
 from basemodel.common.errors import InputError
-from basemodel.results.intervals import student_t_quantile
 from basemodel.results.study import CONFIGS, KEYS, Study, Variant
-from basemodel.results.study_report import differing_conditions, outcomes
+from basemodel.results.study_report import differing_conditions, outcomes, student_t_quantile
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
 FORKED = f"import test_ablate; test_ablate.fork_trainings(); {NO_CHART}"
@@ -169,7 +168,7 @@ def test_settings_of_a_study_that_has_begun(sandbox: Sandbox) -> None:
     assert table_of(ablate(sandbox, *options).stdout) == table_of(said)
     sandbox.write_run(train={**VALIDATE, "weight_decay": 0.2})
     message = refused(*study_command(sandbox, *options))
-    assert "tiny--seed-42: was begun with weight_decay 0.1, not 0.2; undo that" in message
+    assert "tiny--seed-42: was begun with weight_decay 0.1, not 0.2; undo the change" in message
 
 
 def test_runs_of_other_code_are_pointed_out(sandbox: Sandbox) -> None:
@@ -286,14 +285,14 @@ WRONG = {
     "qkv_bias=": "must be KEY=VALUE",
     "qkv_bias=True": 'qkv_bias must be true or false, not "True"',
     "learning_rate=-1": "learning_rate must be more than 0, not -1.0",
-    "learning_rate=NaN": "NaN is not a JSON number",
+    "learning_rate=NaN": "learning_rate must be a number, not NaN",
     "optimizer=sgd": 'optimizer must be "adamw" or "muon", not "sgd"',
     "learning_rate=0.1,learning_rate=0.2": "learning_rate appears twice",
-    "random_seed=7": "--seeds says how many",
-    "validation_batches=3": "validation_batches must be the base's, or the losses could not be compared",
+    "random_seed=7": "all variations are trained with the same seeds; use --seeds",
+    "validation_batches=3": "validation_batches cannot vary, because the losses could not be compared",
     "microbatch_size=3": "do not fill the base's 64; make the base's validation_batches a multiple of 3",
-    "learning_rate=0.01": "learning_rate is 0.01 in tiny already",
-    "learning_rate=1e-2,qkv_bias=true": "learning_rate is 0.01 in tiny already",
+    "learning_rate=0.01": "learning_rate is already 0.01 in tiny",
+    "learning_rate=1e-2,qkv_bias=true": "learning_rate is already 0.01 in tiny",
     "muon_learning_rate=0.1": 'muon_learning_rate has no effect without "optimizer": "muon"; leave it out',
     "n_layers=default": "--vary n_layers=default: the key 'n_layers' is missing",
 }

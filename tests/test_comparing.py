@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Sandbox, refused, run_script, write_dataset
+from helpers import MODEL, Sandbox, refused, run_python, run_script, write_dataset
 from matplotlib.figure import Figure
 
 import compare_runs
 from basemodel.common.errors import InputError
-from basemodel.evaluation.measurements import MeasuredLoss, TaskResult, keep_task_results, write_test_loss
+from basemodel.evaluation.measurements import MeasuredLoss, TaskResult, add_task_results, write_test_loss
+from basemodel.model.config import GPTConfig
 from compare_runs import main, notes, read_run
+from gpt import GPTModel
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
 
@@ -101,6 +103,29 @@ def test_table_chart_and_page(runs: Sandbox) -> None:
     assert first["grad_norm"] == [[step * 128, norm] for step, norm in enumerate(norms, start=1)]
     assert (first["cells"]["cost"], first["cells"]["cost to come"]) == (one["cost"], "$0.00")
     assert third["cells"]["cost to come"] == "–"
+
+
+NO_TORCH = """
+import sys
+from compare_runs import main
+main.main([*sys.argv[2:], "later"], standalone_mode=False)
+assert not {"torch", "matplotlib"} & sys.modules.keys()
+main.main([*sys.argv[2:], sys.argv[1]], standalone_mode=False)
+assert "torch" not in sys.modules and "matplotlib" in sys.modules
+"""
+
+
+def test_a_table_needs_no_torch_and_matplotlib_only_for_a_chart(runs: Sandbox, tmp_path: Path) -> None:
+    options = ("--runs-dir", runs.path / "runs", "--chart", tmp_path / "chart.png")
+    done = run_python("-c", NO_TORCH, "one", *options)
+    assert done.returncode == 0, done.stderr
+    assert "| one |" in done.stdout and (tmp_path / "chart.png").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_weights": True, "qkv_bias": True}])
+def test_parameters_are_counted_without_a_model(changes: dict[str, bool]) -> None:
+    config = GPTConfig(**{**MODEL, **changes})
+    assert config.parameter_count == GPTModel.outline(config).parameter_count()
 
 
 def test_the_chart_holds_what_it_draws(
@@ -283,7 +308,7 @@ def fifteen(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ]
             if seed == 42:
                 kept += [TaskResult("arc_easy", "acc", 0.25, None, True, 100, 100, 5, None, "1", "1", "now")]
-            keep_task_results(best, kept)
+            add_task_results(best, kept)
     (sandbox.run_dir(names[-1]) / "checkpoints/best/harness.json").write_text('{"results": [{"task": 1')
     page = sandbox.path / "compare.html"
     compare(sandbox, *names, "--html", page)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.model.config import GPTConfig
-from basemodel.model.generation import BATCH_SIZE, continuations, generate
+from basemodel.model.generation import BATCH_SIZE, GREEDY, Sampling, continuations, generate
 from basemodel.model.weights import load_model
 from gpt import GPTModel
 from test_smoke import main, printable
@@ -41,13 +41,12 @@ def bytes_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_cached_generation_gives_the_same_tokens_past_the_context_limit_too(changes: dict) -> None:
     model = small_model(replace(SMALL, **changes))
     tokens = torch.randint(64, (3, 5))
-    plain = generate(model, tokens, 100, temperature=0, use_cache=False)
+    plain = generate(model, tokens, 100, replace(GREEDY, use_cache=False))
     assert plain.shape == (3, 105)
-    assert torch.equal(generate(model, tokens, 100, temperature=0), plain)
-    sampling = {"temperature": 0.8, "top_k": 10}
+    assert torch.equal(generate(model, tokens, 100, GREEDY), plain)
     cached, plain = (
-        generate(model, tokens, 60, generator=torch.Generator().manual_seed(1), use_cache=use, **sampling)
-        for use in (True, False)
+        generate(model, tokens, 60, Sampling(0.8, 10, torch.Generator().manual_seed(1), use_cache=use_cache))
+        for use_cache in (True, False)
     )
     assert torch.equal(cached, plain)
 
@@ -55,7 +54,7 @@ def test_cached_generation_gives_the_same_tokens_past_the_context_limit_too(chan
 def test_with_a_cache_each_token_is_read_once() -> None:
     model, read = small_model(), []
     model.tok_emb.register_forward_hook(lambda _module, inputs, _output: read.append(inputs[0].shape[1]))
-    generate(model, torch.zeros(2, 5, dtype=torch.long), 40, temperature=0)
+    generate(model, torch.zeros(2, 5, dtype=torch.long), 40, GREEDY)
     assert read == [5] + [1] * 39
 
 
@@ -65,32 +64,32 @@ def test_padded_rows_are_continued_as_if_they_were_alone(count: int) -> None:
     rows = [torch.randint(64, (length,)) for length in (1, 7, 20)]
     padded = torch.stack([torch.cat([torch.full((20 - len(row),), 9), row]) for row in rows])
     padding = torch.tensor([20 - len(row) for row in rows])
-    together = generate(model, padded, count, temperature=0, padding=padding)
+    together = generate(model, padded, count, GREEDY, padding)
     for row, empty, alone in zip(together, padding.tolist(), rows, strict=True):
-        assert torch.equal(row[empty:], generate(model, alone[None], count, temperature=0)[0])
+        assert torch.equal(row[empty:], generate(model, alone[None], count, GREEDY)[0])
 
 
 def test_generation_ends_when_every_row_has_stopped() -> None:
     model = small_model()
     tokens = torch.randint(64, (2, 4))
-    whole = generate(model, tokens, 30, temperature=0)
+    whole = generate(model, tokens, 30, GREEDY)
     stop = int(whole[0, 10])
     ends = [next((i for i in range(4, 34) if row[i] == stop), 33) for row in whole]
-    stopped = generate(model, tokens, 30, temperature=0, stop=stop)
+    stopped = generate(model, tokens, 30, replace(GREEDY, stop=stop))
     assert torch.equal(stopped, whole[:, : max(ends) + 1])
 
 
 def test_prompts_are_continued_in_their_order_and_end_at_end_of_text() -> None:
     model, tokenizer = small_model(BYTES), get_tokenizer("bytes")
     prompts = ["short", "a longer one, ", "", "b"] * (BATCH_SIZE // 4 + 1)
-    texts = continuations(model, tokenizer, prompts, 12, temperature=0)
+    texts = continuations(model, tokenizer, prompts, 12, GREEDY)
     assert texts[:4] * (BATCH_SIZE // 4 + 1) == texts
-    assert texts[0] == continuations(model, tokenizer, ["short"], 12, temperature=0)[0]
+    assert texts[0] == continuations(model, tokenizer, ["short"], 12, GREEDY)[0]
     model.out_head.weight.data[256] = 0
     model.out_head.register_forward_hook(
         lambda _module, _inputs, logits: logits.index_fill(-1, torch.tensor(256), 1e9)
     )
-    assert continuations(model, tokenizer, ["short"], 12, temperature=0) == [""]
+    assert continuations(model, tokenizer, ["short"], 12, GREEDY) == [""]
 
 
 def test_what_upsets_a_terminal_is_escaped() -> None:
@@ -117,7 +116,7 @@ def test_options_do_what_they_say(bytes_model: tuple[Path, Path]) -> None:
 
     model, tokenizer = small_model(BYTES), get_tokenizer("bytes")
     likeliest = {
-        count: f"a{printable(continuations(model, tokenizer, ['a'], count, temperature=0)[0])}\n"
+        count: f"a{printable(continuations(model, tokenizer, ['a'], count, GREEDY)[0])}\n"
         for count in (20, 7)
     }
     assert continued("--temperature", "0") == likeliest[20] != likeliest[7]
@@ -134,7 +133,7 @@ def test_the_default_prompt_is_continued_with_gpt2s_tokens(gpt2: tiktoken.Encodi
     done = CliRunner().invoke(main, [*map(str, files), "--temperature", "0"], catch_exceptions=False)
     model = load_model(*files)
     tokens = torch.tensor([gpt2.encode_ordinary("Every effort moves you")])
-    continued = generate(model, tokens, 20, temperature=0, stop=gpt2.eot_token)[0].tolist()
+    continued = generate(model, tokens, 20, replace(GREEDY, stop=gpt2.eot_token))[0].tolist()
     assert done.stdout == printable(gpt2.decode(continued).removesuffix("<|endoftext|>")) + "\n"
 
 

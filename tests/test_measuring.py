@@ -1,10 +1,10 @@
 """The loss of trained models: what test_loss.py says is what an independent sum says."""
 
+import json
 import math
 import statistics
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -16,11 +16,9 @@ from basemodel.data.sequences import Sequences
 from basemodel.data.token_files import TokenFiles
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation.measurements import read_test_loss
-from basemodel.evaluation.test_slices import SequenceSlice
 from basemodel.model.config import GPTConfig
-from basemodel.model.weights import load_model
 from gpt import GPTModel
-from test_loss import main, standard_error, unit_losses
+from test_loss import main, mean_and_error, sequence_losses
 
 TEXTS = ["as quick as a fox.\n", "Größe, 語言 and язык 👩‍👩‍👧", "def f(x):\n\treturn x ** 2\n"] * 12
 
@@ -72,15 +70,15 @@ def test_figures_are_those_of_a_sum_token_by_token(
     size -= len(tokenizer.decode_bytes(rest))
     assert size == len(tokenizer.decode_bytes(scored))
     loss, error = statistics.mean(losses) / 16, statistics.stdev(losses) / 16 / math.sqrt(count)
-    wanted = {
+    expected = {
         "Loss against our test dataset": pytest.approx(loss, abs=6e-4),
         "Perplexity": pytest.approx(math.exp(loss), abs=6e-3),
         "Standard error": pytest.approx(error, abs=6e-5),
         "Bits per byte": pytest.approx(sum(losses) / size / math.log(2), abs=6e-5),
     }
-    found = {name: float(value) for name, value in figures(done.stdout).items()}
-    assert found == wanted
-    assert list(found) == list(wanted)
+    printed = {name: float(value) for name, value in figures(done.stdout).items()}
+    assert printed == expected
+    assert list(printed) == list(expected)
 
 
 def test_defaults_are_the_published_test_set() -> None:
@@ -90,7 +88,6 @@ def test_defaults_are_the_published_test_set() -> None:
         "--start-token": "50000000",
         "--tokens": "19660800",
         "--batch-size": "6",
-        "--windows": "sequences",
     }
 
 
@@ -118,10 +115,9 @@ def test_one_pass_reads_the_data_once(sandbox: Sandbox) -> None:
     sequences = Counted(TokenFiles(sandbox.datasets / "test/texts", "validation"), 0, 16, 0)
     torch.manual_seed(0)
     models = [GPTModel(GPTConfig(**{**MODEL, "vocab_size": 257})).eval() for _ in range(3)]
-    part = SequenceSlice(sequences, 10)
-    losses = unit_losses(models, part, batch_size=4, document_masking=False)
+    losses = sequence_losses(models, sequences, 10, 4, False)
     assert reads == [(0, 4), (4, 4), (8, 2)]
-    assert torch.equal(losses[2], unit_losses(models[2:], part, batch_size=3, document_masking=False)[0])
+    assert torch.equal(losses[2], sequence_losses(models[2:], sequences, 10, 3, False)[0])
 
 
 def test_the_loss_of_a_checkpoint_is_kept_beside_it(sandbox: Sandbox) -> None:
@@ -130,9 +126,15 @@ def test_the_loss_of_a_checkpoint_is_kept_beside_it(sandbox: Sandbox) -> None:
     (sandbox.path / "checkpoint/meta.json").write_text("{}")
     model_json, weights = files
     printed = measure(sandbox, model_json, weights.parent, "--tokens", "320")
-    kept = read_test_loss(sandbox.path / "checkpoint")
-    assert f"Loss against our test dataset: {kept.loss:.3f}" in printed
-    assert (kept.dataset, kept.tokens, kept.context_length) == ("test/texts", 320, 16)
+    result = read_test_loss(sandbox.path / "checkpoint")
+    assert f"Loss against our test dataset: {result.loss:.3f}" in printed
+    assert (result.dataset, result.tokens, result.context_length) == ("test/texts", 320, 16)
+    # As earlier versions wrote it, which could also score documents.
+    file = sandbox.path / "checkpoint/test-loss.json"
+    values = json.loads(file.read_text())
+    for windows, expected in (("sequences", result), ("harness windows", None)):
+        file.write_text(json.dumps({**values, "windows": windows}))
+        assert read_test_loss(sandbox.path / "checkpoint") == expected
 
 
 def test_models_that_do_not_go_together(sandbox: Sandbox) -> None:
@@ -148,65 +150,12 @@ def test_models_that_do_not_go_together(sandbox: Sandbox) -> None:
             (*models[:2], "--start-token", "9999"),
             r"not one sequence of 16 .*can be at most \d+",
         ),
-        ((*models[:2], "--windows", "harness", "--document-masking"), "goes with --windows sequences"),
-        ((*models[:2], "--windows", "harness", "--start-token", "9999"), "no document begins in"),
     ):
         with pytest.raises(InputError, match=message):
             main.main([str(sandbox.datasets), *options, *map(str, arguments)], standalone_mode=False)
     main.main(
         [*map(str, (sandbox.datasets, *models, *options)), "--context-length", "8"], standalone_mode=False
     )
-
-
-def harness_log_likelihoods(model: GPTModel, documents: list[list[int]], end_of_text: int) -> list[float]:
-    """Each document's log-likelihood as lm-evaluation-harness's `loglikelihood_rolling` defines it, token by
-    token: `get_rolling_token_windows(tokens, prefix, max_seq_len, context_len=1)`, made disjoint."""
-    size, found = model.config.context_length, []
-    for document in documents:
-        total = 0.0
-        for place, token in enumerate(document):
-            first = place // size * size  # of the window
-            last = min(first + size, len(document))
-            begin = min(first, last - size) if first else 0  # the tail reads as much before it as fits
-            text = [end_of_text, *document][begin : place + 1]
-            total += model(torch.tensor([text]))[0, -1].double().log_softmax(-1)[token].item()
-        found.append(total)
-    return found
-
-
-@pytest.mark.parametrize(("start", "documents"), [(0, slice(None)), (5, slice(1, None))])
-def test_the_harness_windows_are_those_of_a_loop_over_tokens(
-    sandbox: Sandbox, start: int, documents: slice
-) -> None:
-    """Documents shorter than a window, just as long, and with tails; the first one may have begun before."""
-    texts = [bytes(range(40, 40 + length)) for length in (11, 16, 17, 32, 45, 1, 63)]
-    tokens = [token for text in texts for token in (*text, 256)][:-20]  # the last one is cut off
-    write_dataset(sandbox.datasets / "test/texts", validation=np.array(tokens, dtype=np.uint16))
-    texts[-1] = texts[-1][:-19]
-    files = write_model(sandbox.path / "model")
-    (sandbox.path / "model/meta.json").write_text("{}")
-    options = ("--windows", "harness", "--start-token", str(start), "--batch-size", "4")
-    printed = measure(sandbox, *files, *options)
-    model = load_model(*files)
-    with torch.no_grad():
-        found = harness_log_likelihoods(model, [list(text) for text in texts[documents]], 256)
-    sizes = [len(text) for text in texts[documents]]
-    kept = read_test_loss(sandbox.path / "model")
-    assert kept.loss == pytest.approx(-sum(found) / sum(sizes), abs=1e-6)
-    assert kept.bits_per_byte == pytest.approx(-sum(found) / sum(sizes) / math.log(2), abs=1e-6)
-    assert (kept.tokens, kept.start_token, kept.windows) == (sum(sizes), start, "harness windows")
-    assert f"{len(sizes)} documents of {sum(sizes)} tokens in windows of 16 from" in printed
-    assert f"Only {len(tokens) - start} of the 19,660,800 tokens asked for are there" in printed
-
-
-def test_the_standard_error_of_documents_is_that_of_a_bootstrap() -> None:
-    generator = np.random.default_rng(0)
-    sizes = generator.integers(1, 200, 500).astype(float)
-    sums = sizes * generator.normal(3, 1, 500)
-    drawn = generator.integers(0, 500, (4000, 500))
-    spread = (sums[drawn].sum(1) / sizes[drawn].sum(1)).std()
-    assert standard_error(torch.tensor(sums), torch.tensor(sizes)) == pytest.approx(spread, rel=0.05)
-    assert standard_error(torch.ones(1), torch.ones(1)) is None
 
 
 def test_of_a_small_data_set_what_there_is_is_measured(sandbox: Sandbox) -> None:
@@ -220,8 +169,9 @@ def test_of_a_small_data_set_what_there_is_is_measured(sandbox: Sandbox) -> None
     assert first == (
         f"There are only {len(tokens):,} tokens, none to measure after the first 50,000,000; starting at 0"
     )
-    assert second == f"Only {count} of the 1,228,800 sequences asked for are there; measuring those"
+    assert second == f"There are only {count} of the 1,228,800 sequences; measuring all of them"
     assert third.startswith(f"{count} sequences of 16 tokens from")
     assert rest == measure(sandbox, *files, "--tokens", str(count * 16)).splitlines()[1:]
     asked = measure(sandbox, *files, "--start-token", "48", "--tokens", "9999")
-    assert f"Only {count - 3} of the 624 sequences asked for are there" in asked
+    assert f"There are only {count - 3} of the 624 sequences; measuring all of them" in asked
+    assert mean_and_error(torch.ones(1)) == (1.0, None)

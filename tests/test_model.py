@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from basemodel.common.errors import InputError
 from basemodel.common.json_config import read_config
 from basemodel.model.config import GPTConfig
-from basemodel.model.generation import generate
+from basemodel.model.generation import GREEDY, Sampling, generate
 from basemodel.model.weights import load_weights
 from basemodel.training.config import TrainConfig
 from gpt import GPTModel
@@ -156,7 +156,7 @@ def test_weights_of_another_model_are_refused(
 def test_temperature_0_takes_the_likeliest_token_past_the_context_limit() -> None:
     model = small_model()
     tokens = torch.randint(64, (2, 3))
-    continued = generate(model, tokens, 20, temperature=0)
+    continued = generate(model, tokens, 20, GREEDY)
     for end in (3, 10, 22):
         window = continued[:, max(0, end - 16) : end]
         assert torch.equal(model(window)[:, -1].argmax(-1), continued[:, end])
@@ -165,7 +165,7 @@ def test_temperature_0_takes_the_likeliest_token_past_the_context_limit() -> Non
 def test_top_k_draws_only_from_the_likeliest() -> None:
     model = small_model()
     start = torch.zeros(200, 1, dtype=torch.long)
-    drawn = generate(model, start, 1, top_k=3, generator=torch.Generator().manual_seed(0))[:, 1]
+    drawn = generate(model, start, 1, Sampling(1.0, 3, torch.Generator().manual_seed(0)))[:, 1]
     assert set(drawn.tolist()) == set(model(start[:1])[0, -1].topk(3).indices.tolist())
 
 

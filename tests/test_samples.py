@@ -23,7 +23,7 @@ from helpers import (
 from safetensors.torch import load_file
 
 from basemodel.data.tokenizer import get_tokenizer
-from basemodel.model.generation import continuations
+from basemodel.model.generation import Sampling, continuations
 from basemodel.model.weights import load_model
 from basemodel.results.samples import continue_prompts
 from basemodel.training.run import Run, open_data
@@ -81,8 +81,8 @@ def test_samples_are_what_the_model_of_that_step_says(sampled: tuple[Sandbox, st
     for checkpoint in sampled.checkpoints()[-2:]:
         step = int(checkpoint.name.split("-")[-1])
         model = load_model(sampled.run_dir() / "model.json", checkpoint / "model.safetensors")
-        options = {"temperature": 1.0, "top_k": 25, "generator": torch.Generator().manual_seed(42)}
-        said = continuations(model, get_tokenizer("bytes"), SAMPLED["sample_prompts"], 50, **options)
+        sampling = Sampling(1.0, 25, torch.Generator().manual_seed(42))
+        said = continuations(model, get_tokenizer("bytes"), SAMPLED["sample_prompts"], 50, sampling)
         assert [line["text"] for line in lines if line["step"] == step] == said
     assert lines[-1]["text"] != lines[1]["text"], "it has learned something"
     samples = [line for line in shown.splitlines() if line.startswith(("step 30: 12: ", r"step 30: \n()"))]
@@ -155,5 +155,5 @@ def test_the_modules_that_sample_are_not_compiled_and_drop_nothing_out(sandbox: 
     before = torch.get_rng_state()
     said = continue_prompts(run, model, 3)[0]["text"]
     assert torch.equal(torch.get_rng_state(), before) and model.training and model.trf_blocks[0].training
-    options = {"temperature": 1.0, "top_k": 25, "generator": torch.Generator().manual_seed(7)}
-    assert [said] == continuations(alike, get_tokenizer("bytes"), ["Every effort moves you"], 50, **options)
+    sampling = Sampling(1.0, 25, torch.Generator().manual_seed(7))
+    assert [said] == continuations(alike, get_tokenizer("bytes"), ["Every effort moves you"], 50, sampling)

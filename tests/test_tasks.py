@@ -26,7 +26,7 @@ from basemodel.evaluation.harness import (
     paired_difference,
     require_harness,
 )
-from basemodel.evaluation.measurements import TaskResult, headlines, keep_task_results, read_task_results
+from basemodel.evaluation.measurements import TaskResult, add_task_results, headlines, read_task_results
 from basemodel.evaluation.scoring import Scorer
 from basemodel.model.weights import load_model
 from basemodel.results.export import write_model_card
@@ -434,7 +434,7 @@ def test_wrong_evaluations(tasks: Tasks, tmp_path: Path, monkeypatch: pytest.Mon
         ((*one, model_json), "model.json has no partner"),
         ((*one, *one), "model.safetensors is given twice"),
         ((*one, "--include-path", tmp_path / "none"), "none: no such folder"),
-        ((*one, "--tasks", "runs"), "task 'runs' runs code that models write"),
+        ((*one, "--tasks", "runs"), "task 'runs' runs code written by the model"),
         (
             (*one, "--tasks", "empty"),
             "task 'empty' could not be loaded: FileNotFound.*nothing.jsonl'$",
@@ -482,8 +482,8 @@ def test_results_are_kept_for_the_comparison_and_the_card(sandbox: Sandbox) -> N
         sandbox.write_run(run)
         (sandbox.run_dir(run) / "checkpoints/best").mkdir(parents=True)
     best = sandbox.run_dir("one") / "checkpoints/best"
-    keep_task_results(best, [RESULT, replace(RESULT, metric="acc_norm", value=0.3)])
-    keep_task_results(best, [replace(RESULT, value=0.2), replace(RESULT, limit=10, documents=10, value=0.9)])
+    add_task_results(best, [RESULT, replace(RESULT, metric="acc_norm", value=0.3)])
+    add_task_results(best, [replace(RESULT, value=0.2), replace(RESULT, limit=10, documents=10, value=0.9)])
     assert [result.value for result in read_task_results(best)] == [0.2, 0.3, 0.9]
     one, two = table([read_run(sandbox.path / "runs", run) for run in ("one", "two")])
     assert (one["choice acc_norm"], two["choice acc_norm"]) == ("0.3000 ± 0.0125", "–")

@@ -33,7 +33,7 @@ import upload_model
 from basemodel.common.errors import InputError, RunError
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.model.config import GPTConfig
-from basemodel.model.generation import generate
+from basemodel.model.generation import Sampling, generate
 from basemodel.model.weights import from_huggingface, load_tensors, to_huggingface
 from basemodel.results import export
 from gpt import GPTModel
@@ -70,7 +70,7 @@ def test_transformers_computes_and_continues_the_same(tmp_path: Path, tied: bool
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, model(tokens), rtol=0, atol=2e-5)
     prompt = tokens[:1, :3]
-    ours = generate(model, prompt, 29, temperature=0, stop=256)
+    ours = generate(model, prompt, 29, Sampling(0, stop=256))
     assert torch.equal(theirs.generate(prompt, max_new_tokens=29, do_sample=False), ours)
     assert theirs.config.tie_word_embeddings == tied
     assert theirs.config.layer_norm_epsilon == 1e-5
@@ -93,7 +93,7 @@ def test_pipelines_batches_and_collators_take_the_folder_as_it_is(tmp_path: Path
         **tokenizer(prompts, return_tensors="pt", padding=True), max_new_tokens=9, do_sample=False
     )
     for prompt, row in zip(prompts, together, strict=True):
-        ours = generate(model, torch.tensor([list(prompt.encode())]), 9, temperature=0, stop=256)[0]
+        ours = generate(model, torch.tensor([list(prompt.encode())]), 9, Sampling(0, stop=256))[0]
         ours = ours[len(prompt) :].tolist()
         assert row[10 : 10 + len(ours)].tolist() == ours
     records = [tokenizer(prompt) for prompt in prompts]

@@ -1,7 +1,4 @@
-"""lm-evaluation-harness on our models: its tasks, requests and metrics; the answers are from scoring.py.
-
-Its own cache pickles answers, hence ours.
-"""
+"""lm-evaluation-harness on our models: its tasks, requests and metrics, with answers from scoring.py."""
 
 import contextlib
 import difflib
@@ -28,21 +25,22 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-RESAMPLES = 1000  # for the standard errors of metrics that are no means
+RESAMPLES = 1000  # for the standard errors of metrics that are not means
 SEED = 1234  # of few-shot examples: the library's own default
+Generation = tuple[str, dict[str, Any]]  # a prompt, and how to continue it
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A result, and what it was made from."""
+class Score:
+    """A result, and what it was computed from."""
 
     result: TaskResult
-    values: list[Any]  # of each document; none for a group
+    values: list[Any]  # one per document; none for most groups
     aggregate: Callable[[list[Any]], float] | None
 
 
 def require_harness() -> None:
-    """Raise InputError if the library is not installed, or too old; keep its log to errors."""
+    """Raise InputError if the library is not installed, or too old; restrict its log to errors."""
     os.environ["DISABLE_MULTIPROC"] = "1"  # or it would fork a process per core for each bootstrap
     try:
         import lm_eval.evaluator
@@ -75,33 +73,30 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path], fewshot: int | Non
         for name, task in tasks["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 raise InputError(
-                    f"task '{name}' runs code that models write, or shows pictures; choose another"
+                    f"task '{name}' runs code written by the model, or shows pictures; choose another"
                 )
-            fixed = task.get_config("num_fewshot")
-            if fewshot is not None and fixed != 0:  # 0 in its file means that examples make no sense
+            own_fewshot = task.get_config("num_fewshot")
+            if fewshot is not None and own_fewshot != 0:  # 0 in its file means that examples make no sense
                 task.set_config("num_fewshot", fewshot)
-            elif fixed is None:
+            elif own_fewshot is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(SEED)
     return loaded
 
 
 def find_tasks(names: Sequence[str], folders: Sequence[Path]) -> "TaskManager":
-    """An index of tasks that holds these, if they exist. To read all the library's files takes ten seconds,
-    so those are tried first that lie in folders named like the tasks."""
-    import lm_eval.tasks
+    """An index of tasks that includes `names`, if they exist. To read all the library's files takes ten
+    seconds, so folders named like the tasks are tried first."""
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import __file__ as library
 
-    library = Path(lm_eval.tasks.__file__).parent
-    likely = [
-        path
-        for path in library.iterdir()
-        if path.is_dir() and any(name.startswith(path.name) for name in names)
-    ]
-    manager = lm_eval.tasks.TaskManager(include_path=[*likely, *folders], include_defaults=False)
+    likely = [path for path in Path(library).parent.iterdir() if path.is_dir()]
+    likely = [path for path in likely if any(name.startswith(path.name) for name in names)]
+    manager = TaskManager(include_path=[*likely, *folders], include_defaults=False)
     # The members of a group or tag may lie anywhere.
     if all(name in manager.all_subtasks or Path(name).is_file() for name in names):
         return manager
-    return lm_eval.tasks.TaskManager(include_path=list(folders))
+    return TaskManager(include_path=list(folders))
 
 
 def load_task(manager: "TaskManager", name: str) -> Any:
@@ -120,20 +115,20 @@ def load_task(manager: "TaskManager", name: str) -> Any:
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Have `datasets` look in its cache alone. Asking the Hub first, it needs half a minute to give up where
-    there is no network, and takes other data where the Hub's have changed."""
+    """Restrict `datasets` to its cache. Otherwise it asks the Hub first, takes half a minute to give up where
+    there is no network, and takes new data where those on the Hub have changed."""
     import datasets
     import huggingface_hub
 
-    places = datasets.config, huggingface_hub.constants
-    before = [place.HF_HUB_OFFLINE for place in places]
-    for place in places:
-        place.HF_HUB_OFFLINE = True
+    modules = datasets.config, huggingface_hub.constants
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -142,7 +137,7 @@ def offline() -> Iterator[None]:
 
 
 def harness_model(scorer: Scorer) -> "LM":
-    """The library's view of a model."""
+    """The library's view of a model. Its own cache is not used, because it pickles."""
     from lm_eval.api.model import TemplateLM
 
     class Model(TemplateLM):
@@ -172,86 +167,88 @@ def harness_model(scorer: Scorer) -> "LM":
     return Model()
 
 
-def continue_until(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+def continue_until(scorer: Scorer, requests: Sequence[Generation]) -> list[str]:
     """Continue each prompt greedily up to the first of its request's stop strings."""
-    if any(how.get("do_sample") and how.get("temperature") != 0 for _, how in requests):
+    if any(options.get("do_sample") and options.get("temperature") != 0 for _, options in requests):
         raise InputError("the task samples its answers, which is not supported; choose another")
-    texts: dict[int, str] = {}
-    counts = [how.get("max_gen_toks", 256) for _, how in requests]
+    counts = [options.get("max_gen_toks", 256) for _, options in requests]
+    texts: dict[tuple[str, int], str] = {}
     for count in set(counts):
-        chosen = [index for index, each in enumerate(counts) if each == count]
-        answers = scorer.continue_greedily([requests[index][0] for index in chosen], count)
-        texts |= dict(zip(chosen, answers, strict=True))
-    for index, (_, how) in enumerate(requests):
-        until = how.get("until") or []
+        prompts = [prompt for (prompt, _), most in zip(requests, counts, strict=True) if most == count]
+        for prompt, text in zip(prompts, scorer.continue_greedily(prompts, count), strict=True):
+            texts[prompt, count] = text
+    answers = []
+    for (prompt, options), count in zip(requests, counts, strict=True):
+        answer, until = texts[prompt, count], options.get("until") or []
         for stop in [until] if isinstance(until, str) else until:
-            texts[index] = texts[index].partition(stop)[0] if stop else texts[index]
-    return [texts[index] for index in range(len(requests))]
+            answer = answer.partition(stop)[0] if stop else answer
+        answers.append(answer)
+    return answers
 
 
-def evaluate_task(scorer: Scorer, loaded: Any, limit: int | None) -> list[Measured]:
-    """What a model scores at a task, or at a group and its tasks, on the first `limit` documents."""
+def evaluate_task(scorer: Scorer, loaded: Any, limit: int | None) -> list[Score]:
+    """What a model scores on a task, or on a group and its tasks, on the first `limit` documents."""
     from lm_eval.evaluator import evaluate
 
-    hint = "a smaller --batch-size needs less, and what is answered so far is kept"
+    hint = "a smaller --batch-size needs less, and the answers so far are kept"
     # The library's own messages go to standard error, so that the table stands alone.
     with contextlib.redirect_stdout(sys.stderr), memory_errors_explained(hint):
-        found = evaluate(
+        report = evaluate(
             harness_model(scorer), loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=True
         )
-    measured: dict[tuple[str, str], Measured] = {}
-    for name, figures in found["results"].items():  # tasks come before the groups that hold them
-        for key, value in figures.items():
+    scores: dict[tuple[str, str], Score] = {}
+    for name, values in report["results"].items():  # tasks come before the groups that hold them
+        for key, value in values.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = figures.get(f"{metric}_stderr,{kind}")
-            result = TaskResult(
-                task=name,
-                metric=metric if kind == "none" else f"{metric} {kind}",
-                value=float(value),
-                standard_error=float(error) if isinstance(error, int | float) else None,
-                higher_is_better=found["higher_is_better"].get(name, {}).get(metric),
-                documents=figures.get("sample_len", 0),
-                limit=limit,
-                fewshot=found["n-shot"].get(name) or 0,
-                group=group_of(name, found),
-                version=str(found["versions"].get(name)),
-                harness=importlib.metadata.version("lm_eval"),
-                measured=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
+            result = task_result(report, name, key, limit)
             if name in loaded["tasks"]:
-                samples = [s for s in found["samples"][name] if s["filter"] == kind and metric in s]
+                samples = [s for s in report["samples"][name] if s["filter"] == kind and metric in s]
                 aggregate = loaded["tasks"][name].aggregation().get(metric)
-                each = Measured(result, [sample[metric] for sample in samples], aggregate)
+                scores[name, key] = Score(result, [sample[metric] for sample in samples], aggregate)
             else:
-                parts = [measured.get((member, key)) for member in found["group_subtasks"][name]]
-                each = join_members(result, parts)
-            measured[name, key] = each
-    return list(measured.values())
+                members = [scores.get((member, key)) for member in report["group_subtasks"][name]]
+                scores[name, key] = join_members(result, members)
+    return list(scores.values())
 
 
-def group_of(name: str, found: dict[str, Any]) -> str | None:
-    """The group that has a result of its own, and this task or group as a member."""
-    groups = found["group_subtasks"].items()
-    return next((group for group, members in groups if name in members and group in found["results"]), None)
+def task_result(report: dict[str, Any], name: str, key: str, limit: int | None) -> TaskResult:
+    """The result at `key`, which is METRIC,FILTER, of a task or group in the library's report."""
+    values, (metric, _, kind) = report["results"][name], key.partition(",")
+    error = values.get(f"{metric}_stderr,{kind}")
+    groups = report["group_subtasks"].items()  # a group counts if it has a result of its own
+    return TaskResult(
+        task=name,
+        metric=metric if kind == "none" else f"{metric} {kind}",
+        value=float(values[key]),
+        standard_error=float(error) if isinstance(error, int | float) else None,
+        higher_is_better=report["higher_is_better"].get(name, {}).get(metric),
+        documents=values.get("sample_len", 0),
+        limit=limit,
+        fewshot=report["n-shot"].get(name) or 0,
+        group=next((group for group, tasks in groups if name in tasks and group in report["results"]), None),
+        version=str(report["versions"].get(name)),
+        harness=importlib.metadata.version("lm_eval"),
+        measured=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
-def join_members(result: TaskResult, members: list[Measured | None]) -> Measured:
-    """A group's result; with the values of its members' documents where it is their mean, as it is if the
+def join_members(result: TaskResult, members: list[Score | None]) -> Score:
+    """The score of a group; with the values of its members' documents where it is their mean, as it is if the
     group weights its members by size."""
     from lm_eval.api.metrics import mean
 
     if all(member and member.aggregate is mean for member in members):
         values = [value for member in members for value in member.values]
         if math.isclose(mean(values), result.value):
-            return Measured(result, values, mean)
-    return Measured(result, [], None)
+            return Score(result, values, mean)
+    return Score(result, [], None)
 
 
-def paired_difference(one: Measured, other: Measured) -> tuple[float, float | None]:
-    """How much more `one` scores than `other` on the same documents, and the standard error of that: over
-    documents for a mean, else over resamples of them; None for a group."""
+def paired_difference(one: Score, other: Score) -> tuple[float, float | None]:
+    """How much more `one` scores than `other` on the same documents, and the standard error of the
+    difference: over documents for a mean, else over resamples of them; None if there are no values."""
     from lm_eval.api.metrics import mean
 
     difference, count = one.result.value - other.result.value, len(one.values)

@@ -1,7 +1,6 @@
 """Judging answers to instructions: by a model behind an OpenAI-compatible server, or by shared words."""
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -13,29 +12,23 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from basemodel.common.errors import InputError, RunError
+from basemodel.common.progress import Progress
+from basemodel.evaluation.answer_cache import AnswerCache, key_of
 from basemodel.evaluation.instructions import FIELDS, Record, read_records
-from basemodel.evaluation.replies import (
-    BadReply,
-    RefusedQuestion,
-    WebPage,
-    message_in,
-    parse_scores,
-    reason_in,
-)
 
 RESULTS_ENDING = "-ift-results.json"
-RESUME = "finished judgements are kept, and the same command resumes"
 PATIENCE = 3  # questions without scores, and none with, after which the judge is given up
-
-# Statuses of servers that refuse a JSON schema, among other things; of servers that refuse a question.
-SCHEMA_REFUSED = {400, 404, 422, 500, 501}
+SCHEMA_REFUSED = {400, 404, 422, 500, 501}  # statuses of servers that take no JSON schema, among others
 QUESTION_REFUSED = {400, 413, 422}
+
+
+class BadReply(Exception):
+    """A reply without the scores it was asked for. One line says why."""
 
 
 def read_questions(paths: tuple[Path, ...]) -> dict[str, list[Record]]:
@@ -97,41 +90,27 @@ def judge_prompt(answers: list[Record]) -> str:
 def reply_schema(count: int) -> dict[str, Any]:
     """The JSON schema of a reply about `count` answers."""
 
-    def strict(**fields: Any) -> dict[str, Any]:
-        return {"type": "object", "properties": fields, "required": [*fields], "additionalProperties": False}
+    def strict(properties: dict[str, Any]) -> dict[str, Any]:
+        schema = {"type": "object", "properties": properties, "required": [*properties]}
+        return {**schema, "additionalProperties": False}
 
-    score = strict(comment={"type": "string"}, score={"type": "integer"})
-    return strict(**{f"answer_{number}": score for number in range(1, count + 1)})
+    answer = strict({"comment": {"type": "string"}, "score": {"type": "integer"}})
+    return strict({f"answer_{number}": answer for number in range(1, count + 1)})
 
 
-class ReplyCache:
-    """Valid replies by request, one JSON line each on disk, so that nothing is asked, and paid for, twice."""
-
-    def __init__(self, path: Path) -> None:
-        self.replies: dict[str, Any] = {}
-        try:
-            self._file = path.open("a+b", buffering=0)
-            self._file.seek(0)
-            text = self._file.read()
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, from a kill
-                entry = json.loads(line)
-                self.replies[entry["key"]] = entry["reply"]
-        if text and not text.endswith(b"\n"):
-            self._file.write(b"\n")
-
-    def add(self, key: str, reply: str) -> None:
-        """Keep a reply; it is on disk when this returns."""
-        self.add_all({key: reply})
-
-    def add_all(self, replies: dict[str, Any]) -> None:
-        """Keep several replies at once. One call appends them, so threads need no lock."""
-        self.replies |= replies
-        lines = [json.dumps({"key": key, "reply": reply}) + "\n" for key, reply in replies.items()]
-        self._file.write("".join(lines).encode())
-        os.fsync(self._file.fileno())
+def parse_scores(reply: str, count: int) -> list[float]:
+    """The scores, from 0 to 100, of `count` answers in a judge's reply. Raises BadReply."""
+    # What a reasoning model thinks: a server's template may open the tag, and a cut reply never closes it.
+    text = re.sub(r".*</think>|<think>.*", "", reply, flags=re.DOTALL)
+    try:
+        entries = json.loads(text[text.find("{") : text.rfind("}") + 1])
+        scores = [entries.pop(f"answer_{number}")["score"] for number in range(1, count + 1)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        scores, entries = [], {}
+    valid = [type(score) in (int, float) and 0 <= score <= 100 for score in scores]
+    if not all(valid) or len(valid) < count or any(key.startswith("answer_") for key in entries):
+        raise BadReply(f"no score from 0 to 100 for each answer, 1 to {count}, in {reply!r}")
+    return scores
 
 
 class Judge:
@@ -151,11 +130,10 @@ class Judge:
         if self._key and not re.fullmatch(r"[\x21-\x7e]+", self._key):
             # The HTTP library would show the key in its own error.
             raise InputError("OPENAI_API_KEY contains characters that no key has; set it again")
-        if base_url and not re.match(r"https?://[^/]+", base_url):
-            raise InputError(f"--base-url must be like http://localhost:11434/v1, not '{base_url}'")
         self._openai = openai
         self._client = openai.OpenAI(api_key=self._key or "none", base_url=base_url, max_retries=retries)
-        self.model, self.retries, self.cache = model, retries, ReplyCache(cache)
+        self.server = re.sub(r"//[^/@]*@", "//", str(self._client.base_url))  # without a password
+        self.model, self.retries, self.cache = model, retries, AnswerCache(cache)
         self._takes_schema: bool | None = None  # not known before the first reply
 
     def scores(self, prompt: str, count: int) -> list[float]:
@@ -167,117 +145,90 @@ class Judge:
             "messages": [{"role": "user", "content": prompt}],
             "response_format": {"type": "json_schema", "json_schema": schema},
         }
-        asked = json.dumps([str(self._client.base_url), request], sort_keys=True)
-        key = hashlib.sha256(asked.encode("utf-8", errors="surrogatepass")).hexdigest()
-        if key in self.cache.replies:
+        key = key_of([str(self._client.base_url), request])
+        if key in self.cache.answers:
             with contextlib.suppress(BadReply):
-                return parse_scores(self.cache.replies[key], count)
+                return parse_scores(self.cache.answers[key], count)
         for _ in range(self.retries + 1):
             try:
                 reply = self._ask(request)
                 scores = parse_scores(reply, count)
-            except RefusedQuestion:
-                raise
             except BadReply as error:
                 reason = error
                 self._takes_schema = bool(self._takes_schema)
             else:
                 self._takes_schema = self._takes_schema is not False
-                self.cache.add(key, reply)
+                self.cache.add({key: reply})
                 return scores
-        attempts = f"{self.retries + 1} attempts; the last reply" if self.retries else "its reply"
-        raise BadReply(self._redacted(f"{self.model} gave no valid scores in {attempts}: {reason}"))
+        attempts = self.retries + 1
+        raise BadReply(
+            self._one_line(f"{self.model} gave no valid scores in {attempts} attempts; the last: {reason}")
+        )
 
     def _ask(self, request: dict[str, Any]) -> str:
-        """Ask once, without the schema if the server does not take it."""
+        """The text of a reply, asked for without the schema if the server does not take it. The client itself
+        retries after network errors and when the server is busy. Raises BadReply and RunError."""
+        if self._takes_schema is False:
+            request = {key: value for key, value in request.items() if key != "response_format"}
         try:
-            if self._takes_schema is not False:
-                try:
-                    return self._post(request)
-                except self._openai.APIStatusError as error:
-                    if self._takes_schema or error.status_code not in SCHEMA_REFUSED:
-                        raise
-                    self._takes_schema = False
-            return self._post({key: value for key, value in request.items() if key != "response_format"})
+            completion = self._client.chat.completions.create(**request)
+            if isinstance(completion, str):  # of another content type than JSON
+                raise ValueError(completion)
         except self._openai.APIStatusError as error:
-            self._fail(error)
-
-    def _post(self, request: dict[str, Any]) -> str:
-        """The text of the answer to a request; the client itself retries after network errors and when the
-        server is busy. Raises APIStatusError, BadReply, and RunError where there was no answer."""
-        try:
-            return message_in(self._client.chat.completions.with_raw_response.create(**request).text)
-        except WebPage as page:
-            reason = f"{page}; does the address lack /v1?"
+            status, reason = error.status_code, f"status {error.status_code}: {error.response.text}"
+            if not self._takes_schema and "response_format" in request and status in SCHEMA_REFUSED:
+                self._takes_schema = False
+                return self._ask(request)
+            if status in QUESTION_REFUSED:
+                raise BadReply(reason) from None
+            hint = "; set OPENAI_API_KEY to a key that the server accepts" if status == 401 else ""
+            raise self._failure(reason, hint) from None
         except self._openai.APIConnectionError as error:
-            reason = f"no answer ({error.__cause__ or error})"
-        except self._openai.APIStatusError:
-            raise
-        except self._openai.OpenAIError as error:
-            reason = str(error)
-        raise self._stop(reason)
+            raise self._failure(f"no answer ({error.__cause__ or error})") from None
+        except ValueError as error:
+            raise self._failure(f"the reply is not JSON: {error}") from None
+        message = completion.choices[0].message if completion.choices else None
+        if not (message and message.content):
+            reply = (message and message.refusal) or completion.to_json(indent=None)
+            raise BadReply(f"no answer came back, but: {reply}")
+        return message.content
 
-    def _fail(self, error: Any) -> NoReturn:
-        """Raise what a status that is no success means, with the server's own reason."""
-        status, reason = error.status_code, reason_in(error.response.text)
-        if status in QUESTION_REFUSED:
-            raise RefusedQuestion(self._redacted(f"status {status}: {reason}")) from None
-        if status == 401:
-            reason = f"the server refuses the key; set OPENAI_API_KEY to one that it accepts ({reason})"
-        if status == 404 and "/v1" not in str(self._client.base_url):
-            reason += "; does the address lack /v1?"
-        raise self._stop(f"status {status}: {reason}") from None
+    def _failure(self, reason: str, hint: str = "") -> RunError:
+        hint += "" if "/v1" in self.server else "; does the address lack /v1?"
+        resume = "finished judgements are kept, and the same command resumes"
+        return RunError(f"{self.server}: {self._one_line(reason)}{hint}; {resume}")
 
-    def _stop(self, reason: str) -> RunError:
-        return RunError(f"{self.server}: {self._redacted(reason)}; {RESUME}")
-
-    @property
-    def server(self) -> str:
-        """The server's address, without a password."""
-        return re.sub(r"//[^/@]*@", "//", str(self._client.base_url))
-
-    def _redacted(self, text: str) -> str:
-        """Text from outside, without the key."""
-        return text.replace(self._key, "[key]") if self._key else text
+    def _one_line(self, text: str) -> str:
+        """Text from outside, short and without the key; a very short key could be part of any word."""
+        text = text.replace(self._key, "[key]") if len(self._key) >= 8 else text
+        return " ".join(text.split())[:300]
 
 
 def judge_all(results: dict[str, list[Record]], judge: Judge, seed: int, parallel: int) -> np.ndarray:
-    """Each model's score on each question, (models, questions); NaN for questions that the judge did not
-    score, which are named on standard error.
+    """The scores of each model on each question, (models, questions); NaN for questions that the judge did
+    not score, which are named on standard error.
 
     The judge sees all answers to a question at once, in an order that depends on the seed and the question's
     number. Raises RunError if it scores none of the first questions.
     """
     names, count = list(results), len(next(iter(results.values())))
     scored: list[int] = []
-    skipped: dict[int, str] = {}
+    skipped: dict[int, BadReply] = {}
 
     def score(index: int) -> list[float]:
         order = random.Random(f"{seed} {index}").sample(names, len(names))
         try:
             scores = judge.scores(judge_prompt([results[name][index] for name in order]), len(order))
         except BadReply as reason:
-            skipped[index] = str(reason)
+            skipped[index] = reason
             if not scored and len(skipped) >= min(PATIENCE, count):
-                raise RunError(f"{judge.server}: {reason}; {RESUME}") from None
+                raise RunError(f"{judge.server}: {reason}") from None
             return [math.nan] * len(names)
         scored.append(index)
         return [scores[order.index(name)] for name in names]
 
-    def score_or_stop(index: int) -> list[float]:
-        try:
-            return score(index)
-        except BaseException:
-            # Here, or this thread would ask, and pay for, the next question before it could be stopped.
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-    pool = ThreadPoolExecutor(parallel)
-    try:
-        rows = tqdm(pool.map(score_or_stop, range(count)), total=count, unit="question", disable=None)
-        values = np.array(list(rows), dtype=float).T
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(parallel) as pool:
+        rows = list(Progress(pool.map(score, range(count)), total=count, unit="question"))
     for index, reason in sorted(skipped.items()):
         print(f"Record {index} is skipped: {reason}", file=sys.stderr)
-    return values
+    return np.array(rows, dtype=float).T

@@ -1,16 +1,25 @@
-"""The test loss of a checkpoint, which test_loss.py measures and keeps beside it."""
+"""Results of evaluations, which are kept beside a checkpoint: its test loss and its scores on tasks."""
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
 from basemodel.common.json_config import read_json_object
 
 TEST_LOSS_FILE = "test-loss.json"
+TASKS_FILE = "harness.json"
+
+
+def pair_models(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """The models of a command line, MODEL_JSON MODEL_SAFETENSORS each. Raises InputError for half a pair."""
+    if len(paths) % 2:
+        raise InputError(f"models come in pairs, MODEL_JSON MODEL_SAFETENSORS; {paths[-1]} has no partner")
+    return list(zip(paths[::2], paths[1::2], strict=True))
 
 
 @dataclass(frozen=True)
@@ -28,35 +37,14 @@ class MeasuredLoss:
     bits_per_byte: float | None  # None if the vocabulary is missing or the tokens encode no text
     measured: str  # when
     document_masking: bool = False
-    windows: str = "sequences"  # or "harness windows", of documents
 
     def __str__(self) -> str:
-        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
-        return f"{self.loss:.4f}{error}"
+        return with_error(self.loss, self.standard_error)
 
     def same_data(self, other: "MeasuredLoss") -> bool:
         """Whether both were measured on the same sequences."""
-        keys = ("dataset", "split", "start_token", "tokens", "context_length", "document_masking", "windows")
+        keys = ("dataset", "split", "start_token", "tokens", "context_length", "document_masking")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
-
-
-def read_test_loss(folder: Path) -> MeasuredLoss | None:
-    """The test loss of the checkpoint in `folder`; None if there is none, or it is damaged."""
-    try:
-        return MeasuredLoss(**read_json_object(folder / TEST_LOSS_FILE))
-    except (InputError, TypeError):
-        return None
-
-
-def write_test_loss(folder: Path, result: MeasuredLoss) -> None:
-    """Keep a checkpoint's test loss beside it, atomically; if that fails, warn and go on."""
-    try:
-        replace_text(folder / TEST_LOSS_FILE, json.dumps(dataclasses.asdict(result), indent=1) + "\n")
-    except OSError as error:
-        print(f"Warning: {folder / TEST_LOSS_FILE} could not be written: {error.strerror}")
-
-
-TASKS_FILE = "harness.json"
 
 
 @dataclass(frozen=True)
@@ -81,10 +69,10 @@ class TaskResult:
 
     @property
     def setting(self) -> str:
-        """What makes the figure another one than that of the whole task, zero-shot; empty if nothing does."""
-        how = [f"{self.fewshot}-shot"] * bool(self.fewshot)
-        how += [f"first {self.documents:,} documents"] * (self.limit is not None)
-        return f" ({', '.join(how)})" if how else ""
+        """What makes this differ from the whole task, zero-shot; empty if nothing does."""
+        parts = [f"{self.fewshot}-shot"] * bool(self.fewshot)
+        parts += [f"first {self.documents:,} documents"] * (self.limit is not None)
+        return f" ({', '.join(parts)})" if parts else ""
 
     @property
     def title(self) -> str:
@@ -93,40 +81,57 @@ class TaskResult:
 
 
 def with_error(value: float, error: float | None, sign: str = "") -> str:
-    """A figure with its standard error, if there is one. `sign`: "+" to show that of positive values too."""
+    """A value with its standard error, if there is one; `sign`: "+" shows the sign of positive values too."""
     form = ".4f" if abs(value) < 1000 else ",.0f"  # hopeless models have perplexities of billions
     return f"{value:{sign}{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
-def read_task_results(folder: Path) -> list[TaskResult]:
-    """The results kept in a checkpoint's `folder`; none if the file is missing or damaged."""
+def read_test_loss(folder: Path) -> MeasuredLoss | None:
+    """The test loss of the checkpoint in `folder`; None if it is missing or damaged."""
     try:
-        kept = read_json_object(folder / TASKS_FILE)["results"]
-        return [TaskResult(**result) for result in kept]
+        values = read_json_object(folder / TEST_LOSS_FILE)
+        if values.pop("windows", "sequences") != "sequences":  # earlier versions could score documents
+            return None
+        return MeasuredLoss(**values)
+    except (InputError, TypeError):
+        return None
+
+
+def write_test_loss(folder: Path, result: MeasuredLoss) -> None:
+    """Keep a checkpoint's test loss beside it."""
+    _write(folder / TEST_LOSS_FILE, dataclasses.asdict(result))
+
+
+def read_task_results(folder: Path) -> list[TaskResult]:
+    """The results kept beside the checkpoint in `folder`; none if the file is missing or damaged."""
+    try:
+        return [TaskResult(**result) for result in read_json_object(folder / TASKS_FILE)["results"]]
     except (InputError, KeyError, TypeError):
         return []
 
 
-def keep_task_results(folder: Path, results: Iterable[TaskResult]) -> None:
-    """Add results to those kept in `folder`, atomically, in place of earlier ones with the same title; if
-    that fails, warn and go on."""
-    kept = {result.title: result for result in (*read_task_results(folder), *results)}
-    text = json.dumps({"results": [dataclasses.asdict(result) for result in kept.values()]}, indent=1)
+def add_task_results(folder: Path, results: Iterable[TaskResult]) -> None:
+    """Add results to those kept in `folder`, in place of earlier ones with the same title."""
+    by_title = {result.title: result for result in (*read_task_results(folder), *results)}
+    _write(folder / TASKS_FILE, {"results": [dataclasses.asdict(result) for result in by_title.values()]})
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    """Replace a JSON file atomically; if that fails, warn: the result has been printed anyway."""
     try:
-        replace_text(folder / TASKS_FILE, text + "\n")
+        replace_text(path, json.dumps(values, indent=1) + "\n")
     except OSError as error:
-        print(f"Warning: {folder / TASKS_FILE} could not be written: {error.strerror}")
+        print(f"Warning: {path} could not be written: {error.strerror}")
 
 
 def headlines(results: Iterable[TaskResult]) -> list[TaskResult]:
-    """One result for each task or group: accuracy, normalized by the answers' lengths if the task has that,
-    else the task's first metric. Tasks inside a group, and all but the whole task, are left out."""
-    first: dict[tuple[str, int], TaskResult] = {}
+    """One result for each whole task or group: accuracy, normalized by the answers' lengths where the task
+    has it, else the task's first metric. Tasks inside a group are left out."""
+    ranks = {"acc_norm": 0, "acc": 1}
+    best: dict[tuple[str, int], TaskResult] = {}
     for result in results:
         if result.group is None and result.limit is None:
-            key = (result.task, result.fewshot)
-            best = first.setdefault(key, result)
-            ranks = {"acc_norm": 0, "acc": 1}
-            if ranks.get(result.metric, 2) < ranks.get(best.metric, 2):
-                first[key] = result
-    return list(first.values())
+            rival = best.setdefault((result.task, result.fewshot), result)
+            if ranks.get(result.metric, 2) < ranks.get(rival.metric, 2):
+                best[result.task, result.fewshot] = result
+    return list(best.values())

@@ -3,7 +3,6 @@
 import codecs
 import contextlib
 import difflib
-import math
 import re
 import sys
 from collections.abc import Iterator
@@ -16,41 +15,25 @@ import torch
 
 from basemodel.common.errors import InputError
 from basemodel.common.terminal import printable
-from basemodel.model.generation import encode_prompts, stream
+from basemodel.model.generation import Sampling, encode_prompts, random_generator, stream
 from gpt import GPTModel
 
 HELP = """\
-Type a prompt, and the model continues it; it remembers none of the prompts before.
-/temperature 0.7   how boldly to sample; 0: always the likeliest token
-/top-k 25          sample from the k likeliest tokens; 0: from all
-/tokens 100        how many tokens to add at most
-/seed 42           the same answer to the same prompt every time; /seed none: another one each time
-/help, /quit       this text; the end, as Ctrl-D
-A setting without a value shows it. Ctrl-C stops an answer. A prompt that begins with / is typed with //."""
-
-
-class Temperature(click.FloatRange):
-    """A number from 0 to 1000, and not NaN."""
-
-    name = "temperature"
-
-    def __init__(self) -> None:
-        super().__init__(0, 1000)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number."""
-        number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value!r} is not a number.", param, ctx)
-        return number
+Type a prompt, and the model continues it. It does not remember earlier prompts.
+/temperature 0.7   randomness of the choice; 0 always takes the most likely token
+/top-k 25          number of most likely tokens to sample from; 0: all
+/tokens 100        tokens to add at most
+/seed 42           give the same answer to the same prompt every time; /seed none: a different one each time
+/help, /quit       show this text; leave, like Ctrl-D
+A setting without a value shows it. Ctrl-C stops an answer. For a prompt that begins with /, type //."""
 
 
 @dataclass
 class PromptLine:
     """Reads prompts and settings from standard input until it ends.
 
-    `settings` are temperature, top-k, tokens and seed (None: another one for each prompt); `types` say which
-    values they take.
+    `settings` are temperature, top-k, tokens and seed (None: a different one for each prompt), of the click
+    `types` with the same names.
     """
 
     model: GPTModel
@@ -87,15 +70,15 @@ class PromptLine:
             self._answer(line.removeprefix("/") if line.startswith("//") else line)
 
     def _command(self, line: str) -> str:
-        """Obey a line such as `/temperature 0.7`; return what to say."""
+        """Obey a line such as `/temperature 0.7`; return the answer."""
         word, value = re.fullmatch(r"/\s*([^\s=]*)[\s=]*(.*?)\s*", line).groups()
         word = word.lower().replace("_", "-")
         names = [*self.settings, "help", "quit"]
-        fitting = [name for name in names if name == word] or [n for n in names if n.startswith(word)]
-        if len(fitting) != 1:
-            near = fitting or difflib.get_close_matches(word, names, n=1, cutoff=0.0)
-            raise InputError(f"there is no /{word}; did you mean /{' or /'.join(near)}? /help says more")
-        (name,) = fitting
+        matches = [name for name in names if name.startswith(word)]
+        if len(matches) != 1:
+            nearest = matches or difflib.get_close_matches(word, names, n=1, cutoff=0.0)
+            raise InputError(f"there is no /{word}; did you mean /{' or /'.join(nearest)}? Try /help")
+        (name,) = matches
         if name not in self.settings:
             return HELP
         if name == "seed" and value.lower() == "none":
@@ -105,31 +88,29 @@ class PromptLine:
                 self.settings[name] = self.types[name].convert(value, None, None)
             except click.BadParameter as error:
                 raise InputError(f"/{name}: {error.message}") from None
-        now = self.settings[name]
-        return f"{name} {'none' if now is None else now}"
+        setting = self.settings[name]
+        return f"{name} {'none' if setting is None else setting}"
 
     def _answer(self, prompt: str) -> None:
-        """Print the prompt and what follows it, as it comes."""
+        """Print the prompt and its continuation, token by token."""
         (tokens,) = encode_prompts(self.tokenizer, [prompt], self.model.config.vocab_size)
-        most = self.model.config.context_length
-        if len(tokens) > most:
-            print(f"(The prompt has {len(tokens):,} tokens; the model sees the last {most:,}.)")
+        length = self.model.config.context_length
+        if len(tokens) > length:
+            print(f"(The prompt has {len(tokens):,} tokens; the model sees the last {length:,}.)")
         print(printable(prompt), end="", flush=True)
-        for piece in self._pieces(tokens[-most:]):
+        for piece in self._pieces(tokens[-length:]):
             print(printable(piece), end="", flush=True)
         print("\n")
 
     def _pieces(self, tokens: list[int]) -> Iterator[str]:
-        """What the model adds, token by token; a character whose bytes are in several tokens comes whole."""
-        device = self.model.tok_emb.weight.device
-        generator, seed = torch.Generator(device), self.settings["seed"]
-        generator.manual_seed(seed) if seed is not None else generator.seed()
-        options = {"temperature": self.settings["temperature"], "top_k": self.settings["top-k"]}
-        options |= {"generator": generator, "stop": self.tokenizer.eot_token}
+        """What the model adds, token by token; a character spread over several tokens comes whole."""
+        settings, stop = self.settings, self.tokenizer.eot_token
+        generator = random_generator(self.model, settings["seed"])
+        sampling = Sampling(settings["temperature"], settings["top-k"], generator, stop)
+        rows = torch.tensor([tokens], device=generator.device)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        rows = torch.tensor([tokens], device=device)
-        for column in stream(self.model, rows, self.settings["tokens"], **options):
+        for column in stream(self.model, rows, settings["tokens"], sampling):
             # The model's vocabulary may be padded beyond the tokenizer's.
-            if (token := column.item()) < self.tokenizer.n_vocab and token != self.tokenizer.eot_token:
+            if (token := column.item()) < self.tokenizer.n_vocab and token != stop:
                 yield decoder.decode(self.tokenizer.decode_single_token_bytes(token))
         yield decoder.decode(b"", final=True)

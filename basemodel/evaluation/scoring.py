@@ -1,20 +1,20 @@
-"""How likely a model finds texts, and how it continues them: in batches, and kept on disk."""
+"""Log-likelihoods and greedy continuations of texts, batched and cached."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from basemodel.common.errors import InputError, RunError
-from basemodel.evaluation.judging import ReplyCache
-from basemodel.model.generation import continuations
+from basemodel.common.progress import Progress
+from basemodel.evaluation.answer_cache import AnswerCache, key_of
+from basemodel.model.generation import GREEDY, continuations
 from gpt import GPTModel
 
 Window = tuple[list[int], list[int]]  # inputs, and targets for the last of them
@@ -22,10 +22,10 @@ HEAD_ROWS = 1024  # tokens whose logits exist at once; with GPT-2's vocabulary 2
 
 
 class Scorer:
-    """Answers questions about texts with a model. What it computes is kept in the folder `cache`, in a file
-    that the weights' hash names, and never computed again.
+    """Answers questions about texts with a model. Answers are kept in the folder `cache`, in a file named by
+    the hash of the weights, and never computed again.
 
-    Raises InputError if the tokenizer has tokens that the model has not, or the cache cannot be written.
+    Raises InputError if the model lacks tokens of the tokenizer, or the cache cannot be written.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Scorer:
         except OSError as error:
             raise InputError(f"{cache}: cannot be a folder for answers: {error.strerror}") from None
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.kept = ReplyCache(cache / f"{fingerprint_model(model)[:16]}.jsonl")
+        self.cache = AnswerCache(cache / f"{fingerprint_model(model)[:16]}.jsonl")
         self.asked = self.cut = 0  # texts scored, and how many of them were longer than the context
 
     def encode(self, text: str) -> list[int]:
@@ -49,18 +49,15 @@ class Scorer:
         return self.tokenizer.encode_ordinary(text)
 
     def log_likelihoods(self, pairs: Sequence[Window]) -> list[tuple[float, bool]]:
-        """For each context (at least one token) and continuation: the continuation's log-likelihood in nats,
-        and whether each of its tokens is the most likely one. Raises RunError if they are not finite."""
+        """The log-likelihood in nats of each continuation after its context of at least one token, and
+        whether all its tokens are the most likely ones. Raises RunError if the logits are not finite."""
         length = self.model.config.context_length
         self.asked += len(pairs)
         self.cut += sum(len(context) + len(continuation) > length + 1 for context, continuation in pairs)
-        keyed = [[(key_of(window), window) for window in windows(*pair, length)] for pair in pairs]
-        missing = {key: window for each in keyed for key, window in each if key not in self.kept.replies}
-        # The longest first, so that batches are even and a lack of memory shows at once.
-        for batch in self._batches(sorted(missing, key=lambda key: -len(missing[key][0]))):
-            self.kept.add_all(dict(zip(batch, self._score([missing[key] for key in batch]), strict=True)))
-        found = [[self.kept.replies[key] for key, _ in each] for each in keyed]
-        return [(sum(nats for nats, _ in parts), all(best for _, best in parts)) for parts in found]
+        parts = [list(windows(*pair, length)) for pair in pairs]
+        answers = iter(self._answers([window for part in parts for window in part], self._score))
+        scores = [[next(answers) for _ in part] for part in parts]
+        return [(sum(nats for nats, _ in part), all(best for _, best in part)) for part in scores]
 
     @torch.no_grad()
     def _score(self, batch: list[Window]) -> list[tuple[float, bool]]:
@@ -86,37 +83,38 @@ class Scorer:
 
     def continue_greedily(self, prompts: Sequence[str], count: int) -> list[str]:
         """What the model adds to each prompt, always the most likely token: at most `count` of them."""
-        keyed = [(key_of((self.encode(prompt), count)), prompt) for prompt in prompts]
-        missing = {key: prompt for key, prompt in keyed if key not in self.kept.replies}
-        for batch in self._batches(sorted(missing, key=lambda key: -len(missing[key]))):
-            texts = continuations(
-                self.model, self.tokenizer, [missing[key] for key in batch], count, temperature=0
-            )
-            self.kept.add_all(dict(zip(batch, texts, strict=True)))
-        return [self.kept.replies[key] for key, _ in keyed]
 
-    def _batches(self, keys: list[str]) -> Iterator[list[str]]:
-        size = self.batch_size
-        for first in tqdm(range(0, len(keys), size), unit="batch", disable=None, leave=False):
-            yield keys[first : first + size]
+        def compute(batch: list[tuple[list[int], int]]) -> list[str]:
+            texts = [self.tokenizer.decode(tokens) for tokens, _ in batch]
+            return continuations(self.model, self.tokenizer, texts, count, GREEDY)
+
+        return self._answers([(self.encode(prompt), count) for prompt in prompts], compute)
+
+    def _answers(self, questions: Sequence[tuple[list[int], Any]], compute: Callable[[list], list]) -> list:
+        """The cached answers to questions, after computing those that are missing."""
+        keys = [key_of(question)[:32] for question in questions]
+        questions_by_key = dict(zip(keys, questions, strict=True))
+        missing = [key for key in questions_by_key if key not in self.cache.answers]
+        # The longest first, so that batches are even and a lack of memory shows at once.
+        missing.sort(key=lambda key: -len(questions_by_key[key][0]))
+        for first in Progress(range(0, len(missing), self.batch_size), unit="batch", leave=False):
+            batch = missing[first : first + self.batch_size]
+            answers = compute([questions_by_key[key] for key in batch])
+            self.cache.add(dict(zip(batch, answers, strict=True)))
+        return [self.cache.answers[key] for key in keys]
 
 
 def windows(context: list[int], continuation: list[int], length: int) -> Iterator[Window]:
-    """Cut a continuation into parts of at most `length` tokens, each with as much as fits of what precedes
-    it: lm-evaluation-harness's windows, for one continuation and, after end-of-text, for whole documents."""
+    """Cut a continuation into parts of at most `length` tokens, each preceded by all the text that fits:
+    lm-evaluation-harness's windows, for one continuation and, after end-of-text, for whole documents."""
     tokens = context + continuation
     for start in range(len(context), len(tokens), length):
         end = min(start + length, len(tokens))
         yield tokens[max(0, end - 1 - length) : end - 1], tokens[start:end]
 
 
-def key_of(question: Any) -> str:
-    """A short name for a question, by which its answer is kept."""
-    return hashlib.sha256(json.dumps(question).encode()).hexdigest()[:32]
-
-
 def fingerprint_model(model: GPTModel) -> str:
-    """The SHA-256 of all that decides what a model answers: configuration, modules, and weights."""
+    """The SHA-256 of everything that decides a model's answers: configuration, modules, and weights."""
     digest = hashlib.sha256(json.dumps([dataclasses.asdict(model.config), str(model)]).encode())
     for name, tensor in sorted(model.tensors().items()):
         digest.update(name.encode())

@@ -1,17 +1,17 @@
 """Generating text: continuing token sequences, and prompts in batches."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from basemodel.common.errors import InputError, RunError
+from basemodel.common.progress import Progress
 from basemodel.model.masks import Cache
 from gpt import GPTModel
 
@@ -38,22 +38,33 @@ class Sampling:
         return torch.multinomial(F.softmax(scaled, dim=-1), 1, generator=self.generator)
 
 
-def generate(model: GPTModel, tokens: Tensor, count: int, **options: Any) -> Tensor:
+GREEDY = Sampling(temperature=0)
+
+
+def random_generator(model: GPTModel, seed: int | None) -> torch.Generator:
+    """A random number generator on the model's device; without a seed, different every time."""
+    generator = torch.Generator(model.tok_emb.weight.device)
+    generator.manual_seed(seed) if seed is not None else generator.seed()
+    return generator
+
+
+def generate(
+    model: GPTModel, tokens: Tensor, count: int, sampling: Sampling, padding: Tensor | None = None
+) -> Tensor:
     """Continue tokens (B, T) as `stream` does; return (B, T + count) or fewer columns."""
-    return torch.cat([tokens, *stream(model, tokens, count, **options)], dim=1)
+    return torch.cat([tokens, *stream(model, tokens, count, sampling, padding)], dim=1)
 
 
 @torch.no_grad()
 def stream(
-    model: GPTModel, tokens: Tensor, count: int, padding: Tensor | None = None, **options: Any
+    model: GPTModel, tokens: Tensor, count: int, sampling: Sampling, padding: Tensor | None = None
 ) -> Iterator[Tensor]:
     """Continue tokens (B, T), T at least 1, by up to `count` tokens; yield each column (B, 1) at once.
 
-    `options` are Sampling's fields. The first `padding` (B,) tokens of each row are ignored. Past the context
-    length the model sees the last context_length tokens; then every position shifts with each token, and the
-    cache saves nothing. Raises RunError if logits are not finite.
+    The first `padding` (B,) tokens of each row are ignored. Past the context length the model sees the last
+    context_length tokens; then every position shifts with each token, and the cache saves nothing. Raises
+    RunError if logits are not finite.
     """
-    sampling = Sampling(**options)
     prompt, size, cache = tokens.shape[1], model.config.context_length, None
     padding = tokens.new_zeros(len(tokens)) if padding is None else padding
     for length in range(prompt, prompt + count):
@@ -72,8 +83,8 @@ def stream(
 
 
 def encode_prompts(tokenizer: tiktoken.Encoding, prompts: Sequence[str], vocab_size: int) -> list[list[int]]:
-    """The tokens of each prompt; of an empty one, end-of-text. Raises InputError for tokens that a model with
-    this vocabulary does not know."""
+    """The tokens of each prompt; an empty prompt becomes end-of-text. Raises InputError for tokens outside a
+    vocabulary of `vocab_size`."""
     encoded = [tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token] for prompt in prompts]
     for prompt, tokens in zip(prompts, encoded, strict=True):
         if max(tokens) >= vocab_size:
@@ -84,25 +95,26 @@ def encode_prompts(tokenizer: tiktoken.Encoding, prompts: Sequence[str], vocab_s
 
 
 def continuations(
-    model: GPTModel, tokenizer: tiktoken.Encoding, prompts: Sequence[str], count: int, **options: Any
+    model: GPTModel, tokenizer: tiktoken.Encoding, prompts: Sequence[str], count: int, sampling: Sampling
 ) -> list[str]:
     """What the model adds to each prompt: at most `count` tokens, up to the end of the text.
 
-    `options` are Sampling's fields. Prompts of similar length are batched, padded on the left; an empty one
-    starts after end-of-text. Raises InputError for prompts outside the model's vocabulary.
+    Prompts of similar length are batched, padded on the left; an empty one starts after end-of-text. Raises
+    InputError for prompts outside the model's vocabulary.
     """
     end = tokenizer.eot_token
+    sampling = dataclasses.replace(sampling, stop=end)
     encoded = encode_prompts(tokenizer, prompts, model.config.vocab_size)
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     texts = [""] * len(prompts)
     device = model.tok_emb.weight.device
     batches = range(0, len(order), BATCH_SIZE)
-    for first in tqdm(batches, unit="batch", disable=len(batches) == 1 or None, leave=False):
+    for first in Progress(batches, unit="batch", disable=len(batches) == 1, leave=False):
         batch = order[first : first + BATCH_SIZE]
         longest = len(encoded[batch[-1]])
         padding = torch.tensor([longest - len(encoded[index]) for index in batch], device=device)
         rows = torch.tensor([[0] * (longest - len(encoded[i])) + encoded[i] for i in batch], device=device)
-        continued = generate(model, rows, count, padding=padding, stop=end, **options)
+        continued = generate(model, rows, count, sampling, padding)
         for index, row in zip(batch, continued[:, longest:].tolist(), strict=True):
             new = row[: row.index(end)] if end in row else row
             # The model's vocabulary may be padded beyond the tokenizer's.

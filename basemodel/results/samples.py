@@ -6,8 +6,6 @@ What needs tiktoken is imported where it is used: a run without samples does wit
 import json
 from typing import Any
 
-import torch
-
 from basemodel.common.files import replace_text
 from basemodel.training.run import Run
 from basemodel.training.run_folder import read_samples
@@ -15,7 +13,7 @@ from gpt import GPTModel
 
 # As `test_smoke.py --tokens 50 --seed RANDOM_SEED` with the run's prompts samples from a checkpoint.
 SAMPLE_TOKENS = 50
-SAMPLING = {"temperature": 1.0, "top_k": 25}
+TEMPERATURE, TOP_K = 1.0, 25
 
 
 def require_tokenizer(run: Run) -> None:
@@ -36,13 +34,13 @@ def continue_prompts(run: Run, model: GPTModel, step: int) -> list[dict[str, Any
     with the same weights; and the random numbers come from a generator of their own.
     """
     from basemodel.data.tokenizer import get_tokenizer
-    from basemodel.model.generation import continuations
+    from basemodel.model.generation import Sampling, continuations, random_generator
 
     twin = GPTModel.outline(model.config).eval()
     twin.load_state_dict(model.state_dict(), assign=True)
-    generator = torch.Generator(model.tok_emb.weight.device).manual_seed(run.config.random_seed)
+    sampling = Sampling(TEMPERATURE, TOP_K, random_generator(model, run.config.random_seed))
     tokenizer, prompts = get_tokenizer(model.config.tokenizer, run.data.folder), run.config.sample_prompts
-    texts = continuations(twin, tokenizer, prompts, SAMPLE_TOKENS, generator=generator, **SAMPLING)
+    texts = continuations(twin, tokenizer, prompts, SAMPLE_TOKENS, sampling)
     seen = {"step": step, "tokens": run.plan.tokens(step)}
     return [{**seen, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 

@@ -1,4 +1,4 @@
-"""An ablation study: a base run and variations of it, each to be trained with several seeds."""
+"""An ablation study: a base run and variations of it, each trained with several seeds."""
 
 import dataclasses
 import hashlib
@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
@@ -20,10 +20,10 @@ from basemodel.training.run_folder import find_run, read_metrics, read_status
 
 CONFIGS = {"model": GPTConfig, "train": TrainConfig}
 KEYS = {field.name: file for file, config in CONFIGS.items() for field in dataclasses.fields(config)}
-# What decides on which tokens a run is validated.
+# Keys that decide which tokens a run is validated on.
 SAME_FOR_ALL = {"dataset", "dataset_revision", "tokenizer", "start_val_token"}
 SAME_FOR_ALL |= {"validation_batches", "validation_interval"}
-# Keys that may change in a study that has begun: they change no loss.
+# Keys that may change in a study that has begun, because they change no loss.
 MAY_CHANGE = FREE_ON_RESUME - SAME_FOR_ALL
 MAY_CHANGE -= {"microbatch_size", "gradient_accumulation_steps", "global_batch_size"}
 Values = dict[str, dict[str, Any]]  # the contents of model.json and train.json
@@ -33,12 +33,12 @@ Values = dict[str, dict[str, Any]]  # the contents of model.json and train.json
 class Variant:
     """The base run or a variation of it."""
 
-    label: str  # BASE, or the variation as it was asked for
+    label: str  # BASE, or the variation as the user typed it
     values: Values
     changes: dict[str, Any] = field(default_factory=dict)  # to the base, by key
 
     def run_name(self, base: str, seed: int) -> str:
-        """The folder of its run with a seed. It follows from the changes, so that other studies share it."""
+        """The folder name of its run with a seed, which follows from the changes: studies share runs."""
         parts = [base]
         for key, value in sorted(self.changes.items()):
             text = json.dumps(value).strip('"[]')
@@ -51,7 +51,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Study:
-    """A base run's variants, the base itself first, and the seeds that each is trained with."""
+    """The variants of a base run, the base itself first, and the seeds that each is trained with."""
 
     base: str
     runs_dir: Path
@@ -65,16 +65,16 @@ class Study:
         config = Run.read(runs_dir, base).config
         if config.validation_interval is None:
             raise InputError(
-                f"{folder / 'train.json'}: has no validation, whose loss is what is compared; set "
+                f"{folder / 'train.json'}: has no validation, but validation losses are compared; set "
                 "validation_interval and validation_batches"
             )
         values = {file: read_json_object(folder / f"{file}.json") for file in CONFIGS}
         variants = [Variant(base, values)]
         for text in variations:
             variant = read_variation(text, variants[0])
-            twin = next((each for each in variants if each.changes == variant.changes), None)
-            if twin is not None:
-                raise InputError(f"--vary {text}: is the same as {twin.label}; leave it out")
+            for other in variants:
+                if other.changes == variant.changes:
+                    raise InputError(f"--vary {text}: is the same as {other.label}; leave it out")
             variants.append(variant)
         first = config.random_seed
         return cls(base, runs_dir, variants, list(range(first, first + seeds)))
@@ -88,7 +88,7 @@ class Study:
         return [self.folder(variant, seed) for seed in self.seeds for variant in self.variants]
 
     def write_configs(self) -> None:
-        """Write all runs' two files. Raises InputError if a run there has begun with other settings."""
+        """Write the two files of each run. Raises InputError if a run has begun with other settings."""
         written: dict[Path, str] = {}
         for seed in self.seeds:
             for variant in self.variants:
@@ -99,7 +99,7 @@ class Study:
 
 
 def read_variation(text: str, base: Variant) -> Variant:
-    """The variation of `base` that KEY=VALUE[,KEY=VALUE...] describes, its values in JSON, or plain words.
+    """The variation of `base` that KEY=VALUE[,KEY=VALUE...] describes; values are JSON or plain words.
 
     Raises InputError for unknown keys, values that the configs refuse, and losses that could not be compared.
     """
@@ -107,41 +107,35 @@ def read_variation(text: str, base: Variant) -> Variant:
     values = {file: dict(contents) for file, contents in base.values.items()}
     changed = []
     for part in re.split(r",(?=\s*\w+\s*=)", text):  # not at the commas inside a list
-        key, equals, word = (each.strip() for each in part.partition("="))
+        key, equals, word = (text.strip() for text in part.partition("="))
         if not (key and equals and word):
             raise InputError(f"{source}: must be KEY=VALUE[,KEY=VALUE...], such as drop_rate=0.1")
         require_known(key, KEYS, source)
         if key in changed:
             raise InputError(f"{source}: {key} appears twice; keep one")
         if key == "random_seed":
-            raise InputError(
-                f"{source}: every variation is trained with the same seeds; --seeds says how many"
-            )
+            raise InputError(f"{source}: all variations are trained with the same seeds; use --seeds")
         if key in SAME_FOR_ALL:
-            raise InputError(f"{source}: {key} must be the base's, or the losses could not be compared")
+            raise InputError(f"{source}: {key} cannot vary, because the losses could not be compared")
         changed.append(key)
         if word == "default":
             values[KEYS[key]].pop(key, None)
         else:
-            values[KEYS[key]][key] = json_or_word(word, source)
+            values[KEYS[key]][key] = json_or_word(word)
     checked, before = as_checked(values, source), as_checked(base.values, base.label)
     changes = {key: checked[key] for key in changed if checked[key] != before[key]}
     if len(changes) < len(changed):
         same = next(key for key in changed if key not in changes)
-        raise InputError(f"{source}: {same} is {json.dumps(before[same])} in {base.label} already")
-    values["train"]["validation_batches"] = batches_for_as_much(validation_tokens(before), checked, source)
+        raise InputError(f"{source}: {same} is already {json.dumps(before[same])} in {base.label}")
+    values["train"]["validation_batches"] = matching_batches(before, checked, source)
     return Variant(text, values, changes)
 
 
-def json_or_word(text: str, source: str) -> Any:
+def json_or_word(text: str) -> Any:
     """A value in JSON, or else the text itself, as a string without its quotes."""
-
-    def refuse_constant(name: str) -> NoReturn:
-        raise InputError(f"{source}: {name} is not a JSON number")
-
     try:
-        return json.loads(text, parse_constant=refuse_constant)
-    except json.JSONDecodeError:
+        return json.loads(text)
+    except ValueError:
         return text
 
 
@@ -151,23 +145,18 @@ def as_checked(values: Values, source: str) -> dict[str, Any]:
     return {key: value for config in configs for key, value in dataclasses.asdict(config).items()}
 
 
-def validation_tokens(config: dict[str, Any]) -> int:
-    """How many tokens a validation is over."""
-    return config["validation_batches"] * config["microbatch_size"] * config["context_length"]
-
-
-def batches_for_as_much(tokens: int, config: dict[str, Any], source: str) -> int:
+def matching_batches(base: dict[str, Any], config: dict[str, Any], source: str) -> int:
     """The validation_batches that make `config` validate on the base's tokens, whatever its microbatch.
 
     Raises InputError if no number does.
     """
-    per_batch = config["microbatch_size"] * config["context_length"]
-    batches, rest = divmod(tokens, per_batch)
+    base_batch, batch = (keys["microbatch_size"] * keys["context_length"] for keys in (base, config))
+    tokens = base["validation_batches"] * base_batch
+    batches, rest = divmod(tokens, batch)
     if rest:
-        old = tokens // config["validation_batches"]
         raise InputError(
-            f"{source}: its validation batches of {per_batch:,} tokens do not fill the base's {tokens:,}; "
-            f"make the base's validation_batches a multiple of {math.lcm(old, per_batch) // old}"
+            f"{source}: its validation batches of {batch:,} tokens do not fill the base's {tokens:,}; "
+            f"make the base's validation_batches a multiple of {math.lcm(base_batch, batch) // base_batch}"
         )
     return batches
 
@@ -179,12 +168,17 @@ def write_run(folder: Path, values: Values, seed: int) -> None:
     """
     values = {**values, "train": {**values["train"], "random_seed": seed}}
     if (folder / "metrics.jsonl").exists():
-        was = {file: read_json_object(folder / f"{file}.json") for file in CONFIGS}
-        old, new = (as_checked(each, str(folder)) for each in (was, values))
-        other = [key for key in new if old[key] != new[key] and key not in MAY_CHANGE]
-        if other:
-            said = ", ".join(f"{key} {json.dumps(old[key])}, not {json.dumps(new[key])}" for key in other)
-            raise InputError(f"{folder}: was begun with {said}; undo that, or remove the folder")
+        earlier = {file: read_json_object(folder / f"{file}.json") for file in CONFIGS}
+        old, new = as_checked(earlier, str(folder)), as_checked(values, str(folder))
+        changes = [
+            f"{key} {json.dumps(old[key])}, not {json.dumps(new[key])}"
+            for key in new
+            if old[key] != new[key] and key not in MAY_CHANGE
+        ]
+        if changes:
+            raise InputError(
+                f"{folder}: was begun with {', '.join(changes)}; undo the change, or remove the folder"
+            )
     folder.mkdir(exist_ok=True)
     for file, contents in values.items():
         replace_text(folder / f"{file}.json", json.dumps(contents, indent=4) + "\n")
