@@ -303,7 +303,7 @@ def remove_leftovers(folder: Path) -> None:
 def size_in_bytes(model: GPTConfig, optimizer: str) -> int:
     """The size of a checkpoint: weights and the optimizer's moments, all float32. AdamW has two moments per
     parameter; Muon has one per parameter of the blocks' matrices, and AdamW's for the rest."""
-    return 12 * model.parameters - (4 * model.hidden_parameters if optimizer == "muon" else 0)
+    return 12 * model.parameter_count - (4 * model.hidden_parameters if optimizer == "muon" else 0)
 
 
 def require_space(folder: Path, to_come: int, keep: int | None, size: int) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from basemodel.common.errors import RunError
 from basemodel.common.files import replace_text
 from basemodel.common.names import CHART, STATUS
-from basemodel.common.progress import Progress
+from basemodel.common.progress import LINE_SECONDS
 from basemodel.common.terminal import one_line
 from basemodel.planning import machines
 from basemodel.results import run_chart
@@ -134,21 +134,28 @@ class StatusFile:
 
 
 class ProgressLine:
-    """Loss, speed, MFU and cost, on a terminal behind a bar."""
+    """Loss, speed, MFU and cost: behind a bar on a terminal, elsewhere as a line every LINE_SECONDS."""
 
     def __init__(self, run: Run, clock: Clock, step: int) -> None:
-        self._run, self._clock = run, clock
-        self._bar = Progress(total=run.plan.steps, initial=step, unit="step")
+        self._run, self._clock, self._printed = run, clock, 0.0
+        options = {"unit": "step", "disable": None, "dynamic_ncols": True}  # None: unless on a terminal
+        self._bar = tqdm(total=run.plan.steps, initial=step, **options)
 
     def show(self, step: int, loss: float, mfu: dict[str, float]) -> None:
         """Show the progress after `step` steps."""
-        clock, expected = self._clock, self._clock.cost(self._clock.eta(step))
+        clock, eta, total, now = self._clock, self._clock.eta(step), self._run.plan.steps, time.monotonic()
+        expected = clock.cost(eta)
         text = f"loss {loss:.3f}, {clock.tokens_per_second:,.0f} tokens/s"
         text += "".join(f", {share:.0%} MFU" for share in mfu.values())
         text += "" if expected is None else f", ${clock.cost():.2f} of ${expected:.2f}"
-        self._bar.total = self._run.plan.steps  # a budget may have moved the end
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(step - self._bar.n)
+        if not self._bar.disable:
+            self._bar.total = total  # a budget may have moved the end
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif now - self._printed > LINE_SECONDS:
+            self._printed = now
+            line = f"step {step:,}/{total:,}: {text}, ETA {tqdm.format_interval(eta)}"
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it is."""
