@@ -164,7 +164,8 @@ def described(hint: Any) -> str:
         return " or ".join(json.dumps(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         first, *others = typing.get_args(hint)
-        return f"a list of {described(first)}" if ... in others else f"a list of {1 + len(others)} numbers"
+        plural = "strings" if first is str else described(first)
+        return f"a list of {plural}" if ... in others else f"a list of {1 + len(others)} numbers"
     if typing.get_args(hint):
         return " or ".join(described(option) for option in typing.get_args(hint))
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
