@@ -188,7 +188,7 @@ def main(
         microbatch_size=microbatch or config.microbatch_size,
         gradient_accumulation_steps=accumulation,
         global_batch_size=None,
-        precision=precision if config.use_amp else "fp32",
+        precision=precision,
     )
     plain_config = dataclasses.replace(config, microbatch_size=reference_microbatch or config.microbatch_size)
     configs = {"plain": plain_config, "eager": config, "compiled": config}
