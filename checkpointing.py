@@ -300,14 +300,14 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def require_space(folder: Path, to_come: int, keep: int | None, parameters: int) -> None:
-    """Raise InputError unless the disk has room for `to_come` checkpoints of 3 x 4 bytes per parameter.
+def require_space(folder: Path, to_come: int, keep: int | None, size: int) -> None:
+    """Raise InputError unless the disk has room for `to_come` checkpoints of `size` bytes.
 
     With `keep`, at most `keep` + 2 exist at a time: the newest, the best, and the one being written.
     """
     here = len(list_checkpoints(folder))
     checkpoints = to_come if keep is None else max(1, min(to_come, keep + 2 - here))
-    needed, free = checkpoints * 12 * parameters, _free_space(folder)
+    needed, free = checkpoints * size, _free_space(folder)
     if needed > free:
         raise InputError(
             f"{folder}: {checkpoints} checkpoints take {_in_words(needed)}, only {_in_words(free)} are free; "

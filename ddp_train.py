@@ -43,7 +43,7 @@ from basemodel.model import memory
 from basemodel.model.config import GPTConfig
 from basemodel.model.loss import NextTokenLoss
 from basemodel.model.weights import load_tensors
-from basemodel.planning.plan import is_for_machines, open_if_here, plan_on_machines, plan_options, print_plan
+from basemodel.planning.plan import Elsewhere, open_if_here, plan_on_machines, plan_options, print_plan
 from basemodel.results.reporting import Reporter, check_reporting, complete_status
 from basemodel.training import microbatch, run_folder
 from basemodel.training.backend import autocast, choose_precision, compile_if_wanted, set_up_arithmetic
@@ -302,9 +302,7 @@ class Trainer:
 
     def _read(self, first: int, count: int) -> Tensor:
         """The microbatch of `count` sequences from number `first` on, (B, T + 1), on the device."""
-        with self.reporter.reading():
-            found = self.run.data.train.read(first, count)
-        return to_device(found, self.world.device)
+        return to_device(self.run.data.train.read(first, count), self.world.device)
 
     def _log(self, results: list[tuple[int, StepResult, float]]) -> None:
         """Log finished steps, each with its result and its seconds.
@@ -505,7 +503,9 @@ def main(
     runs_dir: Path,
     allow_config_change: bool,
     collective_timeout: float,
-    **planning: Any,
+    on: str | None,
+    budget: float | None,
+    machines: Path | None,
 ) -> int:
     """Train the run RUN, a folder of runs/ with model.json and train.json, on a data set kept in
     DATASETS_DIR.
@@ -517,8 +517,9 @@ def main(
         raise InputError("give either -f or --plan")
     if checkpoint and resume:
         raise InputError("give either a checkpoint's name or --resume, which finds the newest")
-    elsewhere = is_for_machines(only_plan, planning)
-    if not datasets_dir and not find_max_microbatch_size and not elsewhere:
+    elsewhere = Elsewhere(on, budget, machines)
+    plans_elsewhere = elsewhere.is_asked(only_plan)
+    if not datasets_dir and not find_max_microbatch_size and not plans_elsewhere:
         raise InputError("DATASETS_DIR is missing: the folder of the data sets")
     status = 0
     with lost_processes_explained():
@@ -528,9 +529,9 @@ def main(
                 size = find_max_microbatch(run, world, stop)
             if world.is_first:
                 print(f"Max microbatch size was {size}")
-        elif elsewhere:
+        elif plans_elsewhere:
             if world.is_first:
-                plan_on_machines(run, datasets_dir, Learner, planning)
+                plan_on_machines(run, datasets_dir, elsewhere)
         elif only_plan:
             show_plan(run, datasets_dir, world)
         else:

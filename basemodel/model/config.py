@@ -43,3 +43,16 @@ class GPTConfig:
         """The token that ends each document; the last one where no data set has said which."""
         own = self.vocab_size - 1 if self.end_of_text_id is None else self.end_of_text_id
         return {"gpt2": 50_256, "bytes": 256, "dataset": own}[self.tokenizer]
+
+    @property
+    def hidden_parameters(self) -> int:
+        """Weights of the blocks' matrices: four of attention, two of the feed-forward layer."""
+        return 12 * self.n_layers * self.emb_dim**2
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters; tied ones count once."""
+        heads = self.vocab_size * self.emb_dim * (1 if self.tie_weights else 2)
+        per_layer = (13 if self.qkv_bias else 10) * self.emb_dim  # biases and norms
+        positions, final_norm = self.context_length * self.emb_dim, 2 * self.emb_dim
+        return heads + self.hidden_parameters + self.n_layers * per_layer + positions + final_norm

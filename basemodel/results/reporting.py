@@ -5,8 +5,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,10 +14,8 @@ from tqdm import tqdm
 from basemodel.common.errors import RunError
 from basemodel.common.files import replace_text
 from basemodel.common.terminal import one_line
-from basemodel.model.memory import peak_memory
 from basemodel.planning import machines
-from basemodel.planning.deviation import SpeedWatch
-from basemodel.planning.speeds import Figure, add_figure, speed_hash, today
+from basemodel.planning.estimate import slower_than_planned
 from basemodel.results import run_chart
 from basemodel.results.samples import continue_prompts, keep_samples, require_tokenizer
 from basemodel.results.trackers import Trackers, require_packages
@@ -29,7 +25,7 @@ from basemodel.training.run import Run
 from basemodel.training.run_folder import read_metrics, read_status
 from gpt import GPTModel
 
-ENOUGH_STEPS = 100  # for a speed that later plans may use
+SETTLED_STEPS = 100  # since the start, after which the speed is compared with the estimate
 
 
 def check_reporting(run: Run) -> None:
@@ -50,8 +46,7 @@ class Reporter:
         self.started = time.monotonic() - seconds
         known = read_status(run.directory).get("paid_seconds") if step else None
         self._lost = max(0.0, known - seconds) if isinstance(known, float) else 0.0
-        self._watch: SpeedWatch | None = None
-        self._reading = self._stepping = 0.0  # seconds since the start
+        self._device_name, self._compiled = "", True
         self._pauses: dict[str, float] = {}  # how long the last ones took
         self.checkpoint: str | None = None  # the last one on disk
         self._begun_at = step
@@ -73,17 +68,8 @@ class Reporter:
         return self.run.plan
 
     def watch(self, world: World, *, compiled: bool) -> None:
-        """Compare the speed with what was planned, and keep it when the run has finished."""
-        if self.enabled:
-            self._world, self._compiled = world, compiled
-            self._watch = SpeedWatch(self.run, world.device_name, compiled=compiled)
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Time the reading of data."""
-        start = time.monotonic()
-        yield
-        self._reading += time.monotonic() - start
+        """Compare the speed with the estimate once it has settled."""
+        self._device_name, self._compiled = world.device_name, compiled
 
     def follow(self, run: Run) -> None:
         """Report on the same run with another end."""
@@ -154,7 +140,7 @@ class Reporter:
         """Log a finished training step (`values` has at least train_loss) and show the progress."""
         if not self.enabled:
             return
-        self._timed, self._stepping = self._timed + 1, self._stepping + step_seconds
+        self._timed += 1
         weight = max(0.05, 1 / self._timed)  # at first a plain mean, because the first step is slow
         batch_seconds = step_seconds / (self.plan.batches(step) - self.plan.batches(step - 1))
         self.batch_seconds = (1 - weight) * (self.batch_seconds or 0.0) + weight * batch_seconds
@@ -163,9 +149,10 @@ class Reporter:
         self.loss = loss if math.isfinite(loss) else None
         self.log(step, {**values, "tokens_per_second": round(speed, 1), **self._mfu(speed)})
         self._bar.update(step - self._bar.n)
-        share = self._reading / max(self._stepping, 1e-9)
-        if self._watch and (line := self._watch.look(self._timed, self.tokens_per_second, share)):
-            self.say(line)
+        if self._timed == SETTLED_STEPS:
+            speed, compiled = self.tokens_per_second, self._compiled
+            if line := slower_than_planned(self.run, self._device_name, speed, compiled=compiled):
+                self.say(line)
         expected = self.cost(self._eta(step))
         cost = "" if expected is None else f", ${self.cost():.2f} of ${expected:.2f}"
         mfu = "".join(f", {share:.0%} MFU" for share in self._mfu(self.tokens_per_second).values())
@@ -216,6 +203,10 @@ class Reporter:
             "cost_usd": self.cost(),
             "expected_cost_usd": self.cost(0.0 if status == "finished" else self._eta(step)),
             "checkpoint": self.checkpoint,
+            "device": self._device_name,
+            "device_gib": machines.device_memory_gib(),
+            "processes": self.plan.processes,
+            "microbatch_size": self.plan.microbatch_size,
             "pid": os.getpid(),
             "launchers": self.run.launchers,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -250,22 +241,11 @@ class Reporter:
         self.chart(final=True)
         seconds, tokens = self.seconds(), self.plan.tokens(step)
         self.close("finished", step)
-        self._keep_figure()
         self.say(f"Training complete in {seconds:,.3f} seconds")
         self.say(f"Tokens seen: {tokens:,}")
         self.say(f"Throughput: {tokens / seconds:,.0f} tokens/second")
         for name, loss in (("train", train_loss), ("val", val_loss)):
             self.say(f"Final {name} loss: " + ("not measured" if loss is None else f"{loss:.3f}"))
-
-    def _keep_figure(self) -> None:
-        """Keep the speed for later plans, if it is that of enough steps."""
-        if self._watch and self._timed >= ENOUGH_STEPS:
-            run, plan = self.run, self.plan
-            device = self._world.device_name, machines.device_memory_gib(), plan.processes
-            step = speed_hash(run.model_config, run.config, compiled=self._compiled), plan.microbatch_size
-            peak = peak_memory(self._world.device)
-            figure = Figure(*device, *step, self.tokens_per_second, peak, f"run {run.name}", today())
-            add_figure(run.directory.parent, figure)
 
     def close(self, status: str, step: int, **more: Any) -> None:
         """Write the last status and close the bar and the files."""

@@ -20,7 +20,6 @@ from basemodel.common.errors import InputError
 from basemodel.data.token_files import whole_set
 from basemodel.training.run import Run
 from basemodel.training.run_folder import read_status
-from gpt import GPTModel
 
 # Keys of train.json that may change when a run goes on: they say how the same work is split, kept, checked or
 # shown.
@@ -75,9 +74,8 @@ def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpoin
 
 def check_space(run: Run, step: int) -> None:
     """Raise InputError if the disk has no room for the checkpoints still to be written after step `step`."""
-    parameters = GPTModel.outline(run.model_config).parameter_count()
     to_come, keep = run.saves_from(step), run.config.keep_checkpoints
-    checkpointing.require_space(run.checkpoints, to_come, keep, parameters)
+    checkpointing.require_space(run.checkpoints, to_come, keep, run.checkpoint_bytes)
 
 
 def rng_state(device: torch.device) -> dict[str, str]:
