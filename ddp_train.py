@@ -31,7 +31,7 @@ from basemodel.common.errors import InputError, RunError
 from basemodel.data.sequences import Sequences, to_device
 from basemodel.model import memory
 from basemodel.model.loss import NextTokenLoss
-from basemodel.planning.plan import is_for_machines, plan_here, plan_on_machines, plan_options, print_plan
+from basemodel.planning.plan import Elsewhere, plan_here, plan_on_machines, plan_options, print_plan
 from basemodel.results.reporting import NoReporter, Reporter, check_reporting, complete_status, say
 from basemodel.training import backend, budget, microbatch, optimizer, pending, processes, resume, stopping
 from basemodel.training.config import TrainConfig
@@ -203,8 +203,7 @@ class Trainer:
         run, progress, world = self.run, self.progress, self.world
         self.clock = budget.Clock(run, progress.global_step, progress.seconds)
         # The others wait: a tracker may take long to reach its server.
-        report = lambda: Reporter(run, self.clock, progress.global_step, world.device_name)  # noqa: E731
-        self.reporter = world.agree(report, on=world.is_first) or NoReporter()
+        self.reporter = world.agree(self._make_reporter, on=world.is_first) or NoReporter()
         self.saver = checkpointing.Saver(
             run.checkpoints, run.config.keep_checkpoints, run.metrics, run.data.tokenizer
         )
@@ -221,6 +220,10 @@ class Trainer:
                 return stop.exit_status
         self.reporter.finish(progress.global_step, progress.train_loss, progress.val_loss)
         return 0
+
+    def _make_reporter(self) -> Reporter:
+        step, compiled = self.progress.global_step, self.learner.loss_module.is_compiled
+        return Reporter(self.run, self.clock, step, self.world.device_name, compiled=compiled)
 
     def _train_and_report_failure(self, stop: stopping.StopSignal) -> bool:
         """Train and save, also after a signal. Returns False if one arrived before all work was done."""
@@ -468,7 +471,9 @@ def main(
     runs_dir: Path,
     allow_config_change: bool,
     collective_timeout: float,
-    **planning: Any,
+    on: str | None,
+    budget_usd: float | None,
+    machines: Path | None,
 ) -> int:
     """Train the run RUN, a folder of runs/ with model.json and train.json, on a data set kept in
     DATASETS_DIR.
@@ -480,17 +485,18 @@ def main(
         raise InputError("give either -f or --plan")
     if checkpoint and resume_newest:
         raise InputError("give either a checkpoint's name or --resume, which finds the newest")
-    elsewhere = is_for_machines(only_plan, planning)
-    if not datasets_dir and not find_max_microbatch_size and not elsewhere:
+    elsewhere = Elsewhere(on, budget_usd, machines)
+    plans_elsewhere = elsewhere.is_asked(only_plan)
+    if not datasets_dir and not find_max_microbatch_size and not plans_elsewhere:
         raise InputError("DATASETS_DIR is missing: the folder of the data sets")
     with processes.joined_world(collective_timeout) as world:
         if find_max_microbatch_size:
             size = microbatch.find_max_microbatch(run, world, Learner)
             if world.is_first:
                 print(f"Max microbatch size was {size}")
-        elif elsewhere:
+        elif plans_elsewhere:
             if world.is_first:
-                plan_on_machines(run, datasets_dir, Learner, planning)
+                plan_on_machines(run, datasets_dir, elsewhere)
         elif only_plan:
             plan_here(run, datasets_dir, world)
         else:

@@ -34,8 +34,6 @@ from basemodel.common.command_line import run_command
 from basemodel.common.json_config import read_config
 from basemodel.model.config import GPTConfig
 from basemodel.model.memory import keep_freed_memory
-from basemodel.planning.machines import device_memory_gib
-from basemodel.planning.speeds import Figure, add_figure, speed_hash, today
 from basemodel.training.backend import choose_precision
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import World, join_world
@@ -219,7 +217,6 @@ def main(
     if world.is_first:
         results = summarise(configs, model_config, seconds, single, world)
         show(results)
-        keep_figures(results, configs, model_config, runs_dir)
         if json_file:
             json_file.write_text(json.dumps(results, indent=1))
     if dist.is_initialized():
@@ -265,23 +262,6 @@ def summarise(
             base = results["sides"]["plain"]["tokens_per_second"]
             results["sides"][side]["ratio"] = [ours / one for ours, one in zip(speeds, base, strict=True)]
     return results
-
-
-def keep_figures(
-    results: dict[str, Any], configs: dict[str, TrainConfig], model_config: GPTConfig, runs_dir: Path
-) -> None:
-    """Keep what was measured of our own sides, for plans."""
-    device = results["device"], device_memory_gib(), results["processes"]
-    for side in configs.keys() - {"plain"}:
-        row, config = results["sides"][side], configs[side]
-        figure = (
-            statistics.median(row["tokens_per_second"]),
-            row["peak_gib"],
-            "benchmarks/throughput.py",
-            today(),
-        )
-        step = speed_hash(model_config, config, compiled=side == "compiled"), config.microbatch_size
-        add_figure(runs_dir, Figure(*device, *step, *figure))
 
 
 def in_words(config: TrainConfig) -> str:
