@@ -28,7 +28,6 @@ from basemodel.training.backend import choose_precision
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import join_world
 from basemodel.training.run_folder import read_metrics, read_status
-from gpt import GPTModel
 
 LIMIT = 480.0  # seconds that a part may take
 TINY = {
@@ -113,7 +112,7 @@ def mfu(speed: float, flops_per_token: int, device_name: str) -> str:
 
 def flops_per_token(model: dict[str, Any]) -> int:
     """Training FLOPs per token of a model.json."""
-    return GPTModel.outline(GPTConfig(**model)).flops_per_token()
+    return GPTConfig(**model).flops_per_token
 
 
 # ------------------------------------------------------------------------------------------------------------

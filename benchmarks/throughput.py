@@ -38,7 +38,6 @@ from basemodel.training.backend import choose_precision
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import World, join_world
 from ddp_train import Learner
-from gpt import GPTModel
 
 STARTED = time.time()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -231,7 +230,7 @@ def summarise(
     world: World,
 ) -> dict[str, Any]:
     """All numbers of one measurement, by side."""
-    flops = GPTModel.outline(model_config).flops_per_token()
+    flops = model_config.flops_per_token
     results: dict[str, Any] = {
         "device": world.device_name,
         "processes": world.size,

@@ -100,7 +100,7 @@ SMALL_GPT2 = GPTConfig(50257, 1024, 768, 12, 3, drop_rate=0.0, qkv_bias=False)
 def test_formulas_count_a_models_parameters(changes: dict) -> None:
     shape = dataclasses.replace(SMALL_GPT2, **changes)
     model = GPTModel.outline(shape)
-    assert shape.parameters == model.parameter_count()
+    assert shape.parameter_count == sum(parameter.numel() for parameter in model.parameters())
     hidden = [p.numel() for p in model.trf_blocks.parameters() if p.dim() == 2]
     assert shape.hidden_parameters == sum(hidden)
 

@@ -44,7 +44,7 @@ class Roofline:
         if count > 1:
             link = LINK_SHARE * 1e9 * machine.gpu.link_gbs
             ring = 2 * (count - 1) / count / link
-            gradients, last = 4 * shape.parameters, 4 * shape.vocab_size * shape.emb_dim
+            gradients, last = 4 * shape.parameter_count, 4 * shape.vocab_size * shape.emb_dim
             # The token embedding's gradient comes last, when there is nothing left to compute meanwhile.
             hidden = min(backward, ring * (gradients - last))
             updates = 4 * shape.hidden_parameters / link if shares_update else 0.0
