@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, run_script, write_model
+from helpers import ROOT, write_model
 from safetensors.torch import load_file, save_file
 
+from basemodel.common.errors import InputError
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation import prompt_line
 from basemodel.evaluation.prompt_line import PromptLine
@@ -89,11 +90,8 @@ def test_a_prompt_longer_than_the_context_is_cut_with_a_note(files: list[str]) -
 
 def test_prompt_and_samples_go_without_a_prompt_line(files: list[str]) -> None:
     for option in (("--prompt", "a"), ("--samples", "2")):
-        done = run_script("test_smoke.py", *files, "--interactive", *option)
-        assert done.returncode == 2
-        assert (
-            done.stderr == "Error: --interactive reads its prompts itself; leave out --prompt and --samples\n"
-        )
+        with pytest.raises(InputError, match="--interactive reads its prompts itself; leave out --prompt"):
+            main.main([*files, "--interactive", *option], standalone_mode=False)
 
 
 class Screen:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,15 +158,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tasks]:
 
 @torch.no_grad()
 def slow(model: GPTModel, context: str, answer: str) -> tuple[float, bool]:
-    """The answer's log-likelihood, byte after byte, each a pass over what precedes it; and whether each byte
-    is the most likely. Of a text longer than the context, its end is what the model sees."""
-    tokens = (context + answer).encode()[-CONTEXT - 1 :]
-    count, nats, best = len(answer.encode()), 0.0, True
-    for index in range(len(tokens) - count, len(tokens)):
-        row = model(torch.tensor([list(tokens[:index])]))[0, -1].double().log_softmax(-1)
-        nats += row[tokens[index]].item()
-        best = best and row.argmax().item() == tokens[index]
-    return nats, best
+    """The answer's log-likelihood, in a pass of its own, and whether each byte is the most likely. The model
+    sees only the end of a text that is longer than its context."""
+    tokens = list((context + answer).encode()[-CONTEXT - 1 :])
+    count = len(answer.encode())
+    rows = model(torch.tensor([tokens[:-1]]))[0, -count:].double().log_softmax(-1)
+    nats = sum(row[token].item() for row, token in zip(rows, tokens[-count:], strict=True))
+    return nats, rows.argmax(-1).tolist() == tokens[-count:]
 
 
 def slow_values(tasks: Tasks, index: int) -> dict[tuple[str, str], list[float]]:
@@ -243,6 +243,9 @@ def test_whole_texts_and_written_answers_equal_slow_loops(tasks: Tasks, tmp_path
             nats -= sum(row[token].item() for row, token in zip(found, tokens[start:end], strict=True))
     assert whole.result.value == pytest.approx(nats / size / math.log(2), rel=1e-6)
     assert max(len(each["text"]) for each in tasks.documents) > CONTEXT + 1
+    assert scorer.cut == 0, "long documents are read in parts"
+    scorer.log_likelihoods([([256] * CONTEXT, [1, 2]), ([256] * CONTEXT, [1])])
+    assert scorer.cut == 1
 
     requests = [(each["query"], WRITE["generation_kwargs"]) for each in tasks.documents[:5]]
     written = continue_until(scorer, requests)
@@ -407,12 +410,10 @@ def test_a_group_is_compared_on_all_its_documents(
     assert [one[key].result.group for key in (*keys, ("both", "acc"))] == ["both", "both", None]
 
 
-def test_the_library_is_optional(tasks: Tasks) -> None:
-    without = "import sys; sys.modules['lm_eval'] = None"
-    error = refused("test_harness.py", *tasks.command("--tasks", "choice"), before=without)
-    assert (
-        error == 'lm-evaluation-harness is missing or too old; install it with: pip install -e ".[harness]"'
-    )
+def test_the_library_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(InputError, match=re.escape('too old; install it with: pip install -e ".[harness]"')):
+        require_harness()
 
 
 def test_wrong_evaluations(tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
