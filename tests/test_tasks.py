@@ -373,7 +373,6 @@ def test_hellaswag_and_lambada_come_from_the_hub_once(tasks: Tasks, tmp_path: Pa
         env = hub.env(tmp_path / "home")
         first = run_script(*command, tmp_path / "cache", env=env)
         assert first.returncode == 0, first.stderr
-    assert "published, hellaswag: acc 0.2892" in first.stdout
     model, results = tasks.load(1), {(r.task, r.metric): r.value for r in read_task_results(weights.parent)}
     right, likelihoods = [], []
     for document in tasks.documents:
