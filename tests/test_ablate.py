@@ -1,4 +1,4 @@
-"""ablate.py: runs and seeds, kills and signals, and what is called noise."""
+"""ablate.py: runs and seeds, kills and signals, and which differences are noise."""
 
 import contextlib
 import fcntl
@@ -363,7 +363,7 @@ def test_students_t() -> None:
 def test_a_false_difference_in_at_most_one_study_of_twenty(
     seeds: int, variations: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Simulated: what the seed adds to all runs of it, and what it adds to each by itself."""
+    """Simulated: a seed adds the same to all its runs, and something else to each of them."""
     generator, studies = np.random.default_rng(0), 600
     variants = [Variant(str(index), {}, {"drop_rate": index}) for index in range(variations + 1)]
     study = Study("base", Path("runs"), variants, list(range(seeds)))

@@ -1,4 +1,4 @@
-"""test_ift.py: fine-tuning as in the book, and judging by a server that is slow, wrong or not there."""
+"""test_ift.py: fine-tuning as in the book, and judging by a server that may be slow, wrong or missing."""
 
 import http.server
 import json

@@ -1,4 +1,4 @@
-"""test_smoke.py --interactive: answers that stream, settings, characters that are never shown by halves."""
+"""test_smoke.py --interactive: streamed answers, settings, and characters shown only when complete."""
 
 import os
 import pty
@@ -33,7 +33,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def output_of(files: list[str], lines: str | bytes, *options: str) -> str:
-    """What the prompt line prints for these lines, through a pipe."""
+    """The output of the prompt line for these lines, through a pipe."""
     done = CliRunner().invoke(main, [*files, "--interactive", *options], input=lines, catch_exceptions=False)
     assert done.exit_code == 0
     return done.stdout
@@ -97,7 +97,7 @@ def test_prompt_and_samples_go_without_a_prompt_line(files: list[str]) -> None:
 
 
 class Screen:
-    """A standard output that keeps what is written, one by one."""
+    """A standard output that records each write."""
 
     def __init__(self) -> None:
         self.written: list[str] = []

@@ -1,4 +1,4 @@
-"""The loss of trained models: what test_loss.py says is what an independent sum says."""
+"""test_loss.py measures the same loss as an independent sum over tokens."""
 
 import json
 import math

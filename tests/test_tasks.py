@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's tasks: what test_harness.py says is what a slow loop over logits says."""
+"""test_harness.py scores tasks of lm-evaluation-harness like a slow loop over logits."""
 
 import json
 import math
