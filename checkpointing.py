@@ -32,7 +32,7 @@ from basemodel.common.command_line import require_plain_name
 from basemodel.common.errors import InputError, RunError
 from basemodel.common.files import fingerprint, sync
 from basemodel.common.json_config import read_json_object
-from basemodel.data.tokenizer_json import TOKENIZER_FILE
+from basemodel.data.token_files import TOKENIZER_FILE
 from basemodel.model.weights import save_tensors
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"

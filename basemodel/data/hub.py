@@ -15,8 +15,7 @@ from basemodel.common.errors import InputError, RunError
 from basemodel.common.files import DISK_FULL, fingerprint, replace_text
 from basemodel.common.json_config import read_json_object
 from basemodel.data.downloads import RemoteFile, fetch, look_up, look_up_all
-from basemodel.data.token_files import PATTERNS, missing_files, split_files, whole_set
-from basemodel.data.tokenizer_json import TOKENIZER_FILE
+from basemodel.data.token_files import PATTERNS, TOKENIZER_FILE, missing_files, split_files, whole_set
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from basemodel.common.errors import InputError
 
+TOKENIZER_FILE = "tokenizer.json"  # beside the token files of a data set with a tokenizer of its own
 # What the names of all token files match.
 PATTERNS = [f"{split}{part}.safetensors" for split in ("train", "validation") for part in ("", "-*-of-*")]
 

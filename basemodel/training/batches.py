@@ -11,8 +11,7 @@ from torch import Tensor
 from basemodel.common.errors import InputError
 from basemodel.data.hub import dataset_folder
 from basemodel.data.sequences import Sequences, match_tokenizer
-from basemodel.data.token_files import TokenFiles
-from basemodel.data.tokenizer_json import TOKENIZER_FILE
+from basemodel.data.token_files import TOKENIZER_FILE, TokenFiles
 from basemodel.model.config import GPTConfig
 from basemodel.training.config import TrainConfig
 
