@@ -126,7 +126,7 @@ def main(
     if repo_id:
         check_push(repo_id)
     if repo_id and (output_dir / "meta.json").exists():
-        check_prepared(output_dir, {**asdict(request), **settings.identity()}, max_file_size)
+        check_prepared(output_dir, {**asdict(request), **settings.identity()})
         print(f"{output_dir}: already prepared")
     else:
         require_empty(output_dir)
@@ -235,9 +235,8 @@ def require_empty(output_dir: Path) -> None:
         )
 
 
-def check_prepared(folder: Path, options: dict[str, Any], max_file_size: int) -> None:
-    """Raise InputError unless the folder holds an undamaged data set prepared with these options, in token
-    files of at most `max_file_size` bytes."""
+def check_prepared(folder: Path, options: dict[str, Any]) -> None:
+    """Raise InputError unless the folder holds an undamaged data set prepared with these options."""
     meta = read_json_object(folder / "meta.json")
     for key, value in options.items():
         if key != "revision" and meta.get(key) != value:  # meta.json has the commit instead
@@ -245,10 +244,6 @@ def check_prepared(folder: Path, options: dict[str, Any], max_file_size: int) ->
     for name, sha256 in meta.get("sha256", {}).items():
         if not (folder / name).exists() or fingerprint(folder / name)["sha256"] != sha256:
             raise InputError(f"{folder / name}: is damaged; remove {folder} and prepare it again")
-        if name != TOKENIZER_FILE and (folder / name).stat().st_size > max_file_size:
-            raise InputError(
-                f"{folder / name}: is larger than --max-file-size; remove {folder} and prepare it again"
-            )
 
 
 @contextlib.contextmanager

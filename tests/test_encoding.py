@@ -120,7 +120,7 @@ class Tokenizer:
         tokens = tiktoken.get_encoding("gpt2").encode_ordinary(data.decode())
         return numpy.array([0] if b"number 7 " in data else tokens, numpy.uint32)
 sys.modules["gigatoken"] = types.ModuleType("gigatoken")
-sys.modules["gigatoken"].Tokenizer = Tokenizer
+sys.modules["gigatoken"].__spec__ = sys.modules["gigatoken"].Tokenizer = Tokenizer
 """
 
 
@@ -141,7 +141,7 @@ def test_tiktoken_takes_over_where_gigatoken_is_wrong(gpt2: tiktoken.Encoding, t
 @pytest.fixture
 def gigatoken(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A library of that name, whose tokenizer a test can make what it likes."""
-    module = SimpleNamespace()
+    module = SimpleNamespace(__spec__=object())
     module.Tokenizer = SimpleNamespace(from_tiktoken=lambda *_, **__: module)
     monkeypatch.setitem(sys.modules, "gigatoken", module)
     return module
@@ -171,7 +171,7 @@ def test_gigatoken_that_does_not_work_here(
     problem = "gigatoken does not work here (OSError: no AVX)"
     assert find_gigatoken("auto", gpt2, tmp_path) is None
     assert capsys.readouterr().err == f"{problem}; encoding with tiktoken\n"
-    with pytest.raises(InputError, match=re.escape(f"--engine gigatoken: {problem}; try --engine tiktoken")):
+    with pytest.raises(InputError, match=re.escape(f"--engine gigatoken: {problem}; install it")):
         find_gigatoken("gigatoken", gpt2, tmp_path)
     monkeypatch.setitem(sys.modules, "gigatoken", None)  # as if it were not installed
     assert find_gigatoken("auto", gpt2, tmp_path) is None
@@ -187,7 +187,7 @@ def test_versions_that_have_not_been_compared_are_not_mixed(
     assert find_gigatoken("auto", gpt2, tmp_path) is not None
     monkeypatch.setitem(COMPARED, library, "0.0.1")
     assert find_gigatoken("auto", gpt2, tmp_path) is None
-    with pytest.raises(InputError, match=r"has not been compared with tiktoken .*; try --engine tiktoken"):
+    with pytest.raises(InputError, match=r"gigatoken .* and tiktoken .* have not been compared"):
         find_gigatoken("gigatoken", gpt2, tmp_path)
 
 

@@ -65,11 +65,6 @@ def same_tokenizer(one: tiktoken.Encoding, other: tiktoken.Encoding) -> bool:
     return (one._mergeable_ranks, one.eot_token) == (other._mergeable_ranks, other.eot_token)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# tokenizer.json
-# ------------------------------------------------------------------------------------------------------------
-
-
 def read_tokenizer(path: Path) -> tiktoken.Encoding:
     """The tokenizer of a tokenizer.json, as a tiktoken encoding with the same ids.
 

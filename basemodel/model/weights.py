@@ -51,11 +51,6 @@ def load_weights(model: GPTModel, path: Path) -> None:
         print(f"{path}: {', '.join(remarks)}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------------------
-
-
 def folder_of(path: Path) -> Path:
     """The folder of the files that `read_tensors` reads, which in a checkpoint also holds other files."""
     return path if path.is_dir() else path.parent
@@ -97,8 +92,6 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], int]:
     for name in names:
         if Path(name).name != name:
             raise InputError(f"{index}: names '{name}', which is not a file beside it")
-        if not (index.parent / name).exists():
-            raise InputError(f"{index}: its shard {name} is missing; download it into the same folder")
     shards = {name: read_file(index.parent / name) for name in names}
     for tensor, name in places.items():
         if tensor not in shards[name]:
@@ -124,11 +117,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     mode = path.stat().st_mode  # what the umask leaves; safetensors gives its files 0600
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(mode)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Names
-# ------------------------------------------------------------------------------------------------------------
 
 
 def load_tensors(model: GPTModel, tensors: dict[str, Tensor], source: str) -> list[str]:

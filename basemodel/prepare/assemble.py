@@ -161,11 +161,6 @@ def join_segments(segments: list[Segment], path: Path) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# nanoGPT's token files
-# ------------------------------------------------------------------------------------------------------------
-
-
 def lay_out_nanogpt(source: Path, tokenizer: tiktoken.Encoding) -> Layout:
     """Each split's size and tokens, from nanoGPT's train.bin and val.bin: raw tokens, end-of-text between
     documents. Raises InputError if the files do not hold this tokenizer's tokens."""

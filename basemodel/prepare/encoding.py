@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -103,28 +104,23 @@ def find_gigatoken(engine: str, tokenizer: tiktoken.Encoding, folder: Path) -> P
     """
     if engine == "tiktoken" or tokenizer.name != "gpt2":
         return None
+    if engine == "auto" and importlib.util.find_spec("gigatoken") is None:
+        return None
     vocabulary = folder / "gpt2.tiktoken"
     tokens = map(tokenizer.decode_single_token_bytes, range(tokenizer.eot_token))
     lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
     vocabulary.write_bytes(b"".join(lines))
     try:
-        versions = {name: importlib.metadata.version(name) for name in COMPARED}
         load_gigatoken(vocabulary)
-    except ModuleNotFoundError:
-        if engine == "auto":
-            return None
-        raise InputError("--engine gigatoken: install it with: pip install -e '.[fast]'") from None
-    except Exception as error:  # anything a library built for another machine can raise
-        problem = f"gigatoken does not work here ({type(error).__name__}: {error})"
-    else:
+        versions = {name: importlib.metadata.version(name) for name in COMPARED}
         if versions == COMPARED:
             return vocabulary
-        problem = (
-            f"gigatoken {versions['gigatoken']} has not been compared with tiktoken {versions['tiktoken']}"
-        )
-        problem += f"; versions known to agree are {COMPARED['gigatoken']} and {COMPARED['tiktoken']}"
+        pair = " and ".join(f"{name} {version}" for name, version in versions.items())
+        problem = f"{pair} have not been compared with each other"
+    except Exception as error:  # anything a library built for another machine can raise
+        problem = f"gigatoken does not work here ({type(error).__name__}: {error})"
     if engine == "gigatoken":
-        raise InputError(f"--engine gigatoken: {problem}; try --engine tiktoken")
+        raise InputError(f"--engine gigatoken: {problem}; install it with: pip install -e '.[fast]'")
     print(f"{problem}; encoding with tiktoken", file=sys.stderr)
     return None
 

@@ -18,17 +18,7 @@ from typing import Any
 from basemodel.common.errors import InputError
 from basemodel.common.files import DISK_FULL
 from basemodel.prepare import documents
-from basemodel.prepare.documents import (
-    LongText,
-    Piece,
-    Text,
-    check_is_text,
-    compression,
-    file_type,
-    marked_encoding,
-    open_decompressed,
-    open_utf8,
-)
+from basemodel.prepare.documents import LongText, Piece, Text, compression, open_decompressed, open_utf8
 
 # Most of what pyarrow raises is a ValueError, as are decoding errors.
 UNREADABLE = (OSError, EOFError, ValueError, NotImplementedError, RecursionError, lzma.LZMAError, csv.Error)
@@ -36,19 +26,19 @@ UNREADABLE = (OSError, EOFError, ValueError, NotImplementedError, RecursionError
 
 def cut_into_pieces(path: Path, split: str | None, text_column: str) -> Iterator[Piece]:
     """Cut a file into pieces of about SHARD_BYTES where its format allows. Raises InputError."""
-    kind, size = file_type(path), path.stat().st_size
+    kind, size = documents.file_type(path), path.stat().st_size
     with readable(path):
         if size == 0 and kind != "text":  # an empty .txt is a document, though an empty one
             return
         if kind in ("jsonl", "json", "csv", "text"):
-            check_is_text(path)
+            documents.check_is_text(path)
         if kind == "json" and _has_an_object_per_line(path):
             kind = "jsonl"
         if kind == "csv":
             _header(path, text_column)  # a misspelt column is an error before anything slow
         if kind == "parquet" and not compression(path):
             yield from _row_groups(Piece(path, kind, size, split=split), text_column)
-        elif kind == "jsonl" and not compression(path) and not marked_encoding(path):
+        elif kind == "jsonl" and not compression(path) and not documents.marked_encoding(path):
             count = max(1, size // documents.SHARD_BYTES)
             cuts = [size * i // count for i in range(count + 1)]
             for start, stop in itertools.pairwise(cuts):
@@ -153,8 +143,7 @@ def _row_groups(piece: Piece, text_column: str) -> Iterator[Piece]:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     start = size = 0
     for i, group in enumerate(groups):
-        columns = (group.column(j) for j in range(group.num_columns))
-        size += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_column)
+        size += group.total_byte_size
         if size >= documents.SHARD_BYTES or i == len(groups) - 1:
             yield replace(piece, size=size, start=start, stop=i + 1)
             start, size = i + 1, 0
@@ -231,14 +220,14 @@ def _has_an_object_per_line(path: Path) -> bool:
 
 
 def _text_of(value: Any, text_column: str) -> Text | None:
-    """The text in a JSON object, None for a null. Raises ValueError if there is none."""
+    """The text in a JSON object, None for a null. Raises ValueError if there is neither."""
     text = value.get(text_column, 0) if isinstance(value, dict) else 0
     if not isinstance(text, str | None):
         raise ValueError("no text")
     return None if text is None else Text.from_str(text)
 
 
-def _not_an_object(path: Path, place: str, text_column: str) -> InputError:
+def _no_text(path: Path, place: str, text_column: str) -> InputError:
     return InputError(f'{path}: {place} is not a JSON object with a string "{text_column}"')
 
 
@@ -250,7 +239,7 @@ def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
                 text = _text_of(json.loads(valid.content), text_column)
             except (ValueError, RecursionError):
                 number += sum(1 for _ in _lines(replace(piece, start=0, stop=piece.start)))
-                raise _not_an_object(piece.path, f"line {number}", text_column) from None
+                raise _no_text(piece.path, f"line {number}", text_column) from None
             if text is not None:
                 text.replaced += valid.replaced
             yield text
@@ -274,10 +263,9 @@ def _json_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
         values = json.load(file)
     for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
         try:
-            text = _text_of(value, text_column)
+            yield _text_of(value, text_column)
         except ValueError:
-            raise _not_an_object(piece.path, f"object {number}", text_column) from None
-        yield text
+            raise _no_text(piece.path, f"object {number}", text_column) from None
 
 
 READERS = {

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from basemodel.common.command_line import require_repo_id
 from basemodel.common.errors import InputError
@@ -68,19 +67,9 @@ def find_source(request: Request, leave_out: Iterable[Path]) -> Callable[[], Sou
     require_repo_id(request.source)
     if request.files is not None:
         return lambda: _fetch_matching(request)
-    files, commit = in_another_process(resolve_on_hub, request)
+    with ProcessPoolExecutor(1, CONTEXT) as pool:  # `datasets` is 90 MB that forked workers would carry along
+        files, commit = pool.submit(resolve_on_hub, request).result()
     return lambda: _fetch(request.source, files, commit)
-
-
-def in_another_process(function: Callable, *arguments: Any) -> Any:
-    """Call a function that imports `datasets`: 90 MB that forked workers would carry with them."""
-    with ProcessPoolExecutor(1, CONTEXT) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# On this machine
-# ------------------------------------------------------------------------------------------------------------
 
 
 def find_files(source: Path, request: Request, leave_out: Iterable[Path] = ()) -> Source:
@@ -152,11 +141,6 @@ def named_split(path: str, train_split: str) -> str | None:
     if train_split not in SPLIT_WORDS and train_split in path:
         return train_split
     return next((split for word in words[::-1] for split in SPLIT_WORDS if word in SPLIT_WORDS[split]), None)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# On the Hub
-# ------------------------------------------------------------------------------------------------------------
 
 
 def _may_be_on_hub(source: str) -> bool:
