@@ -33,7 +33,7 @@ from basemodel.data.hub import check_push, push
 from basemodel.data.token_files import TOKENIZER_FILE, as_one_path, split_files
 from basemodel.data.tokenizer import MAX_TOKENS, get_tokenizer, read_tokenizer
 from basemodel.prepare.assemble import Layout, count_skipped, lay_out, lay_out_nanogpt, write_dataset
-from basemodel.prepare.dataset_card import card, counted, draw_lengths, summary
+from basemodel.prepare.dataset_card import card, counted, draw_lengths, excerpts, summary
 from basemodel.prepare.documents import Piece, make_shards
 from basemodel.prepare.encoding import Settings, encode_all, find_gigatoken, sample_texts
 from basemodel.prepare.readers import cut_into_pieces
@@ -288,7 +288,7 @@ def remove_unfinished(folder: Path) -> None:
 
 def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
     """Add meta.json and the card to a finished folder, sync it to disk, rename it to OUTPUT_DIR, remove the
-    unfinished folder, and print a summary."""
+    unfinished folder, and print a summary with excerpts of the text."""
     (finished / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     (finished / "README.md").write_text(card(output_dir.name, meta), encoding="utf-8")
     for path in (*finished.iterdir(), finished):
@@ -301,6 +301,7 @@ def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
     for split, counts in meta["splits"].items():
         files = as_one_path(split_files(output_dir, split))
         print(f"{files}: {counted(counts['documents'], 'document')}, {counts['tokens']:,} tokens")
+    print("Excerpts:", *excerpts(output_dir, get_tokenizer(meta["tokenizer"], output_dir)), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -110,6 +110,8 @@ def test_meta_card_and_stats(tmp_path: Path) -> None:
     source, output = write_jsonl(tmp_path / "in.jsonl", texts), tmp_path / "my-texts"
     out = prepare(source, output, "--tokenizer", "bytes", "--stats")
     meta = assert_holds(output, split_texts(texts, 0.01), get_tokenizer("bytes"))
+    title, *excerpts = out.splitlines()[-4:]
+    assert title == "Excerpts:" and all("word word" in line for line in excerpts)
     assert meta["splits"]["validation"]["documents"] > 1
     assert meta["validation_fraction"] == 0.01
     assert (meta["source"], meta["revision"], meta["replaced"]) == (str(source), None, 0)
@@ -272,6 +274,8 @@ def test_tokens_of_nanogpt(tmp_path: Path, gpt2: Any) -> None:
     command = ("prepare_datasets.py", tmp_path / "in", tmp_path / "out2")
     np.array([5, 60_000], np.uint16).tofile(tmp_path / "in/val.bin")
     assert "in/val.bin: token 60000 is outside the vocabulary" in refused(*command)
+    np.array([5, 6], np.uint32).tofile(tmp_path / "in/val.bin")
+    assert "in/val.bin: holds uint32 or wider numbers" in refused(*command)
     (tmp_path / "in/val.bin").write_bytes(b"odd")
     assert "in/val.bin: damaged: not a whole number of uint16" in refused(*command)
     (tmp_path / "in/val.bin").unlink()

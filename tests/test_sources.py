@@ -145,6 +145,11 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "Shift-JIS": ("a.txt", KANA.encode("shift-jis"), "most of it is not UTF-8 text"),
     "UTF-16 without a byte order mark": ("a.txt", b"t\0e\0x\0t\0" * 9, "most of it is not UTF-8 text"),
     "a program called .txt": ("a.txt", bytes(range(256)) * 9, "most of it is not UTF-8 text"),
+    "a Git LFS pointer": (
+        "a.txt",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "is a Git LFS pointer, not the file itself; fetch that with: git lfs pull",
+    ),
     "jsonl in KOI8-R": (
         "a.jsonl",
         ('{"text": "%s"}\n' % ("\u0442\u0435\u043a\u0441\u0442" * 20)).encode("koi8-r"),

@@ -175,14 +175,15 @@ def lay_out_nanogpt(source: Path, tokenizer: tiktoken.Encoding) -> Layout:
         size = path.stat().st_size if path.is_file() else 0
         if size == 0 or size % 2:
             raise InputError(f"{path}: {'damaged: not a whole number of uint16' if size else 'is missing'}")
-        segments = [(path, 0, size // 2)]
+        tokens, segments = np.memmap(path, "<u2", "r"), [(path, 0, size // 2)]
+        if len(tokens) > 1 and not tokens[1:2048:2].any():  # every second half of a number is zero
+            raise InputError(f"{path}: holds uint32 or wider numbers; nanoGPT's tokens are uint16")
         counts = count_tokens(segments)
         if counts[tokenizer.n_vocab :].any():
             raise InputError(
                 f"{path}: token {counts.nonzero()[0][-1]} is outside the vocabulary of {tokenizer.n_vocab} "
                 f"of --tokenizer {tokenizer.name}"
             )
-        is_open = np.memmap(path, "<u2", "r")[-1] != tokenizer.eot_token  # the last document has no end
-        documents = int(counts[tokenizer.eot_token] + is_open)
+        documents = int(counts[tokenizer.eot_token] + (tokens[-1] != tokenizer.eot_token))
         layout[split] = [documents, size // 2, int(counts @ token_byte_lengths(tokenizer))], segments
     return layout

@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiktoken
 
 from basemodel.common.tables import markdown_table
+from basemodel.common.terminal import one_line
+from basemodel.data.token_files import TokenFiles
 from basemodel.prepare.assemble import Layout
 from basemodel.prepare.encoding import COUNTED
 
@@ -109,6 +112,15 @@ def summary(meta: dict[str, Any]) -> list[str]:
     if meta.get("duplicates"):
         lines.append(f"Duplicates: {counted(meta['duplicates'], 'document')}, each a copy of another")
     return lines
+
+
+def excerpts(folder: Path, tokenizer: tiktoken.Encoding) -> list[str]:
+    """Three short excerpts of the text to train on, from its beginning, its middle and its end."""
+    tokens = TokenFiles(folder, "train")
+    length = min(60, tokens.count)
+    places = (0, (tokens.count - length) // 2, tokens.count - length)
+    texts = (tokenizer.decode(tokens.read(place, place + length).tolist()) for place in places)
+    return [one_line(text)[:100] for text in texts]
 
 
 def counted(count: int, noun: str) -> str:

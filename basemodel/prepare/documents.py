@@ -93,6 +93,8 @@ def check_is_text(path: Path) -> None:
     """
     with open_utf8(path) as file:
         sample = file.read(SAMPLE_BYTES)
+    if sample.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: is a Git LFS pointer, not the file itself; fetch that with: git lfs pull")
     # The incremental decoder does not mind that the last character may be cut off.
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(sample)
     wrong = text.count("\ufffd") - sample.count("\ufffd".encode()) + text.count("\0")
