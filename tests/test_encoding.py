@@ -132,7 +132,7 @@ def test_tiktoken_takes_over_where_gigatoken_is_wrong(gpt2: tiktoken.Encoding, t
         before=WRONG_GIGATOKEN,
     )
     message = (
-        "gigatoken and tiktoken encode the text b'the number 7 is a number'... differently; encoded shard 0"
+        "gigatoken and tiktoken encode the text b'the number 7 is a number'... differently; encoding shard 0"
     )
     assert message in said
     assert_holds(tmp_path / "out", split_texts(texts, 0.2), gpt2)

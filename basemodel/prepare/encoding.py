@@ -68,8 +68,8 @@ class Part:
 
     It contains the raw uint16 tokens of each split, the length of each document in tokens (uint32) and its
     hash (uint64), and record.json: the `key` that identifies input and settings, the size of each split, the
-    numbers of `empty` documents, of each `null` and of invalid UTF-8 sequences `replaced`, why gigatoken was
-    not used (its `disagreement`, or ""), and the `sha256` of the other files.
+    numbers of `empty` documents, `null` rows and `replaced` invalid UTF-8 sequences, and the `sha256` of the
+    other files.
     """
 
     folder: Path
@@ -182,14 +182,15 @@ def encode_shard(
     shutil.rmtree(folder, ignore_errors=True)
     unfinished = parts_dir / f"{folder.name}.{os.getpid()}"  # removed by the main process after any error
     unfinished.mkdir()
-    tokenizer, disagreement = get_tokenizer(settings.tokenizer, settings.folder), ""
+    tokenizer = get_tokenizer(settings.tokenizer, settings.folder)
     encoder = functools.partial(encode, tokenizer)
     try:
         fast = GigatokenEncoder(tokenizer, vocabulary) if vocabulary else encoder
         record = write_part(shard, unfinished, fast, settings)
     except EnginesDisagree as error:
-        disagreement, record = str(error), write_part(shard, unfinished, encoder, settings)
-    record |= {"key": key, "disagreement": disagreement, "sha256": _hashes(unfinished)}
+        print(f"\n{error}; encoding shard {number} with tiktoken", file=sys.stderr)
+        record = write_part(shard, unfinished, encoder, settings)
+    record |= {"key": key, "sha256": _hashes(unfinished)}
     (unfinished / "record.json").write_text(json.dumps(record), encoding="utf-8")
     return Part(unfinished.rename(folder), record, resumed=False)
 
@@ -305,12 +306,8 @@ def encode_all(
         jobs = {pool.submit(encode_shard, i, shards[i], parts_dir, settings, vocabulary): i for i in order}
         for job in concurrent.futures.as_completed(jobs):
             number = jobs[job]
-            parts[number] = part = job.result()
+            parts[number] = job.result()
             progress.update(sizes[number])
-            if part.record["disagreement"] and not part.resumed:
-                progress.write(
-                    f"{part.record['disagreement']}; encoded shard {number} with tiktoken", sys.stderr
-                )
     if resumed := sum(part.resumed for part in parts.values()):
         print(f"{resumed} of {len(parts)} shards were already encoded by an earlier run")
     encoded = [part.record[split][1] for part in parts.values() if not part.resumed for split in SPLITS]
