@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +93,19 @@ def without_copies(parts: list[Part]) -> tuple[list[Segment], int]:
     return segments, int(first.sum())
 
 
+def token_blocks(segments: Iterable[Segment]) -> Iterator[np.ndarray]:
+    """The tokens of segments, a few million at a time: uint16. Raises RunError if a file is cut off."""
+    chunk = 1 << 22
+    for path, start, stop in segments:
+        if path.stat().st_size < 2 * stop:
+            raise RunError(f"{path}: is damaged; check the disk and run the same command again")
+        tokens = np.memmap(path, "<u2", "r", shape=(stop,))
+        yield from (tokens[first : min(first + chunk, stop)] for first in range(start, stop, chunk))
+
+
 def count_tokens(segments: list[Segment]) -> np.ndarray:
     """The number of times that each of the 65,536 possible tokens occurs in segments, int64."""
-    chunk, counts = 1 << 22, np.zeros(65_536, np.int64)
-    for path, start, stop in segments:
-        tokens = np.memmap(path, "<u2", "r", shape=(stop,))
-        for first in range(start, stop, chunk):
-            counts += np.bincount(tokens[first : min(first + chunk, stop)], minlength=len(counts))
-    return counts
+    return sum(np.bincount(block, minlength=65_536) for block in token_blocks(segments))
 
 
 def count_skipped(parts: list[Part]) -> dict[str, int]:
@@ -143,21 +149,14 @@ def _header(count: int) -> bytes:
 
 
 def join_segments(segments: list[Segment], path: Path) -> str:
-    """Stream segments into one safetensors file, return its SHA-256. Raises RunError if one is cut off."""
+    """Stream segments into one safetensors file; return its SHA-256. Raises RunError if one is cut off."""
     header = _header(sum(stop - start for _, start, stop in segments))
     digest = hashlib.sha256(header)
     with path.open("wb") as out:
         out.write(header)
-        for source, start, stop in segments:
-            with source.open("rb") as file:
-                file.seek(2 * start)
-                missing = 2 * (stop - start)
-                while block := file.read(min(missing, 1 << 20)):
-                    out.write(block)
-                    digest.update(block)
-                    missing -= len(block)
-            if missing:
-                raise RunError(f"{source}: is damaged; check the disk and run the same command again")
+        for block in token_blocks(segments):
+            out.write(block)
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -9,7 +9,7 @@ import tiktoken
 from basemodel.common.tables import markdown_table
 from basemodel.common.terminal import one_line
 from basemodel.data.token_files import TokenFiles
-from basemodel.prepare.assemble import Layout
+from basemodel.prepare.assemble import Layout, token_blocks
 from basemodel.prepare.encoding import COUNTED
 
 CONTEXT_LENGTH = 1024  # GPT-2's, for the histogram
@@ -17,13 +17,10 @@ CONTEXT_LENGTH = 1024  # GPT-2's, for the histogram
 
 def document_lengths(layout: Layout, end_of_text: int) -> np.ndarray:
     """The length of each document in tokens, its end-of-text included: int64."""
-    ends, before, chunk = [np.array([-1])], 0, 1 << 24
-    for path, start, stop in (segment for _, segments in layout.values() for segment in segments):
-        tokens = np.memmap(path, "<u2", "r", shape=(stop,))
-        for first in range(start, stop, chunk):
-            block = tokens[first : min(first + chunk, stop)]
-            ends.append(before + np.flatnonzero(block == end_of_text))
-            before += len(block)
+    ends, before = [np.array([-1])], 0
+    for block in token_blocks(segment for _, segments in layout.values() for segment in segments):
+        ends.append(before + np.flatnonzero(block == end_of_text))
+        before += len(block)
     lengths = np.diff(np.append(np.concatenate(ends), before - 1))
     return lengths[lengths > 0]  # without the last, if the last document has its end-of-text
 
