@@ -169,10 +169,10 @@ def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], str]
         raise InputError(
             f"{request.source}: has no split '{request.split}'; --split is one of {list(splits)}"
         )
-    validation = next(iter(splits.keys() & set(SPLIT_WORDS["validation"]) - {request.split}), None)
+    held_out = [name for name in SPLIT_WORDS["validation"] if name in splits and name != request.split][:1]
     files = []
-    for split in filter(None, (request.split, validation)):
-        role = None if validation is None else "train" if split == request.split else "validation"
+    for split in (request.split, *held_out):
+        role = "validation" if split in held_out else "train" if held_out else None
         for url in splits[split]:
             commit, _, name = url.removeprefix(f"hf://datasets/{request.source}@").partition("/")
             if file_type(Path(name)) is None:
