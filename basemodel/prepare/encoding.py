@@ -299,15 +299,16 @@ def encode_all(
     sizes = [sum(piece.size for piece in shard) for shard in shards]
     parts: dict[int, Part] = {}
     started = time.monotonic()
-    progress = Progress(total=sum(sizes), desc="encoding", unit="B", unit_scale=True)
-    with worker_pool(min(workers, len(shards))) as pool, progress:
+    with worker_pool(min(workers, len(shards))) as pool:
         # Largest first, so that no worker is left with a large one at the end.
         order = sorted(range(len(shards)), key=lambda number: -sizes[number])
         jobs = {pool.submit(encode_shard, i, shards[i], parts_dir, settings, vocabulary): i for i in order}
-        for job in concurrent.futures.as_completed(jobs):
-            number = jobs[job]
-            parts[number] = job.result()
-            progress.update(sizes[number])
+        # Only now that the workers are forked: the bar has a thread.
+        with Progress(total=sum(sizes), desc="encoding", unit="B", unit_scale=True) as progress:
+            for job in concurrent.futures.as_completed(jobs):
+                number = jobs[job]
+                parts[number] = job.result()
+                progress.update(sizes[number])
     if resumed := sum(part.resumed for part in parts.values()):
         print(f"{resumed} of {len(parts)} shards were already encoded by an earlier run")
     encoded = [part.record[split][1] for part in parts.values() if not part.resumed for split in SPLITS]
