@@ -29,8 +29,7 @@ from basemodel.evaluation.harness import (
 )
 from basemodel.evaluation.measurements import add_task_results, pair_models, with_error
 from basemodel.evaluation.scoring import Scorer
-from basemodel.model.weight_files import folder_of
-from basemodel.model.weights import load_model
+from basemodel.model.weights import folder_of, load_model
 from checkpointing import META_FILE
 
 TASKS = "hellaswag,lambada_openai,arc_easy,piqa,winogrande"
