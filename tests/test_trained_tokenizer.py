@@ -506,6 +506,7 @@ def test_the_tokenizer_is_fetched_with_the_data_set(
     (sandbox.path / "hub").mkdir()
     folder.parent.rename(sandbox.path / "hub/test")
     hub = serve_hub(sandbox.path / "hub")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     monkeypatch.setattr(
         "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
         hub.url + "/{repo_id}/resolve/{revision}/{filename}",
