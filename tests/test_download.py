@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import Hub
+from folder_hub import use_hub
 from helpers import Script, random_tokens, wait_for, write_dataset
 from huggingface_hub import constants
 
@@ -31,11 +32,8 @@ def hub(serve_hub: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """A Hub that this process asks for far/away, and whose connections break without a pause."""
     write_dataset(tmp_path / "hub/far/away", train=random_tokens(TOKENS))
     hub = serve_hub(tmp_path / "hub")
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template[template.index("/{") :])
+    use_hub(monkeypatch, hub.url, tmp_path / "cache")
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))
     monkeypatch.setattr(hub_module, "PAUSES", ())
     return hub
