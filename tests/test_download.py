@@ -1,6 +1,7 @@
 """Data sets that come from the Hub: cut off, killed, of another size or hash, of one commit."""
 
 import filecmp
+import hashlib
 import json
 import re
 import resource
@@ -53,14 +54,14 @@ def incomplete_sizes(tmp_path: Path) -> list[int]:
     return [path.stat().st_size for path in (tmp_path / "sets/far/away").glob(".incomplete-*")]
 
 
-def start(hub: Hub, tmp_path: Path, **env: str) -> Script:
+def start(hub: Hub, tmp_path: Path) -> Script:
     """Fetch the training tokens in another process."""
     code = (
         f"from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = {CHUNK}; "
         "from pathlib import Path; from basemodel.data import hub; "
         f"hub.fetch_dataset(Path({str(tmp_path)!r}, 'sets'), 'far/away', None, ['train']); raise SystemExit"
     )
-    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), **env}
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     return Script(["prepare_datasets.py"], env, code)
 
 
@@ -228,16 +229,22 @@ def put_on_xet(file: Path, store: str) -> str:
     return upload.result().xet_info.hash
 
 
-@pytest.mark.parametrize("xet", ["there", "lost", "disabled"])
-def test_hf_xet_is_used_where_the_hub_offers_it(hub: Hub, tmp_path: Path, xet: str) -> None:
+@pytest.mark.parametrize("xet", ["there", "begun", "lost", "disabled"])
+def test_hf_xet_is_used_where_the_hub_offers_it(
+    hub: Hub, tmp_path: Path, xet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     # A folder in place of Xet's server, which hf_xet has for its own tests.
     store = f"local://{tmp_path}/store"
     token = {"X-Xet-Access-Token": "token", "X-Xet-Token-Expiration": "9999999999"}
     hub.answers["GET /token"] = 200, {**token, "X-Xet-Cas-Url": store + "s" * (xet == "lost")}
     address = put_on_xet(tmp_path / "hub/far/away/train.safetensors", store)
     hub.headers |= {"X-Xet-Hash": address, "X-Xet-Refresh-Route": f"{hub.url}/token"}
-    done = start(hub, tmp_path, **({"HF_HUB_DISABLE_XET": "1"} if xet == "disabled" else {})).wait()
-    assert done.returncode == 0, done.stderr
+    if xet == "begun":  # as a kill leaves it
+        content = (tmp_path / "hub/far/away/train.safetensors").read_bytes()
+        name = f".incomplete-train.safetensors-{hashlib.sha256(content).hexdigest()[:16]}"
+        (tmp_path / "sets/far/away").mkdir(parents=True)
+        (tmp_path / "sets/far/away" / name).write_bytes(content[:500_000])
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", xet == "disabled")
     fetch(tmp_path)
-    assert (hub.sent == 0) == (xet == "there"), done.stderr
-    assert ("hf_xet failed" in done.stderr) == (xet == "lost")
+    assert hub.sent == {"there": 0, "begun": SIZE - 500_000}.get(xet, SIZE)
+    assert ("hf_xet failed" in capsys.readouterr().err) == (xet == "lost")

@@ -236,7 +236,7 @@ def test_a_part_of_the_files_in_the_cache_is_not_taken_for_all(asked: FakeHub) -
 
 def test_a_file_of_another_hash_or_size_is_refused(asked: FakeHub) -> None:
     asked.damaged.add("large/4.jsonl")
-    problem = "test/texts: could not download 'large/.' from the Hub .*the Hub announced sha256"
+    problem = "test/texts: could not download 'large/.' from the Hub: .*the Hub announced sha256"
     with pytest.raises(InputError, match=problem):
         download("test/texts", "large/*", None)
     asked.damaged.clear()

@@ -149,11 +149,8 @@ def _receive(file: "hub.HfFileMetadata", url: str, incomplete: Path, label: str)
     from huggingface_hub.utils import build_hf_headers
     from huggingface_hub.utils._runtime import is_xet_available
 
-    start, headers = (
-        incomplete.stat().st_size,
-        {"Accept-Encoding": "identity"},
-    )  # compressed, it has no ranges
-    request = {"headers": build_hf_headers(headers=headers), "expected_size": file.size}
+    headers = build_hf_headers(headers={"Accept-Encoding": "identity"})  # for ranges of the file itself
+    request, start = {"headers": headers, "expected_size": file.size}, incomplete.stat().st_size
     with Progress(total=file.size, initial=start, desc=label, unit="B", unit_scale=True) as bar:
         request["_tqdm_bar"] = bar
         if start == 0 and file.xet_file_data is not None and is_xet_available():
@@ -281,10 +278,9 @@ def _failures_in_one_line(target: object, what: str, dataset: str) -> Iterator[N
     try:
         yield
     except Exception as error:
-        advice = "" if isinstance(error, InputError) else f"; {_advice(error, dataset)}"
-        raise InputError(
-            f"{target}: could not download {what} from the Hub ({reason(error)}){advice}"
-        ) from None
+        ours = isinstance(error, InputError)  # which says what to do
+        detail = f": {error}" if ours else f" ({reason(error)}); {_advice(error, dataset)}"
+        raise InputError(f"{target}: could not download {what} from the Hub{detail}") from None
 
 
 def _advice(error: Exception, dataset: str) -> str:
