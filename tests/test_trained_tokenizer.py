@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from folder_hub import use_hub
 from helpers import MODEL, Sandbox, refused, run_script, write_dataset
 from safetensors.numpy import load_file
 from texts import EDGES, assert_holds, nasty_text, prepare, random_characters, split_texts, write_jsonl
@@ -502,10 +503,7 @@ def test_the_tokenizer_is_fetched_with_the_data_set(
     (sandbox.path / "hub").mkdir()
     folder.parent.rename(sandbox.path / "hub/test")
     hub = serve_hub(sandbox.path / "hub")
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
+    use_hub(monkeypatch, hub.url, sandbox.path)
     fetch_dataset(sandbox.datasets, "test/own", None, ["train"])
     there = (sandbox.path / "hub/test/own/tokenizer.json").read_bytes()
     assert (folder / "tokenizer.json").read_bytes() == there
