@@ -1,18 +1,19 @@
-# make demo    prepare a small corpus, train runs/demo on it, show what the model says: under 4 minutes on 2 cores
+# make demo    prepare a small corpus, train runs/demo on it, let the model continue a prompt: under 4 minutes on 2 cores
 # make test    run the tests: under 10 minutes on 2 cores, no network, no GPU
-# make mutants break the code in known ways, one by one, and see a test fail for each: 10 minutes on 2 cores
-# make torture kill a training 200 times, half of them inside a save, and compare its end: 5 minutes on 2 cores
-# make bench   measure the training step of the demo and of GPT-2 small beside a plain one: 10 minutes on 2 cores
-# make gpu     the acceptance run on a CUDA GPU, offline, into gpu-results/: at most 8 minutes for each of 4 parts
+# make mutants break the code in known ways, one by one, and check that a test fails for each: 10 minutes on 2 cores
+# make torture kill a run 200 times, half of them inside a save, and compare how it ends: 5 minutes on 2 cores
+# make bench   time the training step of the demo and of GPT-2 small against a plain one: 10 minutes on 2 cores
+# make gpu     run the acceptance run on a CUDA GPU, offline, into gpu-results/: 4 parts of at most 8 minutes
+# make docs    write docs/code.md and docs/keys.md from the code: 2 seconds
 # make lint    check style
-# Each but gpu makes .venv first, if need be; PYTHON=python3.12 chooses the Python for it (3.11 or later).
+# All but gpu create .venv first if there is none; PYTHON=python3.12 chooses its Python (3.11 or later).
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 DEMO_DATA := datasets/local/python-docs
 
-.PHONY: demo test mutants torture bench gpu lint
+.PHONY: demo test mutants torture bench gpu docs lint
 .DELETE_ON_ERROR:
 
 demo: .venv/ready $(DEMO_DATA)/meta.json
@@ -38,9 +39,12 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/throughput.py demo
 	$(BIN)/python benchmarks/throughput.py original --microbatch 2 --dropout 0
 
-# Without a network nothing can be installed, so where there is no .venv the Python at hand must do.
+# Nothing can be installed without a network, so without a .venv this uses the Python at hand.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py all
+
+docs: .venv/ready
+	$(BIN)/python docs/make_pages.py
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .

@@ -28,14 +28,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from basemodel.common.command_line import require_plain_name
 from basemodel.common.errors import InputError, RunError
 from basemodel.common.files import fingerprint, sync
 from basemodel.common.json_config import read_json_object
-from basemodel.data.tokenizer_json import TOKENIZER_FILE
+from basemodel.common.names import META, TOKENIZER_FILE, require_plain_name
 from basemodel.model.weights import save_tensors
 
-MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", "meta.json"
+MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", META
 REQUIRED_META = {
     *("files", "global_step", "sequences_seen", "settled", "skipped", "seconds", "best_loss", "train_loss"),
     *("val_loss", "recent_losses", "rng", "scaler", "precision"),
@@ -182,10 +181,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise InputError(f"{path / META_FILE}: damaged (its own digest differs)")
     for name in (MODEL_FILE, OPTIMIZER_FILE, *(meta["files"].keys() & {TOKENIZER_FILE})):
         try:
-            found = fingerprint(path / name)
+            actual = fingerprint(path / name)
         except OSError:
             raise InputError(f"{path / name}: missing or unreadable") from None
-        if found != meta["files"].get(name):
+        if actual != meta["files"].get(name):
             raise InputError(f"{path / name}: damaged (its size or SHA-256 is not meta.json's)")
     model, optimizer = (safetensors.torch.load_file(path / name) for name in (MODEL_FILE, OPTIMIZER_FILE))
     return Checkpoint(path, model, optimizer, meta)
@@ -224,10 +223,10 @@ def named_checkpoint(folder: Path, name: str, say: Callable[[str], None]) -> Che
         return load_checkpoint(require_named(folder, str(link.readlink())))
     except InputError as error:
         say(f"Passing over {name}: {error}")
-    found = newest_checkpoint(folder, say, only_best=name == "best")
-    if found is None:
+    checkpoint = newest_checkpoint(folder, say, only_best=name == "best")
+    if checkpoint is None:
         raise InputError(f"{folder}: has no good checkpoint; start without '{name}'")
-    return found
+    return checkpoint
 
 
 def require_named(folder: Path, name: str) -> Path:
@@ -248,12 +247,12 @@ def require_named(folder: Path, name: str) -> Path:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first, without links and anything else there."""
-    found = [
+    checkpoints = [
         path
         for path in folder.glob("*-iteration-*")
         if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
     ]
-    return sorted(found, key=lambda path: (path.name.split("-")[0], int(NAME.fullmatch(path.name)[1])))
+    return sorted(checkpoints, key=lambda path: (path.name.split("-")[0], int(NAME.fullmatch(path.name)[1])))
 
 
 def _names(paths: list[Path]) -> str:
@@ -274,11 +273,11 @@ def point_link(folder: Path, name: str, target: Path) -> None:
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, the last one saved as best, and the target of `best`."""
     paths = list_checkpoints(folder)
-    kept = {*paths[-keep:], *[path for path in paths if _was_best(path)][-1:]}
+    keepers = {*paths[-keep:], *[path for path in paths if _was_best(path)][-1:]}
     if (folder / "best").is_symlink():
-        kept.add(folder / (folder / "best").readlink())
+        keepers.add(folder / (folder / "best").readlink())
     for path in paths:
-        if path not in kept:
+        if path not in keepers:
             # Renamed first: a half-deleted checkpoint must not look like one.
             shutil.rmtree(path.rename(folder / (TEMPORARY_PREFIX + path.name)))
 
@@ -300,14 +299,14 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def require_space(folder: Path, to_come: int, keep: int | None, parameters: int) -> None:
-    """Raise InputError unless the disk has room for `to_come` checkpoints of 3 x 4 bytes per parameter.
+def require_space(folder: Path, to_come: int, keep: int | None, size: int) -> None:
+    """Raise InputError unless the disk has room for `to_come` checkpoints of `size` bytes.
 
     With `keep`, at most `keep` + 2 exist at a time: the newest, the best, and the one being written.
     """
     here = len(list_checkpoints(folder))
     checkpoints = to_come if keep is None else max(1, min(to_come, keep + 2 - here))
-    needed, free = checkpoints * 12 * parameters, _free_space(folder)
+    needed, free = checkpoints * size, _free_space(folder)
     if needed > free:
         raise InputError(
             f"{folder}: {checkpoints} checkpoints take {_in_words(needed)}, only {_in_words(free)} are free; "
@@ -348,12 +347,12 @@ def load_optimizer_tensors(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {}
     for index, parameter in enumerate(parameters):
-        found = saved.pop(names[parameter], {})
-        if found.keys() == optimizer.state[parameter].keys():
-            state[index] = found
+        own_state = saved.pop(names[parameter], {})
+        if own_state.keys() == optimizer.state[parameter].keys():
+            state[index] = own_state
     if saved:
-        name, found = next(iter(saved.items()))
-        first = f"{name}.{next(iter(found))}"
+        name, own_state = next(iter(saved.items()))
+        first = f"{name}.{next(iter(own_state))}"
         raise InputError(f"the optimizer has no place for '{first}'; it is configured differently")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 

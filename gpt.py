@@ -14,7 +14,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from basemodel.model.config import GPTConfig as GPTConfig
 from basemodel.model.masks import AttentionMask, Cache
-from basemodel.target import device_type, is_planned
 
 RESIDUAL_PROJECTIONS = "att.out_proj", "ff.layers.2"  # what a block adds to the residual stream
 
@@ -46,10 +45,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dropout:
     """Attention of queries (B, H, T, D) to keys and values (B, H, S, D); causal where `mask` is None."""
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask)
-    if is_planned():  # a GPU's fused kernels keep no dropout mask, and take masks in the precision of q
-        mask, dropout = None if mask is None else mask.to(q.dtype), 0.0
     how = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None}
-    if device_type(q) == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
         # On CPUs the backward pass of short bf16 attention takes three times as long as in float32.
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
@@ -179,17 +176,6 @@ class GPTModel(nn.Module):
 
     @classmethod
     def outline(cls, config: GPTConfig) -> Self:
-        """A model whose tensors take no memory, for counting its parameters and FLOPs."""
+        """A model whose tensors take no memory, for names and shapes."""
         with torch.device("meta"):
             return cls(config)
-
-    def parameter_count(self) -> int:
-        """The number of parameters; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def flops_per_token(self) -> int:
-        """Training FLOPs per token, forward and backward: 6 per parameter of a matrix product, plus
-        attention's 12 * L * C * T (PaLM, Chowdhery et al. 2022, appendix B)."""
-        matrices = self.out_head.weight.numel()
-        matrices += sum(p.numel() for p in self.trf_blocks.parameters() if p.dim() == 2)
-        return 6 * matrices + 12 * self.config.n_layers * self.config.emb_dim * self.config.context_length

@@ -29,10 +29,11 @@ from basemodel.common.command_line import FileSize, run_command
 from basemodel.common.errors import InputError
 from basemodel.common.files import DISK_FULL, fingerprint, sync
 from basemodel.common.json_config import read_json_object
+from basemodel.common.names import TOKENIZER_FILE
 from basemodel.data.hub import check_push, push
 from basemodel.data.token_files import as_one_path, split_files
 from basemodel.data.tokenizer import GigatokenEncoder, get_tokenizer, set_up_engine
-from basemodel.data.tokenizer_json import MOST_TOKENS, TOKENIZER_FILE, read_tokenizer
+from basemodel.data.tokenizer_json import MOST_TOKENS, read_tokenizer
 from basemodel.prepare.assemble import Layout, card, count_passed_over, draw_lengths, lay_out, write_dataset
 from basemodel.prepare.documents import Piece, make_shards
 from basemodel.prepare.encoding import Settings, encode_all, sample_texts

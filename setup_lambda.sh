@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A fresh rented GPU machine (Ubuntu with an NVIDIA driver) -> ready to train. Run it as often as you like:
+# Prepare a fresh rented GPU machine (Ubuntu with an NVIDIA driver) for training. It can be run again at any time:
 #
 #     git clone THIS_REPOSITORY && cd ddp-base-model && ./setup_lambda.sh
 #
-# It installs a font for the charts, makes .venv with Python 3.11 or later, and says what to type next.
+# It installs a font for the charts, creates .venv with Python 3.11 or later, and prints the next commands.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -21,7 +21,7 @@ if fc-list 2>/dev/null | grep -iE 'xkcd|humor sans|comic neue' >/dev/null; then
     echo "already there"
 else
     as_root apt-get update -qq && install_packages fontconfig fonts-humor-sans ||
-        echo "no font could be installed: charts will be drawn in DejaVu Sans"
+        echo "no font was installed; charts will use DejaVu Sans"
 fi
 
 echo "== .venv"
@@ -38,7 +38,7 @@ if [ ! -x .venv/bin/python ]; then
 fi
 if [ -x .venv/bin/python ]; then
     .venv/bin/python -m pip install --quiet -c requirements.lock -e .
-else # the system's Python is too old or has no venv: uv brings one of its own
+else # the system's Python is too old or has no venv; uv installs another one
     if ! command -v uv >/dev/null; then
         command -v pip3 >/dev/null || { as_root apt-get update -qq && install_packages python3-pip; }
         pip3 install --quiet --user uv || pip3 install --quiet --user --break-system-packages uv
@@ -49,20 +49,26 @@ else # the system's Python is too old or has no venv: uv brings one of its own
 fi
 
 echo "== GPUs"
-gpus=0
+names=
 if command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total --format=csv,noheader; then
-    gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader | wc -l)
+    names=$(nvidia-smi --query-gpu=name --format=csv,noheader)
 else
-    echo "no NVIDIA GPU answers; training would run on the CPU"
+    echo "nvidia-smi finds no GPU; training would run on the CPU"
 fi
 
-processes=$((gpus > 0 ? gpus : 1))
+processes=$(grep -c . <<<"$names" || true)
+case "$processes $names" in
+    [01]\ *) run=1xrtx3090-best processes=1 ;;
+    *H100*) run=8xh100m80-best ;;
+    *) run=8xa100m40-best ;;
+esac
 cat <<EOF
 
-Ready. The largest microbatch that fits (put it into runs/8xa100m40/train.json), then the plan, then the run:
+Ready. Find the largest microbatch that fits, set microbatch_size in runs/$run/train.json,
+look at the plan, then train:
 
     source .venv/bin/activate
-    torchrun --nproc_per_node=$processes ddp_train.py 8xa100m40 -f
-    torchrun --nproc_per_node=$processes ddp_train.py 8xa100m40 datasets --plan
-    torchrun --nproc_per_node=$processes ddp_train.py 8xa100m40 datasets --resume
+    torchrun --nproc_per_node=$processes ddp_train.py $run -f
+    torchrun --nproc_per_node=$processes ddp_train.py $run datasets --plan
+    torchrun --nproc_per_node=$processes ddp_train.py $run datasets --resume
 EOF

@@ -19,9 +19,10 @@ from pathlib import Path
 import click
 import numpy as np
 
-from basemodel.common.command_line import require_plain_name, run_command
+from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
+from basemodel.common.names import require_plain_name
 from basemodel.common.tables import markdown_table
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation import instructions

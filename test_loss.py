@@ -22,13 +22,14 @@ from torch import Tensor
 
 from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError, RunError
+from basemodel.common.names import TOKENIZER_FILE
 from basemodel.common.progress import Progress
 from basemodel.common.tables import markdown_table
 from basemodel.data.hub import fetch_dataset
 from basemodel.data.sequences import Sequences, match_tokenizer
 from basemodel.data.token_files import TokenFiles
 from basemodel.data.tokenizer import get_tokenizer, token_byte_lengths
-from basemodel.data.tokenizer_json import TOKENIZER_FILE, same_tokenizer
+from basemodel.data.tokenizer_json import same_tokenizer
 from basemodel.evaluation.measurements import MeasuredLoss, pair_models, with_error, write_test_loss
 from basemodel.model.config import GPTConfig
 from basemodel.model.loss import document_features

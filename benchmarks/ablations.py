@@ -27,9 +27,9 @@ from basemodel.common.json_config import read_config, read_json_object
 from basemodel.data.hub import dataset_folder
 from basemodel.data.token_files import TokenFiles
 from basemodel.model.config import GPTConfig
-from basemodel.training.batches import plan_batches
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import World, join_world
+from basemodel.training.schedule import plan_batches
 from ddp_train import Learner
 
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from basemodel.common.errors import InputError
 from basemodel.data.hub import same_on_all_nodes
 from basemodel.model.config import GPTConfig
-from basemodel.training.batches import BatchPlan
 from basemodel.training.config import TrainConfig
 from basemodel.training.resume import check_resumable
 from basemodel.training.run import Run
+from basemodel.training.schedule import BatchPlan
 
 CONFIGS = {"model.json": GPTConfig, "train.json": TrainConfig}
 

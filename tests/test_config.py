@@ -8,7 +8,7 @@ import pytest
 from helpers import MODEL
 
 from basemodel.common.errors import InputError
-from basemodel.common.json_config import read_config
+from basemodel.common.json_config import checked_config, read_config
 from basemodel.model.config import GPTConfig
 from basemodel.training.config import TrainConfig
 
@@ -37,7 +37,6 @@ RANGES = [  # key, values that are taken, values that are refused
     ("clipping_max_norm", [None, 0.1], [0, -1]),
     ("precision", ["auto", "fp32", "tf32", "fp16", "bf16"], ["float16", None]),
     ("compile", [True, False, "auto"], ["yes", 1, None]),
-    ("use_amp", [True, False], [0, "true"]),
     ("deterministic", [True, False], [0, "true"]),
     ("random_seed", [0, 2**63 - 1], [-1, 2**63]),
     ("keep_checkpoints", [None, 1], [0, -1]),
@@ -60,8 +59,6 @@ DEPENDENT = [  # values that go together, and such as do not
     ({**MUON, "muon_learning_rate": 0.1}, {**MUON, "muon_learning_rate": 0}),
     *(({**MUON, "muon_momentum": m}, {**MUON, "muon_momentum": 1 + m}) for m in (0, 0.99)),
     ({**MUON, "muon_momentum": 0.9}, {"muon_momentum": 0.9}),
-    ({"schedule_learning_rate": True}, {"schedule_learning_rate": True, "lr_schedule": "constant"}),
-    ({"use_amp": False, "precision": "fp32"}, {"use_amp": False, "precision": "tf32"}),
     ({"sample_prompts": ()}, {"sample_prompts": (), "sample_interval": 1}),
 ]
 MODELS = [
@@ -89,10 +86,8 @@ DEFAULTS = {
     "betas": (0.9, 0.999),
     "decay_all_parameters": True,
     "optimizer": "adamw",
-    "schedule_learning_rate": False,
     "warmup_period_percent": 0,
     "clipping_max_norm": None,
-    "use_amp": True,
     "precision": "auto",
     "compile": "auto",
     "deterministic": False,
@@ -127,6 +122,25 @@ def test_keys_that_depend_on_one_another(taken: dict, refused: dict) -> None:
     TrainConfig(**TRAIN, **taken)
     with pytest.raises(InputError):
         TrainConfig(**TRAIN, **refused)
+
+
+OLD = [  # keys of the published runs, what they mean today, and what contradicts them
+    ({"schedule_learning_rate": True}, {"lr_schedule": "cosine"}, {"lr_schedule": "constant"}),
+    ({"schedule_learning_rate": False}, {"lr_schedule": None}, {}),
+    ({"use_amp": False}, {"precision": "fp32"}, {"precision": "tf32"}),
+    ({"use_amp": True}, {"precision": "auto"}, {}),
+]
+
+
+@pytest.mark.parametrize(("old", "today", "contradiction"), OLD)
+def test_old_keys_mean_todays(old: dict, today: dict, contradiction: dict) -> None:
+    config = checked_config(TrainConfig, TRAIN | old, "train.json")
+    assert config == TrainConfig(**TRAIN, **today)
+    assert checked_config(TrainConfig, TRAIN | old | today, "train.json") == config
+    (key,) = old
+    for wrong in [{key: 0}, {key: "true"}, *([old | contradiction] if contradiction else [])]:
+        with pytest.raises(InputError, match=rf"^train.json: .*{key}"):
+            checked_config(TrainConfig, TRAIN | wrong, "train.json")
 
 
 def test_defaults_are_the_contracts() -> None:

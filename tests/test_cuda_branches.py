@@ -137,13 +137,13 @@ def test_the_precision_is_the_best_that_the_gpu_has(
     assert backend.choose_precision(config, CUDA) == expected
 
 
-@pytest.fixture
-def seems_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss takes tensors for those of a GPU."""
-    monkeypatch.setattr(loss, "device_type", lambda tensor: "cuda")
+class OnGPU(Tensor):
+    """A tensor that claims to be on a GPU, and so do those computed from it."""
+
+    device = property(lambda self: CUDA)
 
 
-def test_the_head_is_padded_to_whole_tiles(seems_cuda: None) -> None:
+def test_the_head_is_padded_to_whole_tiles() -> None:
     """And what is padding neither counts nor learns."""
     torch.manual_seed(0)
     features = torch.randn(30, 16, dtype=torch.float64, requires_grad=True)
@@ -154,20 +154,21 @@ def test_the_head_is_padded_to_whole_tiles(seems_cuda: None) -> None:
         rows.append(len(weight))
         return loss.chunk_loss_and_gradients(features, weight, *more)
 
-    found = loss.chunked_cross_entropy(features, weight, targets, chunk_tokens=10, chunk_function=chunk)
+    on_gpu = features.as_subclass(OnGPU)
+    found = loss.chunked_cross_entropy(on_gpu, weight, targets, chunks=loss.Chunks(10, chunk))
     whole = F.cross_entropy(features @ weight.T, targets)
     assert rows == [128] * 3
-    torch.testing.assert_close(found, whole)
+    torch.testing.assert_close(found, whole, check_device=False)
     gradients = (torch.autograd.grad(each, (features, weight)) for each in (found, whole))
     for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, check_device=False)
 
 
 @pytest.mark.parametrize(
     ("compiled", "drop_rate", "chosen"), [(True, 0.0, True), (False, 0.0, False), (True, 0.1, False)]
 )
 def test_flex_attention_is_chosen_where_it_is_compiled_and_needs_no_dropout(
-    monkeypatch: pytest.MonkeyPatch, seems_cuda: None, compiled: bool, drop_rate: float, chosen: bool
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, drop_rate: float, chosen: bool
 ) -> None:
     model = GPTModel(GPTConfig(**{**MODEL, "drop_rate": drop_rate, "vocab_size": 257, "tokenizer": "bytes"}))
     module, asked = loss.NextTokenLoss(model, document_masking=True), []
@@ -175,10 +176,10 @@ def test_flex_attention_is_chosen_where_it_is_compiled_and_needs_no_dropout(
 
     def within_documents(tokens: Tensor, end: int, *, flex: bool) -> Any:
         asked.append(flex)
-        return masks.within_documents(tokens, end, flex=False)
+        return masks.within_documents(tokens.as_subclass(Tensor), end, flex=False)
 
     monkeypatch.setattr(loss, "within_documents", within_documents)
-    module(torch.randint(257, (2, 17)))
+    module(torch.randint(257, (2, 17)).as_subclass(OnGPU))
     assert asked == [chosen]
 
 
@@ -220,7 +221,7 @@ def test_dropout_on_a_gpu_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch, "get_device_module", lambda device: there)
     saved = resume.rng_state(CUDA)
     there.state = torch.zeros(16, dtype=torch.uint8)
-    resume.set_rng_state(saved, CUDA)
+    resume.set_rng_state({"rng": [saved]}, SimpleNamespace(size=1, rank=0, device=CUDA), seed=1)
     assert there.state.tolist() == list(range(16))
 
 

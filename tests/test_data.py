@@ -15,10 +15,9 @@ from basemodel.data.hub import fingerprint_files
 from basemodel.data.sequences import Sequences, match_tokenizer
 from basemodel.data.token_files import TokenFiles
 from basemodel.model.config import GPTConfig
-from basemodel.training.batches import BatchPlan, check_tokens, open_data, plan_batches
 from basemodel.training.config import TrainConfig
-from basemodel.training.run import Run
-from basemodel.training.schedule import learning_rate_at
+from basemodel.training.run import Run, check_tokens, open_data
+from basemodel.training.schedule import BatchPlan, learning_rate_at, plan_batches
 
 
 def sequences(tmp_path: Path, tokens: int = 1000, start: int = 0, length: int = 10) -> Sequences:
@@ -126,7 +125,7 @@ def test_tokens_are_rounded_up_to_whole_global_batches_and_exact_multiples_stay(
 
 
 def test_learning_rate_warms_up_then_falls_along_a_cosine_to_a_tenth() -> None:
-    scheduled = config(learning_rate=1.0, schedule_learning_rate=True, warmup_period_percent=10)
+    scheduled = config(learning_rate=1.0, lr_schedule="cosine", warmup_period_percent=10)
     rates = [learning_rate_at(step, 100, scheduled) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rates[10] == 1.0

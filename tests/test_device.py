@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from basemodel.model.config import GPTConfig
-from basemodel.model.loss import NextTokenLoss, chunked_cross_entropy
+from basemodel.model.loss import Chunks, NextTokenLoss, chunked_cross_entropy
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import World
 from ddp_train import Learner
@@ -142,7 +142,7 @@ def whole(features: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> T
 
 
 def chunked(features: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    return chunked_cross_entropy(features, weight, targets, loss_scale=scale, chunk_tokens=100)
+    return chunked_cross_entropy(features, weight, targets, loss_scale=scale, chunks=Chunks(100))
 
 
 def test_the_chunked_fp16_loss_is_as_exact_as_the_whole_one() -> None:

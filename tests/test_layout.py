@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from helpers import ROOT
 from mutants import MUTANTS, mutated
 
@@ -57,9 +58,24 @@ def test_rooms_import_only_what_the_plan_allows() -> None:
                 assert room_of(imported) in {room, *ROOMS[room]}, f"{module} imports {imported}"
 
 
-def test_preparing_data_imports_no_torch() -> None:
-    code = "import prepare_datasets, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+TORCH = ["torch"]
+SLOW = ["torch._dynamo", "torch._inductor", "matplotlib", "tiktoken", "datasets", "openai", "transformers"]
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("prepare_datasets", [*TORCH, "datasets", "pyarrow"]),
+        ("compare_runs", [*TORCH, "matplotlib"]),
+        ("basemodel.model.config", TORCH),
+        ("basemodel.training.config", TORCH),
+        ("ddp_train", SLOW),
+    ],
+)
+def test_what_is_slow_is_imported_where_it_is_used(module: str, unwanted: list[str]) -> None:
+    code = f"import sys, {module}; print(*(name for name in {unwanted} if name in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
 
 
 def test_functions_are_short_and_take_few_parameters() -> None:

@@ -11,8 +11,8 @@ from reference import PlainTrainer
 
 from basemodel.common.errors import RunError
 from basemodel.model.config import GPTConfig
-from basemodel.model.loss import IGNORED, NextTokenLoss, chunked_cross_entropy
-from basemodel.training.backend import compile_if_wanted
+from basemodel.model.loss import IGNORED, Chunks, NextTokenLoss, chunked_cross_entropy
+from basemodel.training.backend import compile_if_configured
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import World
 from ddp_train import Learner
@@ -33,14 +33,14 @@ def test_chunked_loss_and_gradients_equal_the_whole_ones(
     targets = torch.randint(vocab, (tokens,))
     targets[::4] = IGNORED
     whole = F.cross_entropy(features @ weight.T, targets)
-    chunked = chunked_cross_entropy(features, weight, targets, chunk_tokens=chunk)
+    chunked = chunked_cross_entropy(features, weight, targets, chunks=Chunks(chunk))
     torch.testing.assert_close(chunked, whole, rtol=1e-14, atol=0)
     expected = torch.autograd.grad(3 * whole, (features, weight))
     for one, other in zip(torch.autograd.grad(3 * chunked, (features, weight)), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
     with torch.no_grad():
         torch.testing.assert_close(
-            chunked_cross_entropy(features, weight, targets, chunk_tokens=chunk), whole
+            chunked_cross_entropy(features, weight, targets, chunks=Chunks(chunk)), whole
         )
 
 
@@ -112,10 +112,10 @@ def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.Monk
     loss = NextTokenLoss(GPTModel(GPTConfig(**MODEL)))
     cuda = dataclasses.replace(ALONE, device=torch.device("cuda"))
     config = TrainConfig(dataset="a/b", microbatch_size=2, min_train_tokens=1)
-    compile_if_wanted(loss, config, cuda, broken)
+    compile_if_configured(loss, config, cuda, broken)
     assert (
         "without torch.compile, which failed: RuntimeError: no C++ compiler found" in capsys.readouterr().out
     )
     assert torch.isfinite(loss(torch.randint(64, (2, 17))))
     with pytest.raises(RunError, match='"compile": "auto" or false trains without'):
-        compile_if_wanted(loss, dataclasses.replace(config, compile=True), ALONE, broken)
+        compile_if_configured(loss, dataclasses.replace(config, compile=True), ALONE, broken)

@@ -1,8 +1,9 @@
-"""The project around its scripts: what is installed and imported, `make`, the set-up of a rented machine."""
+"""The project around its scripts: packages and imports, `make`, the set-up of a rented machine, the docs."""
 
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 from packaging.requirements import Requirement
+
+from basemodel.training.resume import FREE_ON_RESUME
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = {
@@ -55,7 +58,7 @@ def test_the_lock_pins_one_version_of_all_that_can_be_asked_for() -> None:
 
 
 def imports(node: ast.AST, *, loaded: bool = True) -> Iterator[tuple[str, bool]]:
-    """The packages that a file imports, each with whether that happens as soon as the file is loaded."""
+    """The packages that a file imports, and whether importing the file is enough to load them."""
     if isinstance(node, ast.Import):
         yield from ((alias.name.partition(".")[0], loaded) for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -67,7 +70,7 @@ def imports(node: ast.AST, *, loaded: bool = True) -> Iterator[tuple[str, bool]]
 
 
 def test_the_core_dependencies_are_the_nine() -> None:
-    assert sorted(each.name for each in requirements()) == sorted(CORE)
+    assert sorted(requirement.name for requirement in requirements()) == sorted(CORE)
 
 
 @pytest.mark.parametrize("name", sorted(CORE))
@@ -79,15 +82,15 @@ def test_files_load_core_dependencies_alone_and_extras_only_where_used() -> None
     own = {path.stem for path in PRODUCT} | {"basemodel"}
     at_once = sys.stdlib_module_names | CORE | own
     extras = set(PROJECT["optional-dependencies"]) - {"test"}
-    # pyarrow comes with datasets.
-    later = at_once | {each.name.replace("-", "_") for each in requirements(*extras)} | {"pyarrow"}
+    packages = {requirement.name.replace("-", "_") for requirement in requirements(*extras)}
+    later = at_once | packages | {"pyarrow"}  # which comes with datasets
     for path in PRODUCT:
         for package, loaded in imports(ast.parse(path.read_text())):
             assert package in (at_once if loaded else later), f"{path.name} imports {package}"
 
 
 def test_nothing_reads_or_writes_pickles() -> None:
-    """Neither by a module of that kind nor through torch or numpy."""
+    """Neither with a pickling module nor through torch or numpy."""
     forbidden = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
     calls = {f"{module}.{name}" for module in ("torch", "np", "numpy") for name in ("load", "save")}
     assert len(EVERYTHING) > 40
@@ -104,7 +107,7 @@ def test_nothing_reads_or_writes_pickles() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# make, and the set-up of a rented machine, with stand-ins for what would download or train
+# make and the set-up of a rented machine, with stand-ins for commands that would download or train
 # ------------------------------------------------------------------------------------------------------------
 
 STAND_IN = r"""#!/bin/sh
@@ -118,7 +121,7 @@ case "$name $*" in
     "python3 -c "*version_info*) [ ! -e "$HOME/old" ] || exec "$REAL" -c "$OLD$2" ;;
     *" -m venv .venv" | "uv venv "*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     "pip3 install "*" uv") mkdir -p "$HOME/.local/bin" && cp "$0" "$HOME/.local/bin/uv" ;;
-    "nvidia-smi "*) for _ in 1 2 3 4; do echo "NVIDIA H100 80GB HBM3"; done ;;
+    "nvidia-smi "*) cat "$HOME/gpus" ;;
     "python prepare_datasets.py "*) mkdir -p "$3" && touch "$3/meta.json" ;;
     "python ddp_train.py "*) mkdir "$SAVED" && ln -s TODAY-iteration-9 "$SAVED/best" ;;
 esac
@@ -126,7 +129,7 @@ esac
 
 
 class Machine:
-    """A copy of the project on a machine that has some commands, each of which notes how it was called."""
+    """A copy of the project on a machine with stand-in commands that record how they are called."""
 
     def __init__(self, folder: Path, *stand_ins: str) -> None:
         self.home, self.project, commands = folder / "home", folder / "project", folder / "bin"
@@ -149,7 +152,7 @@ class Machine:
         }
 
     def run(self, *command: str) -> tuple[list[str], list[str]]:
-        """Run a command that must end well: the calls that it made, and the lines that it printed."""
+        """Run a command that must succeed; return the calls it made and the lines it printed."""
         (self.home / "calls").unlink(missing_ok=True)
         done = subprocess.run(command, cwd=self.project, env=self.env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -162,14 +165,14 @@ INSTALL = "python -m pip install --quiet -c requirements.lock -e ."
 
 def test_make_demo_prepares_trains_and_says_where_things_are(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "python3")
-    calls, said = machine.run("make", "demo")
+    calls, output = machine.run("make", "demo")
     assert calls[1:3] == ["python3 -m venv .venv", INSTALL]
     assert [" ".join(call.split()[1:4]) for call in calls[3:]] == [
         "prepare_datasets.py python-docs datasets/local/python-docs",
         "ddp_train.py demo datasets",
         "test_smoke.py runs/demo/model.json runs/demo/checkpoints/best/model.safetensors",
     ]
-    assert said[-2:] == [
+    assert output[-2:] == [
         "Chart:      runs/demo/training-run-chart.png",
         "Checkpoint: runs/demo/checkpoints/TODAY-iteration-9",
     ]
@@ -190,32 +193,44 @@ def test_make_refuses_an_old_python(tmp_path: Path) -> None:
 
 def test_the_set_up_of_a_rented_machine_can_be_repeated(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "id", "sudo", "apt-get", "fc-list", "python3", "python3.12", "nvidia-smi")
-    calls, said = machine.run("bash", "setup_lambda.sh")
+    (machine.home / "gpus").write_text("NVIDIA H100 80GB HBM3\n" * 8)
+    calls, output = machine.run("bash", "setup_lambda.sh")
     font = "apt-get install -y --no-install-recommends fontconfig fonts-humor-sans"
     for call in ("apt-get update -qq", font, "python3.12 -m venv .venv", INSTALL):
         assert calls.count(call) == 1, call
-    assert said.count("NVIDIA H100 80GB HBM3") == 4
-    assert said[-1].strip() == "torchrun --nproc_per_node=4 ddp_train.py 8xa100m40 datasets --resume"
-    assert (ROOT / "runs/8xa100m40/train.json").exists()
+    assert output.count("NVIDIA H100 80GB HBM3") == 8
+    assert output[-1].strip() == "torchrun --nproc_per_node=8 ddp_train.py 8xh100m80-best datasets --resume"
 
-    calls, said = machine.run("bash", "setup_lambda.sh")
-    assert "already there" in said
+    (machine.home / "gpus").write_text("NVIDIA A100-SXM4-40GB\n" * 8)
+    calls, output = machine.run("bash", "setup_lambda.sh")
+    assert "already there" in output
     assert not [call for call in calls if "apt-get" in call or "venv" in call]
     assert calls.count(INSTALL) == 1
+    assert output[-1].strip() == "torchrun --nproc_per_node=8 ddp_train.py 8xa100m40-best datasets --resume"
+
+    (machine.home / "gpus").write_text("NVIDIA H100 80GB HBM3\n")
+    _, output = machine.run("bash", "setup_lambda.sh")
+    assert output[-1].strip() == "torchrun --nproc_per_node=1 ddp_train.py 1xrtx3090-best datasets --resume"
+
+
+@pytest.mark.parametrize("run", ["8xh100m80-best", "8xa100m40-best", "1xrtx3090-best"])
+def test_the_set_up_names_runs_that_exist(run: str) -> None:
+    assert run in (ROOT / "setup_lambda.sh").read_text()
+    assert (ROOT / "runs" / run / "train.json").exists()
 
 
 def test_the_set_up_gets_uv_where_python_is_too_old(tmp_path: Path) -> None:
     machine = Machine(tmp_path, "id", "python3", "pip3")
     (machine.home / "old").touch()
-    calls, said = machine.run("bash", "setup_lambda.sh")
+    calls, output = machine.run("bash", "setup_lambda.sh")
     assert calls[-3:] == [
         "pip3 install --quiet --user uv",
         "uv venv --python 3.12 --seed .venv",
         "uv pip install --quiet --python .venv/bin/python -c requirements.lock -e .",
     ]
-    assert "no font could be installed: charts will be drawn in DejaVu Sans" in said
-    assert "no NVIDIA GPU answers; training would run on the CPU" in said
-    assert said[-1].strip().startswith("torchrun --nproc_per_node=1 ")
+    assert "no font was installed; charts will use DejaVu Sans" in output
+    assert "nvidia-smi finds no GPU; training would run on the CPU" in output
+    assert output[-1].strip() == "torchrun --nproc_per_node=1 ddp_train.py 1xrtx3090-best datasets --resume"
 
 
 BESIDE_PYTHON = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
@@ -231,14 +246,64 @@ def test_shell_scripts_are_sound(check: str, script: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The README and docs/
+# ------------------------------------------------------------------------------------------------------------
+
+PAGES = runpy.run_path(str(ROOT / "docs/make_pages.py"))["PAGES"]
+DOCUMENTS = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+MERGED_LATER = {"data.md", "evaluation.md", "keys.md", "planning.md"}
+
+
+def links(document: Path) -> set[str]:
+    """The targets of a document's links and images, without web addresses."""
+    targets = re.findall(
+        r"""\]\(([^)#\s]+)[^)]*\)|(?:src|href)="([^"]+)\"""", document.read_text(encoding="utf-8")
+    )
+    return {link or image for link, image in targets if "://" not in link + image}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_generated_pages_are_current(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == PAGES[name](), "run `make docs`"
+
+
+def test_the_page_about_the_code_lists_every_module() -> None:
+    modules = {path.resolve() for path in (*ROOT.glob("*.py"), *ROOT.glob("basemodel/*/*.py"))}
+    listed = {
+        (ROOT / "docs" / link).resolve() for link in links(ROOT / "docs/code.md") if link.endswith(".py")
+    }
+    assert listed - {ROOT / "tests/test_layout.py"} == modules
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(document: Path) -> None:
+    missing = {link for link in links(document) if not (document.parent / link).exists()}
+    assert not {link for link in missing if Path(link).name not in MERGED_LATER}
+
+
+def test_the_page_about_resuming_names_the_keys_that_may_change() -> None:
+    _, _, section = (ROOT / "docs/surviving.md").read_text().partition("## Keys that may change")
+    assert set(re.findall(r"`(\w+)`", section.partition("\n## ")[0])) == FREE_ON_RESUME
+
+
+def test_the_readme_is_short_and_shows_every_room_and_script() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 160
+    rooms = {path.name for path in ROOT.glob("basemodel/*") if any(path.glob("*.py"))}
+    scripts = {path.name for path in ROOT.glob("*.py")}
+    assert not {name for name in rooms if f"  {name}/ " not in readme}
+    assert not {name for name in scripts if name not in readme}
+
+
 def test_the_tests_that_hold_promises_exist() -> None:
-    """docs/tested.md names at least one test for each promise that is built."""
+    """docs/tested.md names at least one test for each promise."""
     rows = [
         line.split(" | ")[1].rstrip(" |")
         for line in (ROOT / "docs/tested.md").read_text().splitlines()
         if line.startswith("| ") and not line.startswith(("| promise", "| ---"))
     ]
-    named = {name for row in rows if row != "not built yet" for name in row.split(", ")}
+    named = {name for row in rows for name in row.split(", ")}
     written = {
         f"{path.stem.removeprefix('test_')}::{node.name.removeprefix('test_')}"
         for path in ROOT.glob("tests/test_*.py")

@@ -182,9 +182,7 @@ def test_wsd_warms_up_stays_and_falls_in_a_line_to_zero_behind_the_last_step() -
     assert wsd[80:] == pytest.approx([left / 21 for left in range(20, 0, -1)])
 
 
-def test_a_schedule_has_two_names_where_the_published_runs_had_one() -> None:
-    cosine = rates(schedule_learning_rate=True, warmup_period_percent=5)
-    assert rates(lr_schedule="cosine", warmup_period_percent=5) == cosine
+def test_a_constant_rate_is_the_default_and_has_a_warm_up_as_wsd() -> None:
     assert rates(lr_schedule="constant") == rates() == [1.0] * 100
     assert rates(lr_schedule="wsd", decay_period_percent=0) == [1.0] * 100
 
@@ -218,11 +216,11 @@ def test_token_embedding_and_head_have_rates_of_their_own(kind: str, tie_weights
 def test_a_recipe_can_be_said_of_new_checkpoints_and_of_those_older_than_its_keys() -> None:
     new = dataclasses.asdict(config(**MUON))
     of_matrices = "muon, learning rate 0.01, of the hidden matrices 0.02 with momentum 0.95"
-    assert optimizer_in_words(new).startswith(f"{of_matrices}, warm-up 10%, a fall to zero over the last 60%")
+    assert optimizer_in_words(new).startswith(f"{of_matrices}, warm-up 10%, linear to zero over the last 60%")
     own = config(embedding_learning_rate=0.3, head_learning_rate=0.004)
     said = "adamw, learning rate 0.01, of the token embedding 0.3, of the head 0.004, constant"
     assert optimizer_in_words(dataclasses.asdict(own)).startswith(said)
-    old = dataclasses.asdict(config(schedule_learning_rate=True, warmup_period_percent=5))
+    old = dataclasses.asdict(config(warmup_period_percent=5)) | {"schedule_learning_rate": True}
     muon = {key: value for key, value in new.items() if key != "muon_momentum"}
     assert optimizer_in_words(muon) == optimizer_in_words(new)
     newer = "lr_schedule", "decay_period_percent", "muon_learning_rate", "muon_momentum"

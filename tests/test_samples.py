@@ -26,9 +26,9 @@ from basemodel.data.tokenizer import get_tokenizer
 from basemodel.model.generation import Sampling, continuations
 from basemodel.model.weights import load_model
 from basemodel.results.samples import continue_prompts
-from basemodel.training.batches import BatchPlan, open_data
-from basemodel.training.run import Run
+from basemodel.training.run import Run, open_data
 from basemodel.training.run_folder import read_samples, set_earlier_results_aside
+from basemodel.training.schedule import BatchPlan
 from gpt import GPTModel
 
 # Bytes below 64 are in the vocabulary of the tests' runs.

@@ -32,8 +32,8 @@ from basemodel.data.sequences import Sequences
 from basemodel.data.token_files import TokenFiles
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.model.config import GPTConfig
-from basemodel.training.batches import check_tokens, open_data
 from basemodel.training.config import TrainConfig
+from basemodel.training.run import check_tokens, open_data
 
 VALIDATE = {"validation_interval": 3, "validation_batches": 3, "checkpoint_interval": 3}
 THREE = [f"train-0000{index}-of-00003.safetensors" for index in range(3)]

@@ -78,7 +78,7 @@ class Training:
             run_chart.draw_chart = lambda *_: None  # takes longer than all the rest
             pending.STEPS_BEHIND["cpu"] = self._behind
             patch(rank)
-            run_command(ddp_train.main, leave=os._exit)
+            run_command(ddp_train.main, abruptly=True)
         finally:
             os._exit(99)
 

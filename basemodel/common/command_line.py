@@ -4,7 +4,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,12 +17,13 @@ from basemodel.common.errors import InputError, RunError
 SILENCE_SECONDS = 5.0
 
 
-def run_command(command: click.Command, leave: Callable[[int], NoReturn] = sys.exit) -> NoReturn:
-    """Run a click command and `leave` with its exit status.
+def run_command(command: click.Command, *, abruptly: bool = False) -> NoReturn:
+    """Run a click command and exit with its status.
 
     That is what the command returns (None means 0), 2 for wrong usage, configs or data, and 1 for a failure
     while running. Errors that the user can fix are one line on standard error, `Error: ...`; any other
-    exception is a bug and keeps its traceback.
+    exception is a bug and keeps its traceback. `abruptly`: skip Python's own exit, which the threads of a
+    process group can block or abort after other processes have died.
     """
     try:
         status = command.main(standalone_mode=False) or 0
@@ -36,7 +36,7 @@ def run_command(command: click.Command, leave: Callable[[int], NoReturn] = sys.e
     except (RunError, OSError) as error:
         status = say_error(str(error), 1)
     sys.stdout.flush()
-    leave(status)
+    (os._exit if abruptly else sys.exit)(status)
 
 
 def say_error(message: str, status: int) -> int:
@@ -64,35 +64,9 @@ class FileSize(click.ParamType):
         return size
 
 
-def require_plain_name(name: str, what: str) -> str:
-    """Return `name` if it is a plain folder name, which cannot lead out of its parent folder.
-
-    Plain means `[A-Za-z0-9._-]+`, and neither `.` nor `..`. Raises InputError otherwise.
-    """
-    plain = re.fullmatch(r"[A-Za-z0-9._-]+", name) and name not in (".", "..")
-    if not plain:
-        raise InputError(f"{what} '{name}' must be a plain name of letters, digits, '.', '_' and '-'")
-    return name
-
-
-def require_inside(folder: Path, path: Path) -> None:
-    """Raise InputError if `path` resolves, through links, to a place outside `folder`."""
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"{path}: is a link that points outside {folder}; give the folder itself")
-
-
 def require_file_path(path: Path) -> None:
     """Raise InputError unless a file can be written to `path`, as far as folders go."""
     if not path.parent.is_dir():
         raise InputError(f"{path}: no such folder: {path.parent}")
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name a file")
-
-
-def require_repo_id(repo_id: str, what: str = "dataset") -> None:
-    """Raise InputError unless `repo_id`, of a `what` on the Hub, is OWNER/NAME, with plain names."""
-    owner, slash, name = repo_id.partition("/")
-    if not slash:
-        raise InputError(f"{what} must be OWNER/NAME, not '{repo_id}'")
-    require_plain_name(owner, f"the {what}'s owner")
-    require_plain_name(name, f"the {what}'s name")

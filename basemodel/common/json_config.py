@@ -15,6 +15,48 @@ from basemodel.common.errors import InputError
 Config = TypeVar("Config")
 
 
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a key may have; a bound that is None does not apply."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"from {self.least} to {self.most}"
+        bounds = {"at least": self.least, "more than": self.above, "at most": self.most, "below": self.below}
+        return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+
+
+def key(meaning: str, default: Any = dataclasses.MISSING, **bounds: float) -> Any:
+    """A field of a config: what it means, its default if it is not required, and the bounds of its Range."""
+    return dataclasses.field(
+        default=default, metadata={"meaning": meaning, "range": Range(**bounds) if bounds else None}
+    )
+
+
+def check_ranges(config: Any) -> None:
+    """Raise InputError, naming the key, if a value of a config, or of a list in it, is out of range."""
+    for field in dataclasses.fields(config):
+        allowed, value = field.metadata["range"], getattr(config, field.name)
+        numbers = value if isinstance(value, tuple) else [value]
+        if allowed and any(number is not None and number not in allowed for number in numbers):
+            or_null = " or null" if field.default is None else ""
+            shown = list(value) if isinstance(value, tuple) else value
+            raise InputError(f"{field.name} must be {allowed}{or_null}, not {shown}")
+
+
 def read_config(config_class: type[Config], path: Path) -> Config:
     """Read a JSON object from `path` into the dataclass `config_class`.
 
@@ -26,7 +68,14 @@ def read_config(config_class: type[Config], path: Path) -> Config:
 
 
 def checked_config(config_class: type[Config], values: dict[str, Any], source: Path | str) -> Config:
-    """The dataclass of a JSON object's values, checked as in `read_config`; errors name their `source`."""
+    """The dataclass of a JSON object's values, checked as in `read_config`; errors name their `source`.
+
+    A class with `from_old_keys` gets its say first: it rewrites what older versions called otherwise.
+    """
+    try:
+        values = _without_old_keys(config_class, values)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for key in values:
         require_known(key, fields, source)
@@ -38,6 +87,16 @@ def checked_config(config_class: type[Config], values: dict[str, Any], source: P
         return config_class(**{key: _checked(key, value, hints[key]) for key, value in values.items()})
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
+
+
+def with_defaults(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config that an older version may have written, with today's keys and all defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    return defaults | _without_old_keys(config_class, values)
+
+
+def _without_old_keys(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    return config_class.from_old_keys(values) if hasattr(config_class, "from_old_keys") else values
 
 
 def require_known(key: str, known: Iterable[str], source: Path | str) -> None:
@@ -92,21 +151,28 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
                 kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
                 if len(value) == len(kinds):
                     return tuple(_checked(key, v, kind) for v, kind in zip(value, kinds, strict=True))
+        elif typing.get_origin(option) is dict:
+            if isinstance(value, dict):
+                entries = typing.get_args(option)[1]
+                return {name: _checked(f"{key}.{name}", entry, entries) for name, entry in value.items()}
         elif option is float and type(value) in (int, float) and abs(value) < sys.float_info.max:
             return float(value)
         elif option is not float and type(value) is option:
             return value
-    raise InputError(f"{key} must be {_described(hint)}, not {json.dumps(value)}")
+    raise InputError(f"{key} must be {described(hint)}, not {json.dumps(value)}")
 
 
-def _described(hint: Any) -> str:
+def described(hint: Any) -> str:
     """Say a type hint as a user of JSON would."""
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(json.dumps(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         first, *others = typing.get_args(hint)
-        return f"a list of {_described(first)}" if ... in others else f"a list of {1 + len(others)} numbers"
+        plural = "strings" if first is str else described(first)
+        return f"a list of {plural}" if ... in others else f"a list of {1 + len(others)} numbers"
+    if typing.get_origin(hint) is dict:
+        return "a table"
     if typing.get_args(hint):
-        return " or ".join(_described(option) for option in typing.get_args(hint))
+        return " or ".join(described(option) for option in typing.get_args(hint))
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
     return names[hint]

@@ -10,13 +10,12 @@ from typing import Any
 import huggingface_hub as hub  # loads its parts, and the network's, when they are used
 from tqdm import tqdm
 
-from basemodel.common.command_line import require_inside, require_repo_id
 from basemodel.common.errors import InputError, RunError
 from basemodel.common.files import DISK_FULL, fingerprint, replace_text
 from basemodel.common.json_config import read_json_object
+from basemodel.common.names import TOKENIZER_FILE, require_inside, require_repo_id
 from basemodel.data.downloads import RemoteFile, fetch, look_up, look_up_all
 from basemodel.data.token_files import PATTERNS, missing_files, split_files, whole_set
-from basemodel.data.tokenizer_json import TOKENIZER_FILE
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files
 

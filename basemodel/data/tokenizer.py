@@ -13,7 +13,8 @@ import numpy as np
 import tiktoken
 
 from basemodel.common.errors import InputError
-from basemodel.data.tokenizer_json import TOKENIZER_FILE, read_tokenizer
+from basemodel.common.names import TOKENIZER_FILE
+from basemodel.data.tokenizer_json import read_tokenizer
 
 Encoder = Callable[[Sequence[bytes]], np.ndarray]  # UTF-8 texts -> their tokens, end-of-text after each
 

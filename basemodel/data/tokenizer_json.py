@@ -17,7 +17,7 @@ from basemodel.common.json_config import read_json_object
 if TYPE_CHECKING:
     import tiktoken  # slow to import, and not needed to train on tokens
 
-TOKENIZER_FILE = "tokenizer.json"
+
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's, as tiktoken writes it: possessive, because words never give characters back.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

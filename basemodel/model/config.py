@@ -4,39 +4,47 @@ from dataclasses import dataclass
 from typing import Literal
 
 from basemodel.common.errors import InputError
+from basemodel.common.json_config import check_ranges, key
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model, as `model.json` gives it. GPT-2 small: 50257, 1024, 768, 12, 12."""
+    """The shape of a model, as `model.json` gives it. GPT-2 small: 50257, 1024, 768, 12, 12.
 
-    vocab_size: int
-    context_length: int  # tokens
-    emb_dim: int
-    n_heads: int
-    n_layers: int
-    drop_rate: float
-    qkv_bias: bool
-    tie_weights: bool = False
-    init: Literal["pytorch", "gpt2", "zero"] = "pytorch"
-    tokenizer: Literal["gpt2", "bytes", "dataset"] = "gpt2"  # dataset: the data set's own tokenizer.json
-    end_of_text_id: int | None = None  # of the tokenizer "dataset"; null: read from its file
+    Parameters and FLOPs are counted here, so that whoever needs only those needs no torch. Letters as in
+    gpt.py: T tokens, C = emb_dim, V = vocab_size, L = n_layers.
+    """
+
+    vocab_size: int = key("number of tokens in the vocabulary; tokens are uint16", least=1, most=65_536)
+    context_length: int = key("tokens per sequence", least=1)
+    emb_dim: int = key("width of the residual stream, a multiple of n_heads", least=1)
+    n_heads: int = key("attention heads per block", least=1)
+    n_layers: int = key("transformer blocks", least=1)
+    drop_rate: float = key("dropout after embeddings, attention and feed-forward layers", least=0, below=1)
+    qkv_bias: bool = key("whether the query, key and value projections have biases")
+    tie_weights: bool = key("whether the output head shares the token embedding's weights", False)
+    init: Literal["pytorch", "gpt2", "zero"] = key(
+        "initial weights. pytorch: the framework's defaults; gpt2: normal with standard deviation 0.02, "
+        "residual projections divided by sqrt(2L); zero: residual projections zero, positions 0.02",
+        "pytorch",
+    )
+    tokenizer: Literal["gpt2", "bytes", "dataset"] = key(
+        "gpt2, bytes (256 bytes and end-of-text), or dataset: the tokenizer.json of the data set", "gpt2"
+    )
+    end_of_text_id: int | None = key(
+        'id of the end-of-text token, with "tokenizer": "dataset"; null: read from tokenizer.json', None
+    )
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        size, width, heads, rate = self.vocab_size, self.emb_dim, self.n_heads, self.drop_rate
-        if size > 65_536:
-            raise InputError(f"vocab_size must be at most 65536 (tokens are uint16), not {size}")
-        if width % heads != 0:
-            raise InputError(f"emb_dim {width} must be a multiple of n_heads {heads}")
-        if not 0.0 <= rate < 1.0:
-            raise InputError(f"drop_rate must be at least 0 and below 1, not {rate}")
+        check_ranges(self)
+        if self.emb_dim % self.n_heads != 0:
+            raise InputError(f"emb_dim {self.emb_dim} must be a multiple of n_heads {self.n_heads}")
         if self.end_of_text_id is not None and self.tokenizer != "dataset":
             raise InputError('end_of_text_id has no effect without "tokenizer": "dataset"')
-        if not 0 <= (self.end_of_text_id or 0) < size:
-            raise InputError(f"end_of_text_id must be from 0 to {size - 1}, not {self.end_of_text_id}")
+        if not 0 <= (self.end_of_text_id or 0) < self.vocab_size:
+            raise InputError(
+                f"end_of_text_id must be from 0 to {self.vocab_size - 1}, not {self.end_of_text_id}"
+            )
 
     @property
     def end_of_text(self) -> int:
@@ -45,9 +53,20 @@ class GPTConfig:
         return {"gpt2": 50_256, "bytes": 256, "dataset": own}[self.tokenizer]
 
     @property
+    def hidden_parameters(self) -> int:
+        """Parameters of the blocks' matrices: four of attention, and the two feed-forward layers' 4 + 4."""
+        return 12 * self.n_layers * self.emb_dim**2
+
+    @property
     def parameter_count(self) -> int:
-        """The number of parameters of the model; tied ones count once."""
-        width = self.emb_dim
-        block = 12 * width**2 + (13 if self.qkv_bias else 10) * width
-        embeddings = (self.vocab_size * (1 if self.tie_weights else 2) + self.context_length) * width
-        return embeddings + self.n_layers * block + 2 * width
+        """All parameters; tied ones count once."""
+        C, embeddings = self.emb_dim, (1 if self.tie_weights else 2) * self.vocab_size + self.context_length
+        vectors = (3 * self.qkv_bias + 1) + (4 + 1) + 4  # biases of attention and feed-forward, two norms
+        return embeddings * C + self.hidden_parameters + self.n_layers * vectors * C + 2 * C
+
+    @property
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token, forward and backward: 6 per parameter of a matrix product, plus
+        attention's 12 * L * C * T (PaLM, Chowdhery et al. 2022, appendix B)."""
+        matrices = self.hidden_parameters + self.vocab_size * self.emb_dim
+        return 6 * matrices + 12 * self.n_layers * self.emb_dim * self.context_length

@@ -13,13 +13,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo.config
-import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from basemodel.model.masks import within_documents
-from basemodel.target import device_type
 from gpt import GPTModel
 
 IGNORED = -100  # targets of this value are ignored, as in F.cross_entropy
@@ -46,20 +43,24 @@ class NextTokenLoss(nn.Module):
         self.model, self.document_masking = model, document_masking
         self._chunk: ChunkFunction = chunk_loss_and_gradients
 
-    def compile(self, *, any_size: bool = False, backend: str | Callable = "inductor") -> None:
+    def compile(self, *, any_size: bool = False) -> None:
         """Compile, at their next call, each block and the loss of a chunk; `any_size`: for all batch sizes.
 
         One graph of all blocks would hold back every gradient until its backward pass has ended, and DDP
         could not all-reduce those of the last blocks meanwhile. Equal blocks are compiled once.
         """
+        # Imported here, because they take seconds.
+        import torch._dynamo.config
+        import torch._functorch.config
+
         # On a CPU keep 60% of the activations and recompute the cheap ones: as fast, in a tenth less memory.
-        on_cpu = device_type(self.model.out_head.weight) == "cpu"
+        on_cpu = self.model.out_head.weight.device.type == "cpu"
         torch._functorch.config.activation_memory_budget = 0.6 if on_cpu else 1.0
         dynamic = None if any_size else False  # None: as a second size comes
         torch._dynamo.config.optimize_ddp = False  # it would cut graphs at buckets; blocks are small enough
         for block in self.model.trf_blocks:
-            block.compile(dynamic=dynamic, backend=backend)
-        self._chunk = torch.compile(chunk_loss_and_gradients, dynamic=dynamic, backend=backend)
+            block.compile(dynamic=dynamic)
+        self._chunk = torch.compile(chunk_loss_and_gradients, dynamic=dynamic)
 
     @property
     def is_compiled(self) -> bool:
@@ -78,44 +79,17 @@ class NextTokenLoss(nn.Module):
         `loss_scale` is what the caller will multiply the loss by, for fp16.
         """
         features = self._features(sequences[:, :-1]).flatten(0, 1)  # (B * T, C)
-        options = {"loss_scale": loss_scale, "chunk_function": self._chunk}
+        weight, targets = self.model.out_head.weight, sequences[:, 1:].flatten()
         return chunked_cross_entropy(
-            features, self.model.out_head.weight, sequences[:, 1:].flatten(), **options
+            features, weight, targets, loss_scale=loss_scale, chunks=Chunks(function=self._chunk)
         )
 
     def _features(self, tokens: Tensor) -> Tensor:
         if not self.document_masking:
             return self.model.features(tokens)
         # FlexAttention skips what is masked, where it is compiled for a GPU; it knows no dropout.
-        flex = device_type(tokens) == "cuda" and self.is_compiled and self.model.config.drop_rate == 0
+        flex = tokens.device.type == "cuda" and self.is_compiled and self.model.config.drop_rate == 0
         return document_features(self.model, tokens, flex=flex)
-
-
-def chunked_cross_entropy(
-    features: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    loss_scale: Tensor | None = None,
-    chunk_tokens: int | None = None,
-    **options: Any,
-) -> Tensor:
-    """`F.cross_entropy(features @ weight.T, targets)` of features (N, C), weight (V, C), targets (N,).
-
-    Equal to it up to rounding, in value and in both gradients, with products in autocast's precision. For
-    fp16, `loss_scale`, by which the caller will multiply the loss, scales the gradients where they are
-    computed: what the products round to zero, no later scaling brings back. The backward pass may run once:
-    it scales the gradients in place. `options` are those of Chunks.
-    """
-    if torch.is_autocast_enabled(features.device.type):
-        features = features.to(torch.get_autocast_dtype(features.device.type))
-    if chunk_tokens is None:  # equal chunks, because compiled code is specialized for a size
-        most = CHUNK_LOGITS.get(device_type(features), DEFAULT_CHUNK_LOGITS)
-        chunks = math.ceil(len(features) * len(weight) / most)
-        chunk_tokens = math.ceil(len(features) / chunks)
-    wants_gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
-    chunks = Chunks(chunk_tokens, wants_gradients, **options)
-    return _ChunkedCrossEntropy.apply(features, weight, targets, loss_scale, chunks)
 
 
 def chunk_loss_and_gradients(
@@ -150,9 +124,35 @@ ChunkFunction = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], tuple[Ten
 class Chunks(NamedTuple):
     """How the loss is computed in chunks."""
 
-    tokens: int  # per chunk
-    gradients: bool  # whether any are wanted
-    chunk_function: ChunkFunction = chunk_loss_and_gradients
+    tokens: int | None = None  # per chunk; None: as many as CHUNK_LOGITS allows
+    function: ChunkFunction = chunk_loss_and_gradients
+    gradients: bool = True  # whether any are needed
+
+
+def chunked_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    loss_scale: Tensor | None = None,
+    chunks: Chunks = Chunks(),  # noqa: B008
+) -> Tensor:
+    """`F.cross_entropy(features @ weight.T, targets)` of features (N, C), weight (V, C), targets (N,).
+
+    Equal to it up to rounding, in value and in both gradients, with products in autocast's precision. For
+    fp16, `loss_scale`, by which the caller will multiply the loss, scales the gradients where they are
+    computed: what the products round to zero, no later scaling brings back. The backward pass may run only
+    once, because it scales the gradients in place.
+    """
+    if torch.is_autocast_enabled(features.device.type):
+        features = features.to(torch.get_autocast_dtype(features.device.type))
+    tokens = chunks.tokens
+    if tokens is None:  # equal chunks, because compiled code is specialized for a size
+        most = CHUNK_LOGITS.get(features.device.type, DEFAULT_CHUNK_LOGITS)
+        tokens = math.ceil(len(features) / math.ceil(len(features) * len(weight) / most))
+    gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
+    chunks = chunks._replace(tokens=tokens, gradients=gradients)
+    return _ChunkedCrossEntropy.apply(features, weight, targets, loss_scale, chunks)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -163,7 +163,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocab_size, count = weight.shape[0], (targets != IGNORED).sum()
         factor = None if loss_scale is None else loss_scale / count
         # GPUs multiply in tiles, so there the copy for the products is padded to a multiple of 64 rows.
-        padding = -vocab_size % 64 if device_type(features) == "cuda" else 0
+        padding = -vocab_size % 64 if features.device.type == "cuda" else 0
         padded = F.pad(weight.to(features.dtype), (0, 0, 0, padding))
         loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
         if chunks.gradients:
@@ -174,7 +174,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for first in range(0, len(features), chunks.tokens):
                 chunk = features[first : first + chunks.tokens]
                 chunk_targets = targets[first : first + chunks.tokens]
-                chunk_loss, gradient = chunks.chunk_function(chunk, padded, chunk_targets, vocab_size, factor)
+                chunk_loss, gradient = chunks.function(chunk, padded, chunk_targets, vocab_size, factor)
                 loss += chunk_loss
                 if chunks.gradients:
                     torch.mm(gradient, padded, out=features_gradient[first : first + chunks.tokens])

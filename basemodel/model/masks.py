@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from basemodel.target import is_planned
-
 # A boolean (B, 1, T, S), true where a query attends to a key, or FlexAttention's BlockMask; None: causal.
 AttentionMask = Tensor | BlockMask
 
@@ -22,8 +20,6 @@ def within_documents(tokens: Tensor, end_of_text: int, *, flex: bool) -> tuple[T
     B, T = tokens.shape
     index = torch.arange(T, device=tokens.device)
     starts = torch.where(tokens == end_of_text, index, 0).cummax(dim=1).values  # of each token's document
-    if flex and is_planned():
-        return index - starts, None  # a block mask takes next to nothing
     if flex:
 
         def attends(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:

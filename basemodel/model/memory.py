@@ -13,14 +13,14 @@ import torch
 from basemodel.common.errors import RunError
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks for the next step instead of returning them to the system.
+def keep_freed_memory(device: torch.device) -> None:
+    """On a CPU, tell glibc to keep large freed blocks for the next step, not to return them to the system.
 
     A CPU step that allocates its gigabytes again pays for the page faults; keeping the blocks nearly doubles
     its speed. Memory left over from compilation is returned first. Does nothing without glibc.
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+    if device.type == "cpu" and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
@@ -36,9 +36,8 @@ def peak_memory(device: torch.device) -> float:
 
 def release_memory(device: torch.device) -> None:
     """Return free memory to the device or the system and, where possible, reset the peak."""
-    if device.type == "cpu":
-        keep_freed_memory()
-    else:
+    keep_freed_memory(device)
+    if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from basemodel.common.errors import InputError, RunError
+from basemodel.common.names import TOKENIZER_FILE
 from basemodel.data.token_files import split_names
 from basemodel.data.tokenizer import get_tokenizer, token_byte_lengths
-from basemodel.data.tokenizer_json import TOKENIZER_FILE
 from basemodel.prepare.encoding import COUNTED, SPLITS, Part, Settings
 
 CONTEXT_LENGTH = 1024  # GPT-2's, for the histogram

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from basemodel.common.command_line import require_repo_id
 from basemodel.common.errors import InputError
+from basemodel.common.names import require_repo_id
 from basemodel.data.hub import download, download_files, reason
 from basemodel.prepare.documents import PYTHON_DOCS
 from basemodel.prepare.encoding import CONTEXT

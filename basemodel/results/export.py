@@ -110,7 +110,7 @@ def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, li
 
     config, dataset, checkpoint = model.config, "local/", folder_of(weights)
     facts = {
-        "Parameters": f"{model.parameter_count():,}",
+        "Parameters": f"{model.config.parameter_count:,}",
         "Shape": f"{config.n_layers} layers of {config.emb_dim}, {config.n_heads} heads, context "
         f"{config.context_length:,}, vocabulary {config.vocab_size:,} ({config.tokenizer}), "
         f"{'tied' if config.tie_weights else 'untied'}, QKV bias {'on' if config.qkv_bias else 'off'}, "

@@ -1,35 +1,33 @@
-"""What a run logs while it trains: progress bar, metrics.jsonl, samples.jsonl, status.json and the chart."""
+"""What a run reports while it trains: metrics.jsonl, status.json, a progress line, samples and the chart."""
 
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
 from basemodel.common.errors import RunError
 from basemodel.common.files import replace_text
+from basemodel.common.names import CHART, STATUS
+from basemodel.common.progress import LINE_SECONDS
 from basemodel.common.terminal import one_line
-from basemodel.model.memory import peak_memory
 from basemodel.planning import machines
-from basemodel.planning.deviation import SpeedWatch
-from basemodel.planning.speeds import Figure, add_figure, speed_hash, today
+from basemodel.planning.estimate import slower_than_planned
 from basemodel.results import run_chart
 from basemodel.results.samples import continue_prompts, keep_samples, require_tokenizer
 from basemodel.results.trackers import Trackers, require_packages
-from basemodel.training.batches import BatchPlan
-from basemodel.training.processes import World
+from basemodel.training.budget import Clock
 from basemodel.training.run import Run
 from basemodel.training.run_folder import read_metrics, read_status
 from gpt import GPTModel
 
-ENOUGH_STEPS = 100  # for a speed that later plans may use
+STATUS_SECONDS = 5.0  # between two updates of status.json
+ENOUGH_STEPS = 100  # after which the speed is compared with the estimate
 
 
 def check_reporting(run: Run) -> None:
@@ -38,258 +36,245 @@ def check_reporting(run: Run) -> None:
     require_packages(run.config.report_to)
 
 
-class Reporter:
-    """Progress line, metrics.jsonl, samples, trackers, status.json and chart, by the first process alone."""
+class MetricsLog:
+    """metrics.jsonl, a line per step; trackers get the same values."""
 
-    def __init__(self, run: Run, step: int, seconds: float, *, enabled: bool) -> None:
-        """`run` goes on after `step` steps and `seconds` of training; only an `enabled` process reports."""
-        self.run, self.enabled = run, enabled
-        self.batch_seconds: float | None = None  # of a whole batch: moving average over `_timed` steps
-        self._timed = 0
-        self.loss: float | None = None
-        self.started = time.monotonic() - seconds
-        known = read_status(run.directory).get("paid_seconds") if step else None
-        self._lost = max(0.0, known - seconds) if isinstance(known, float) else 0.0
-        self._watch: SpeedWatch | None = None
-        self._reading = self._stepping = 0.0  # seconds since the start
-        self._pauses: dict[str, float] = {}  # how long the last ones took
-        self.checkpoint: str | None = None  # the last one on disk
-        self._begun_at = step
-        self._last_status = self._last_line = self._last_chart = self._chart_seconds = 0.0
-        self._line: dict[str, float] = {}  # the pending line of metrics.jsonl
-        if enabled:
-            self._flops_per_token = GPTModel.outline(run.model_config).flops_per_token()
-            self._peak = machines.peak_flops(machines.current_device_name())
-            self._metrics = _cut_back_metrics(run.metrics, step)
-            if run.samples.exists():
-                keep_samples(run, step + 1, [])
-            self._trackers = Trackers(run, step, self.say)
-            options = {"unit": "step", "disable": None, "dynamic_ncols": True}  # None: unless on a terminal
-            self._bar = tqdm(total=self.plan.steps, initial=step, **options)
+    def __init__(self, run: Run, step: int, say: Callable[[str], None]) -> None:
+        """Continue after `step` steps; lines of later steps, which will be repeated, are dropped."""
+        self._run, self._begun_at = run, step
+        self._line: dict[str, Any] = {}  # of the newest step; more values may come
+        self._file = self._open()
+        self._trackers = Trackers(run, step, say)
 
-    @property
-    def plan(self) -> BatchPlan:
-        """The run's batches and steps."""
-        return self.run.plan
+    def _open(self) -> BinaryIO:
+        path = self._run.metrics
+        lines = [line for line in read_metrics(path) if line["step"] <= self._begun_at]
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in lines), durable=True)
+        return path.open("ab", buffering=0)
 
-    def watch(self, world: World, *, compiled: bool) -> None:
-        """Compare the speed with what was planned, and keep it when the run has finished."""
-        if self.enabled:
-            self._world, self._compiled = world, compiled
-            self._watch = SpeedWatch(self.run, world.device_name, compiled=compiled)
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Time the reading of data."""
-        start = time.monotonic()
-        yield
-        self._reading += time.monotonic() - start
-
-    def follow(self, run: Run) -> None:
-        """Report on the same run with another end."""
-        self.run = run
-        if self.enabled:
-            self._bar.total = run.plan.steps
-
-    def seconds(self) -> float:
-        """Seconds of training so far, including those before the run was resumed."""
-        return time.monotonic() - self.started
-
-    def paid_seconds(self) -> float:
-        """Seconds of training so far, with those of steps that were lost and repeated."""
-        return self.seconds() + self._lost
-
-    def pause_seconds(self, kind: str) -> float:
-        """Seconds of the last "validation", "checkpoint" or "chart"; 0 before the first."""
-        return self._chart_seconds if kind == "chart" else self._pauses.get(f"{kind}_seconds", 0.0)
-
-    def cost(self, more_seconds: float = 0.0) -> float | None:
-        """US dollars so far, and for `more_seconds`, if the config has a price."""
-        price = self.run.config.usd_per_hour
-        return None if price is None else price * (self.paid_seconds() + more_seconds) / 3600
-
-    def say(self, line: str) -> None:
-        """Print a line without breaking the progress bar."""
-        if self.enabled:
-            tqdm.write(line)
-            sys.stdout.flush()
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Add `values` to the line of metrics.jsonl for `step`, written once the next step begins."""
-        if not self.enabled:
-            return
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Add `values` to the line of `step`, which is written once the next step begins."""
         if self._line.get("step") != step:
             self.flush()
-            self._line = {"step": step, "tokens": self.plan.tokens(step)}
-        self._pauses |= values
-        self._line |= values | {"seconds": round(self.seconds(), 3)}
+            self._line = {"step": step, "tokens": self._run.plan.tokens(step)}
+        self._line |= values
 
     def flush(self) -> None:
-        """Write the pending line. Raises RunError if that fails, for example on a full disk."""
-        if self.enabled and self._line:
-            line, self._line, path = self._line, {}, self.run.metrics
-            finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
-            try:
-                self._metrics.write((json.dumps(finite) + "\n").encode())
-                # A signal came between this step and the validation after it: merge the two lines.
-                if line["step"] == self._begun_at:
-                    self._metrics.close()
-                    self._metrics = _cut_back_metrics(path, self._begun_at)
-            except OSError as error:
-                raise RunError(f"{path} could not be written: {error}; make room, then --resume") from error
-            self._trackers.log(finite)
-
-    def sample(self, model: GPTModel, step: int) -> None:
-        """Continue the run's prompts, show and keep what comes; a failure is no reason to stop training."""
+        """Write the line. Raises RunError if that fails, for example on a full disk."""
+        if not self._line:
+            return
+        line, self._line, path = self._line, {}, self._run.metrics
+        finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
         try:
-            samples = continue_prompts(self.run, model, step)
-            keep_samples(self.run, step, samples)
-        except Exception as error:
-            self.say(f"Warning: no samples after step {step:,}: {type(error).__name__}: {error}")
-            return
-        for each in samples:
-            self.say(one_line(f"step {step:,}: {each['prompt']}{each['text']}"))
+            self._file.write((json.dumps(finite) + "\n").encode())
+            # A signal came between this step and the validation after it: merge the two lines.
+            if line["step"] == self._begun_at:
+                self._file.close()
+                self._file = self._open()
+        except OSError as error:
+            raise RunError(f"{path} could not be written: {error}; make room, then --resume") from error
+        self._trackers.log(finite)
 
-    def step(self, step: int, values: dict[str, float], *, step_seconds: float) -> None:
-        """Log a finished training step (`values` has at least train_loss) and show the progress."""
-        if not self.enabled:
-            return
-        self._timed, self._stepping = self._timed + 1, self._stepping + step_seconds
-        weight = max(0.05, 1 / self._timed)  # at first a plain mean, because the first step is slow
-        batch_seconds = step_seconds / (self.plan.batches(step) - self.plan.batches(step - 1))
-        self.batch_seconds = (1 - weight) * (self.batch_seconds or 0.0) + weight * batch_seconds
-        speed = self.plan.tokens_per_batch / max(batch_seconds, 1e-9)
-        loss = values["train_loss"]
-        self.loss = loss if math.isfinite(loss) else None
-        self.log(step, {**values, "tokens_per_second": round(speed, 1), **self._mfu(speed)})
-        self._bar.update(step - self._bar.n)
-        share = self._reading / max(self._stepping, 1e-9)
-        if self._watch and (line := self._watch.look(self._timed, self.tokens_per_second, share)):
-            self.say(line)
-        expected = self.cost(self._eta(step))
-        cost = "" if expected is None else f", ${self.cost():.2f} of ${expected:.2f}"
-        mfu = "".join(f", {share:.0%} MFU" for share in self._mfu(self.tokens_per_second).values())
-        text = f"loss {loss:.3f}, {self.tokens_per_second:,.0f} tokens/s{mfu}{cost}"
-        now = time.monotonic()
-        if not self._bar.disable:
-            self._bar.set_postfix_str(text, refresh=False)
-        elif now - self._last_line > 15:
-            self._last_line = now
-            eta = tqdm.format_interval(self._eta(step))
-            print(f"step {step:,}/{self.plan.steps:,}: {text}, ETA {eta}", file=sys.stderr, flush=True)
-        if now - self._last_status > 5:
-            self._last_status = now
-            self.status("running", step)
+    def close(self, status: str) -> None:
+        """Close the file and the trackers."""
+        self.flush()
+        self._file.close()
+        self._trackers.close(status)
 
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Average over the last steps, without validation and checkpoints."""
-        return self.plan.tokens_per_batch / self.batch_seconds if self.batch_seconds else None
 
-    def _mfu(self, tokens_per_second: float | None) -> dict[str, float]:
+class StatusFile:
+    """status.json: how far the run is, how fast, and at what cost."""
+
+    def __init__(self, run: Run, clock: Clock, device_name: str) -> None:
+        self._run, self._clock, self._device = run, clock, device_name
+        self.loss: float | None = None
+        self.checkpoint: str | None = None  # the last one on disk
+        self._peak = machines.peak_flops(machines.current_device_name())
+        self._written = 0.0
+
+    def mfu(self, tokens_per_second: float | None) -> dict[str, float]:
         """Model FLOPs utilization, a share of the devices' peak rate, as `mfu`; empty if that is unknown."""
         if self._peak is None or tokens_per_second is None:
             return {}
-        flops = tokens_per_second * self._flops_per_token
-        return {"mfu": round(flops / (self._peak * self.plan.processes), 4)}
+        flops = tokens_per_second * self._run.model_config.flops_per_token
+        return {"mfu": round(flops / (self._peak * self._run.plan.processes), 4)}
 
-    def _eta(self, step: int) -> float:
-        """Seconds until the last step, from the average so far."""
-        left = self.plan.batches(self.plan.steps) - self.plan.batches(step)
-        return left * (self.batch_seconds or 0.0)
+    def refresh(self, step: int) -> None:
+        """Replace the file if it is older than STATUS_SECONDS."""
+        if time.monotonic() - self._written > STATUS_SECONDS:
+            self.write("running", step)
 
-    def status(self, status: str, step: int, **more: Any) -> None:
-        """Replace status.json; a failure to write it is only a warning."""
-        if not self.enabled:
-            return
+    def write(self, status: str, step: int, **more: Any) -> None:
+        """Replace the file; a failure is only a warning."""
+        run, clock, self._written = self._run, self._clock, time.monotonic()
+        eta = 0.0 if status == "finished" else clock.eta(step)
         values = {
             "status": status,
             "step": step,
-            "total_steps": self.plan.steps,
-            "tokens": self.plan.tokens(step),
+            "total_steps": run.plan.steps,
+            "tokens": run.plan.tokens(step),
             "loss": self.loss,
-            "tokens_per_second": self.tokens_per_second,
-            **self._mfu(self.tokens_per_second),
-            "eta_seconds": 0.0 if status == "finished" else self._eta(step),
-            "seconds": self.seconds(),
-            "paid_seconds": self.paid_seconds(),
-            "cost_usd": self.cost(),
-            "expected_cost_usd": self.cost(0.0 if status == "finished" else self._eta(step)),
+            "tokens_per_second": clock.tokens_per_second,
+            **self.mfu(clock.tokens_per_second),
+            "eta_seconds": eta,
+            "seconds": clock.seconds(),
+            "paid_seconds": clock.paid_seconds(),
+            "cost_usd": clock.cost(),
+            "expected_cost_usd": clock.cost(eta),
             "checkpoint": self.checkpoint,
+            "device": self._device,
+            "device_gib": machines.device_memory_gib(),
+            "processes": run.plan.processes,
+            "microbatch_size": run.plan.microbatch_size,
             "pid": os.getpid(),
-            "launchers": self.run.launchers,
+            "launchers": run.launchers,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
             **more,
         }
         try:
-            replace_text(self.run.directory / "status.json", json.dumps(values, indent=1))
+            replace_text(run.directory / STATUS, json.dumps(values, indent=1))
         except OSError as error:
-            self.say(f"Warning: status.json could not be written: {error}")
+            say(f"Warning: {STATUS} could not be written: {error}")
+
+
+class ProgressLine:
+    """Loss, speed, MFU and cost: behind a bar on a terminal, elsewhere as a line every LINE_SECONDS."""
+
+    def __init__(self, run: Run, clock: Clock, step: int) -> None:
+        self._run, self._clock, self._printed = run, clock, 0.0
+        options = {"unit": "step", "disable": None, "dynamic_ncols": True}  # None: unless on a terminal
+        self._bar = tqdm(total=run.plan.steps, initial=step, **options)
+
+    def show(self, step: int, loss: float, mfu: dict[str, float]) -> None:
+        """Show the progress after `step` steps."""
+        clock, eta, total, now = self._clock, self._clock.eta(step), self._run.plan.steps, time.monotonic()
+        expected = clock.cost(eta)
+        text = f"loss {loss:.3f}, {clock.tokens_per_second:,.0f} tokens/s"
+        text += "".join(f", {share:.0%} MFU" for share in mfu.values())
+        text += "" if expected is None else f", ${clock.cost():.2f} of ${expected:.2f}"
+        if not self._bar.disable:
+            self._bar.total = total  # a budget may have moved the end
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif now - self._printed > LINE_SECONDS:
+            self._printed = now
+            line = f"step {step:,}/{total:,}: {text}, ETA {tqdm.format_interval(eta)}"
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
+class Reporter:
+    """Everything that the first process reports of a run, and when."""
+
+    def __init__(self, run: Run, clock: Clock, step: int, device_name: str, *, compiled: bool) -> None:
+        self.run, self.clock, self._device, self._compiled = run, clock, device_name, compiled
+        self.metrics = MetricsLog(run, step, say)
+        self.status = StatusFile(run, clock, device_name)
+        self.progress = ProgressLine(run, clock, step)
+        self._last_chart = 0.0
+        if run.samples.exists():
+            keep_samples(run, step + 1, [])
+        self.status.write("running", step)
+
+    def say(self, line: str) -> None:
+        """Print a line without breaking the progress bar."""
+        say(line)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Add `values` to the line of metrics.jsonl for `step`."""
+        self.metrics.add(step, values | {"seconds": round(self.clock.seconds(), 3)})
+
+    def step(self, step: int, values: dict[str, float], tokens_per_second: float) -> None:
+        """Log a finished training step (`values` has at least train_loss) and show the progress."""
+        loss, average = values["train_loss"], self.clock.tokens_per_second
+        self.status.loss = loss if math.isfinite(loss) else None
+        speed = {"tokens_per_second": round(tokens_per_second, 1), **self.status.mfu(tokens_per_second)}
+        self.log(step, values | speed)
+        self.progress.show(step, loss, self.status.mfu(average))
+        self.status.refresh(step)
+        if self.clock.steps == ENOUGH_STEPS:
+            warning = slower_than_planned(self.run, self._device, average, compiled=self._compiled)
+            if warning:
+                say(warning)
+
+    def flush(self) -> None:
+        """Write what is pending to metrics.jsonl."""
+        self.metrics.flush()
+
+    def saved(self, checkpoint: str | None) -> None:
+        """Take note of the last checkpoint on disk."""
+        self.status.checkpoint = checkpoint
+
+    def sample(self, model: GPTModel, step: int) -> None:
+        """Continue the run's prompts, show and keep the samples; a failure never stops training."""
+        try:
+            samples = continue_prompts(self.run, model, step)
+            keep_samples(self.run, step, samples)
+        except Exception as error:
+            say(f"Warning: no samples after step {step:,}: {type(error).__name__}: {error}")
+            return
+        for sample in samples:
+            say(one_line(f"step {step:,}: {sample['prompt']}{sample['text']}"))
 
     def chart(self, *, final: bool = False) -> None:
-        """Redraw the chart; one that cannot be drawn is no reason to stop training.
+        """Redraw the chart; a failure never stops training.
 
         Before the last time, only when there are steps to draw and drawing takes less than 1% of the time
-        since it was drawn before.
+        since the last one.
         """
-        start = time.monotonic()
-        due = self._timed > 0 and start - self._last_chart > 100 * self._chart_seconds
-        if not self.enabled or not (final or due):
+        idle = time.monotonic() - self._last_chart
+        due = self.clock.steps > 0 and idle > 100 * self.clock.pauses["chart"]
+        if not (final or due):
             return
-        self.flush()
-        try:
-            folder = self.run.directory
-            run_chart.draw_chart(self.run.metrics, folder / "training-run-chart.png", folder.name)
-        except Exception as error:
-            self.say(f"Warning: the chart could not be drawn: {type(error).__name__}: {error}")
+        self.metrics.flush()
+        with self.clock.pause("chart"):
+            try:
+                run_chart.draw_chart(self.run.metrics, self.run.directory / CHART, self.run.name)
+            except Exception as error:
+                say(f"Warning: the chart could not be drawn: {type(error).__name__}: {error}")
         self._last_chart = time.monotonic()
-        self._chart_seconds = self._last_chart - start
 
     def finish(self, step: int, train_loss: float | None, val_loss: float | None) -> None:
         """Draw the chart, write the last status, and say how the run ended."""
         self.chart(final=True)
-        seconds, tokens = self.seconds(), self.plan.tokens(step)
+        seconds, tokens = self.clock.seconds(), self.run.plan.tokens(step)
         self.close("finished", step)
-        self._keep_figure()
-        self.say(f"Training complete in {seconds:,.3f} seconds")
-        self.say(f"Tokens seen: {tokens:,}")
-        self.say(f"Throughput: {tokens / seconds:,.0f} tokens/second")
+        say(f"Training complete in {seconds:,.3f} seconds")
+        say(f"Tokens seen: {tokens:,}")
+        say(f"Throughput: {tokens / seconds:,.0f} tokens/second")
         for name, loss in (("train", train_loss), ("val", val_loss)):
-            self.say(f"Final {name} loss: " + ("not measured" if loss is None else f"{loss:.3f}"))
-
-    def _keep_figure(self) -> None:
-        """Keep the speed for later plans, if it is that of enough steps."""
-        if self._watch and self._timed >= ENOUGH_STEPS:
-            run, plan = self.run, self.plan
-            device = self._world.device_name, machines.device_memory_gib(), plan.processes
-            step = speed_hash(run.model_config, run.config, compiled=self._compiled), plan.microbatch_size
-            peak = peak_memory(self._world.device)
-            figure = Figure(*device, *step, self.tokens_per_second, peak, f"run {run.name}", today())
-            add_figure(run.directory.parent, figure)
+            say(f"Final {name} loss: " + ("not measured" if loss is None else f"{loss:.3f}"))
 
     def close(self, status: str, step: int, **more: Any) -> None:
-        """Write the last status and close the bar and the files."""
-        self.flush()
-        self.status(status, step, **more)
-        if self.enabled:
-            self._bar.close()
-            self._metrics.close()
-            self._trackers.close(status)
+        """Write the last status and close the progress line and the files."""
+        self.metrics.flush()
+        self.status.write(status, step, **more)
+        self.progress.close()
+        self.metrics.close(status)
+
+
+class NoReporter:
+    """The reporter of every process but the first: each method does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def say(line: str) -> None:
+    """Print a line without breaking a progress bar."""
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def complete_status(run: Run, last: dict[str, Any], checkpoint: str) -> None:
-    """Draw the chart and write the status of a run that was killed just before this; `last` is the meta.json
-    of its last checkpoint."""
+    """Draw the chart and write the status of a run that was killed just before it could; `last` is the
+    meta.json of its last checkpoint."""
     if read_status(run.directory).get("status") != "finished":
         step = last["global_step"]
-        reporter = Reporter(run, step, last["seconds"], enabled=True)
-        reporter.loss, reporter.checkpoint = last["train_loss"], checkpoint
+        reporter = Reporter(run, Clock(run, step, last["seconds"]), step, last["device"], compiled=True)
+        reporter.status.loss, reporter.status.checkpoint = last["train_loss"], checkpoint
         reporter.chart(final=True)
         reporter.close("finished", step)
-
-
-def _cut_back_metrics(path: Path, step: int) -> BinaryIO:
-    """Open metrics.jsonl for appending after `step`; lines of later steps, to be repeated, are dropped."""
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
-    replace_text(path, "".join(json.dumps(line) + "\n" for line in kept), durable=True)
-    return path.open("ab", buffering=0)

@@ -3,15 +3,11 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from basemodel.common.xkcd import xkcd_chart
 from basemodel.training.run_folder import read_metrics
-
-if TYPE_CHECKING:
-    pass
 
 
 def draw_chart(metrics: Path, chart: Path, title: str) -> None:
@@ -26,7 +22,7 @@ def draw_chart(metrics: Path, chart: Path, title: str) -> None:
 
     def binned(key: str, statistic: Callable[[list[float]], float]) -> list[float]:
         values = ([trained[i][key] for i in part if trained[i][key] is not None] for part in bins)
-        return [float(statistic(found)) if found else math.nan for found in values]
+        return [float(statistic(numbers)) if numbers else math.nan for numbers in values]
 
     with xkcd_chart(chart, (11, 11)) as figure:
         loss, rate, norm = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1, 1))

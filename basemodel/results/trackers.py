@@ -30,8 +30,8 @@ Line = dict[str, Any]  # of metrics.jsonl
 def require_packages(names: Iterable[str]) -> None:
     """Raise InputError for a tracker whose package is not installed."""
     for name in names:
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a folder of that name is not the package
+        package = importlib.util.find_spec(name)
+        if package is None or package.origin is None:  # a folder of that name is not the package
             raise InputError(
                 f"report_to: {name} is not installed; pip install -e '.[log]' brings it, or leave it out"
             )

@@ -1,4 +1,4 @@
-"""The precision of matrix products, and whether a run has the same bits each time."""
+"""How PyTorch computes: precision, determinism, random seeds, and compilation."""
 
 import os
 import tempfile
@@ -19,14 +19,19 @@ from basemodel.training.processes import World
 
 
 def choose_precision(config: TrainConfig, device: torch.device) -> str:
-    """The precision that a run trains in on `device`; for "auto" the best that it supports."""
-    if not config.use_amp:
-        return "fp32"
-    if config.precision != "auto":
-        return config.precision
+    """The precision that a run trains in on `device`."""
+    return config.precision_on(device.type, has_bf16=_has_bf16(device))
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies matrices in bf16; a CPU without such instructions is slow at it."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and _cpu_multiplies_bf16() else "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    except OSError:
+        return False
+    return device.type == "cpu" and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
 
 
 def set_up_arithmetic(precision: str, *, deterministic: bool) -> None:
@@ -37,20 +42,19 @@ def set_up_arithmetic(precision: str, *, deterministic: bool) -> None:
     """
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # would only help to find bugs, and takes time
-    )
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and only helps to find bugs
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 
-def _cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 matrix products; without them bf16 is slow."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+def seed_weights(seed: int) -> None:
+    """Seed the generators alike on all processes, so that all start with the same weights."""
+    torch.manual_seed(seed)
+
+
+def seed_dropout(seed: int, rank: int) -> None:
+    """Seed the generators apart, so that each process drops other activations."""
+    torch.manual_seed(seed + 1 + rank)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
@@ -59,19 +63,19 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
-def compile_if_wanted(
+def compile_if_configured(
     loss: NextTokenLoss,
     config: TrainConfig,
     world: World,
-    try_out: Callable[[nn.Module], None],
+    warm_up: Callable[[nn.Module], None],
     *,
     any_size: bool = False,
 ) -> None:
-    """Compile the loss if the config says so ("auto": on CUDA) and `try_out`, a pass through it, succeeds.
+    """Compile the loss if the config says so and `warm_up`, a pass through it, succeeds.
 
     If that fails, "auto" says why and goes on uncompiled, and `true` raises RunError.
     """
-    if config.compile is False or (config.compile == "auto" and world.device.type != "cuda"):
+    if not config.compiles_on(world.device.type):
         return
     if world.device.type == "cpu" and world.local_size > 1:
         # Processes that write the same compiled library at the same time corrupt it.
@@ -80,12 +84,12 @@ def compile_if_wanted(
     loss.compile(any_size=any_size)
     problem = None
     try:
-        try_out(loss)
+        warm_up(loss)
     except Exception as error:  # compilers fail in many ways, but before training starts
         if is_out_of_memory(error):
             raise
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    problem = next((found for found in world.all_gather(problem) if found), None)
+    problem = next(filter(None, world.all_gather(problem)), None)
     if problem is None:
         return
     if config.compile is True:

@@ -1,5 +1,9 @@
-"""The search for the largest microbatch that fits (`-f`)."""
+"""The search for the largest microbatch that fits (`-f`).
 
+Real training steps on random tokens, at sizes that double until one runs out of memory, then bisect.
+"""
+
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +15,10 @@ from tqdm import tqdm
 from basemodel.common.errors import RunError
 from basemodel.model import memory
 from basemodel.training.processes import World
+from basemodel.training.run import Run
 from basemodel.training.stopping import StopSignal
+
+Learner = Any  # ddp_train.py's, which this package does not import
 
 
 class Rehearsal(World):
@@ -29,6 +36,29 @@ def rehearsal_of(world: World) -> World:
     return Rehearsal(0, world.local_rank, 1, world.local_size, world.device, control=None)
 
 
+def find_max_microbatch(run: Run, world: World, make_learner: Callable[..., Learner]) -> int:
+    """The largest microbatch_size with which the run fits into memory on every process.
+
+    Takes real steps, but without all-reduce. Raises RunError if not even 1 fits, or when asked to stop.
+    """
+    # The first collective allocates its buffers before anything is measured.
+    world.all_reduce(torch.zeros(1, device=world.device))
+    if world.device.type == "cpu":
+        memory.limit_host_memory(world.local_size)
+    smallest = dataclasses.replace(run.config, microbatch_size=1)
+    with memory.memory_errors_explained("the model alone does not fit; use a smaller one or fewer processes"):
+        learner = make_learner(smallest, run.model_config, rehearsal_of(world), any_size=True)
+    learner.keeps_gradients = world.size > 1
+    with StopSignal() as stop:
+        size = largest_that_fits(lambda size: rehearse(learner, size), world, stop)
+    if learner.loss_module.is_compiled:  # until now for any size, but a run compiles for its own
+        torch.compiler.reset()
+        learner.loss_module.compile()
+        while size > 1 and not fits(lambda size: rehearse(learner, size), size, world):
+            size -= 1
+    return size
+
+
 def largest_that_fits(try_size: Callable[[int], str], world: World, stop: StopSignal) -> int:
     """The largest microbatch size that fits on every process, found by doubling, then bisecting.
 
@@ -43,7 +73,8 @@ def largest_that_fits(try_size: Callable[[int], str], world: World, stop: StopSi
             raise RunError(f"stopped by a signal; the largest microbatch that fit so far is {fitting}")
     if fitting == 0:
         raise RunError(
-            "not even a microbatch of 1 fits; a smaller model, context_length or number of processes would"
+            "not even a microbatch of 1 fits; try a smaller model, a shorter context_length or fewer "
+            "processes"
         )
     return fitting
 
@@ -56,21 +87,20 @@ def fits(try_size: Callable[[int], str], size: int, world: World) -> bool:
     except Exception as error:
         if not memory.is_out_of_memory(error):
             raise
-    fitting = all(each is not None for each in world.all_gather(description))
+    fitting = None not in world.all_gather(description)
     if world.is_first:
         tqdm.write(f"microbatch {size}: " + (f"fits, {description}" if fitting else "too large"))
     return fitting
 
 
-def rehearse(learner: Any, size: int) -> str:
+def rehearse(learner: Learner, size: int) -> str:
     """Let a Learner take two steps with microbatches of `size`, validate one; describe memory and speed."""
     config, shape, device = learner.config, learner.model.config, learner.world.device
     learner.optimizer.zero_grad()  # left by a size that did not fit
     memory.release_memory(device)
     tokens = torch.randint(shape.vocab_size, (size, shape.context_length + 1)).to(device)
     # With accumulation, gradients exist beside the activations of the second microbatch.
-    accumulates = config.global_batch_size is not None or config.gradient_accumulation_steps not in (None, 1)
-    microbatches = [tokens] * (2 if accumulates else 1)
+    microbatches = [tokens] * (2 if config.may_accumulate else 1)
     for _ in range(2):
         start = time.perf_counter()
         learner.train_step(microbatches, learning_rate=0.0).tolist()  # waits for the device

@@ -4,7 +4,7 @@ Each parameter group has an `lr_scale`, its peak learning rate divided by the co
 """
 
 import math
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +12,12 @@ from torch import Tensor, nn
 from basemodel.training.config import TrainConfig
 from gpt import GPTModel
 
-
-class Peers(Protocol):
-    """The processes that share Muon's work, and this process's rank among them."""
-
-    rank: int
-    size: int
-
-    def broadcast_shards(self, shares: list[list[Tensor]]) -> None:
-        """Broadcast the tensors of `shares[rank]` from each process to the others, in place."""
+if TYPE_CHECKING:
+    from basemodel.training.processes import World
 
 
 def make_optimizer(
-    model: GPTModel, config: TrainConfig, precision: str, peers: Peers
+    model: GPTModel, config: TrainConfig, precision: str, world: "World"
 ) -> torch.optim.Optimizer:
     """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest.
 
@@ -41,15 +34,7 @@ def make_optimizer(
     )
     if not hidden:
         return adamw
-    group = {"params": hidden, "lr_scale": config.muon_learning_rate / config.learning_rate}
-    muon = Muon(
-        group,
-        peers=peers,
-        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
-        lr=config.muon_learning_rate,
-        momentum=config.muon_momentum,
-        weight_decay=config.weight_decay,
-    )
+    muon = Muon(hidden, config, world, torch.float32 if precision == "fp32" else torch.bfloat16)
     return MuonWithAdamW(muon, adamw)
 
 
@@ -84,11 +69,15 @@ class Muon(torch.optim.Muon):
 
     found_inf: Tensor | None = None  # set by `step_if`
 
-    def __init__(self, group: dict[str, Any], *, peers: Peers, dtype: torch.dtype, **options: float) -> None:
-        super().__init__([group], **options)
-        self.peers, self.dtype = peers, dtype
-        matrices = self.param_groups[0]["params"]
-        self.shares = share_out(matrices, [p.numel() * min(p.shape) for p in matrices], peers.size)
+    def __init__(
+        self, matrices: list[nn.Parameter], config: TrainConfig, world: "World", dtype: torch.dtype
+    ) -> None:
+        rate = config.muon_learning_rate
+        group = {"params": matrices, "lr_scale": rate / config.learning_rate}
+        decay, momentum = config.weight_decay, config.muon_momentum
+        super().__init__([group], lr=rate, weight_decay=decay, momentum=momentum)
+        self.world, self.dtype = world, dtype
+        self.shares = share_out(matrices, [p.numel() * min(p.shape) for p in matrices], world.size)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -106,7 +95,7 @@ class Muon(torch.optim.Muon):
             momentum = state["momentum_buffer"]
             momentum.lerp_(matrix.grad.where(finite, momentum), 1 - group["momentum"])
         of_one_size: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for matrix in self.shares[self.peers.rank]:
+        for matrix in self.shares[self.world.rank]:
             of_one_size.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
         for alike in of_one_size.values():
             for matrix, update in zip(alike, self._updates(alike, group), strict=True):
@@ -114,7 +103,7 @@ class Muon(torch.optim.Muon):
                 rate = group["lr"] * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
                 updated = matrix.mul(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
                 matrix.copy_(updated.where(finite, matrix))
-        self.peers.broadcast_shards(self.shares)
+        self.world.broadcast_shards(self.shares)
 
     def _updates(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> list[Tensor]:
         """The orthogonalized Nesterov momentum of matrices (M, N) or (N, M), M <= N."""

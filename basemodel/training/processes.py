@@ -72,7 +72,7 @@ class World:
         # torchrun has none, and the run id is often "none". But each launcher makes a folder of its own,
         # under a random name, where its processes report errors: FOLDER/attempt_0/0/error.json
         file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-        names = {"/".join(Path(each).parts[-5:-3]) for each in self.all_gather(file) if each}
+        names = {"/".join(Path(path).parts[-5:-3]) for path in self.all_gather(file) if path}
         return tuple(sorted(names))
 
     def agree(self, task: Callable[[], Result], *, on: bool = True) -> Result | None:
@@ -141,6 +141,18 @@ class World:
                     tensor.copy_(values.view_as(tensor))
 
 
+@contextmanager
+def joined_world(collective_timeout: float) -> Iterator[World]:
+    """The world of this process, whose group is left at the end; collectives time out after so many seconds.
+
+    A collective in which another process has died or hung raises RunError.
+    """
+    with lost_processes_explained():
+        yield join_world(timedelta(seconds=collective_timeout))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     """Choose this process's device and join the process group; collectives time out after `timeout`.
 
@@ -179,18 +191,16 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
 
 
 def place_in_the_world() -> tuple[int, int, int, int]:
-    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; by default those of a process alone.
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; by default those of a single process.
 
-    Raises InputError if the variables are not those that a launcher would set.
+    Raises InputError if a shell or a scheduler has left variables that no launcher would set.
     """
-    numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "0"}
-    numbers = {name: os.environ.get(name, default) for name, default in numbers.items()}
-    for name, value in numbers.items():
-        if not value.isdecimal():
-            raise InputError(f"{name} is '{value}', not a whole number; {LAUNCH_ADVICE}")
-    rank, local_rank, size, local_size, port = map(int, numbers.values())
-    if port > 65535:
-        raise InputError(f"MASTER_PORT is {port}, more than 65535; {LAUNCH_ADVICE}")
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    values = {name: os.environ.get(name, default) for name, default in defaults.items()}
+    if not all(value.isdecimal() for value in values.values()):
+        listed = ", ".join(f"{name}={value}" for name, value in values.items())
+        raise InputError(f"{listed}: not whole numbers; {LAUNCH_ADVICE}")
+    rank, local_rank, size, local_size = map(int, values.values())
     if rank >= size:
         raise InputError(f"RANK is {rank}, too large for a WORLD_SIZE of {size}; {LAUNCH_ADVICE}")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if size > 1 else ():
@@ -215,13 +225,13 @@ def store_of_these_processes(rank: int, size: int) -> dist.Store:
         while (left := deadline - time.monotonic()) > 0.01:
             store.set_timeout(timedelta(seconds=left))
             if rank == 0:
-                store.wait([f"member/{each}" for each in range(size)])  # for all at once, not for each
-                store.set("members", " ".join(store.get(f"member/{each}").decode() for each in range(size)))
+                store.wait([f"member/{other}" for other in range(size)])  # for all at once, not for each
+                store.set("members", " ".join(store.get(f"member/{other}").decode() for other in range(size)))
             members = store.get("members").decode()
             if mine in members.split():
                 round_ = hashlib.sha256(members.encode()).hexdigest()
                 store.set(f"{round_}/present/{rank}", "")
-                if store.check([f"{round_}/present/{each}" for each in range(size)]):
+                if store.check([f"{round_}/present/{other}" for other in range(size)]):
                     return dist.PrefixStore(round_, store)
             time.sleep(0.01)
     except dist.DistError as error:

@@ -17,9 +17,13 @@ from tqdm import tqdm
 
 import checkpointing
 from basemodel.common.errors import InputError
+from basemodel.common.json_config import with_defaults
+from basemodel.common.names import MODEL_JSON, TRAIN_JSON
 from basemodel.data.token_files import whole_set
+from basemodel.model.weights import load_tensors
+from basemodel.training import run_folder
+from basemodel.training.processes import World
 from basemodel.training.run import Run
-from basemodel.training.run_folder import read_status
 from gpt import GPTModel
 
 # Keys of train.json that may change when a run goes on: they say how the same work is split, kept, checked or
@@ -43,13 +47,20 @@ FREE_ON_RESUME = {
 }
 
 
+def advice_after_divergence(run: Run) -> str:
+    """What to do about a run that has diverged."""
+    last = checkpointing.list_checkpoints(run.checkpoints)[-1:]
+    where = f"the last checkpoint is {last[0].name}" if last else "there is no checkpoint yet"
+    return f"{where}; a lower learning_rate, a warm-up or clipping_max_norm may help"
+
+
 def was_started_before(run: Run) -> bool:
     """Whether torchrun starts the run's processes again: after a failure, or because a node joined or left.
 
     TORCHELASTIC_RESTART_COUNT counts the failures that this node's launcher has seen, and nothing else. But
     at least one launcher stays whenever processes are started again, and status.json names the last ones.
     """
-    known = read_status(run.directory).get("launchers") or []
+    known = run_folder.read_status(run.directory).get("launchers") or []
     failed_before = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     return failed_before or any(launcher in known for launcher in run.launchers)
 
@@ -73,11 +84,16 @@ def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpoin
     return checkpoint
 
 
+def set_earlier_results_aside(run: Run) -> None:
+    """Move the results of an earlier training, if there are any, into a new subfolder, and say so."""
+    if aside := run_folder.set_earlier_results_aside(run.directory):
+        print(f"Starting from scratch; earlier results are now in {aside} (--resume would have continued)")
+
+
 def check_space(run: Run, step: int) -> None:
     """Raise InputError if the disk has no room for the checkpoints still to be written after step `step`."""
-    parameters = GPTModel.outline(run.model_config).parameter_count()
     to_come, keep = run.saves_from(step), run.config.keep_checkpoints
-    checkpointing.require_space(run.checkpoints, to_come, keep, parameters)
+    checkpointing.require_space(run.checkpoints, to_come, keep, run.checkpoint_bytes)
 
 
 def rng_state(device: torch.device) -> dict[str, str]:
@@ -88,14 +104,40 @@ def rng_state(device: torch.device) -> dict[str, str]:
     return {name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()}
 
 
-def set_rng_state(states: dict[str, str], device: torch.device) -> None:
-    """Restore what `rng_state` returned. On another type of device, dropout masks will differ."""
-    for name, text in states.items():
+def restore_tensors(
+    model: GPTModel,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: checkpointing.Checkpoint | None,
+    world: World,
+) -> dict[str, Any]:
+    """Load a checkpoint's tensors, which only the first process holds, on all processes; return its meta."""
+    meta, source = world.broadcast((checkpoint.meta, str(checkpoint.path)) if checkpoint else None)
+    load_tensors(model, world.broadcast_tensors(checkpoint.model if checkpoint else {}), source)
+    tensors = world.broadcast_tensors(checkpoint.optimizer if checkpoint else {})
+    checkpointing.load_optimizer_tensors(model, optimizer, tensors)
+    return meta
+
+
+def set_rng_state(meta: dict[str, Any], world: World, seed: int) -> str:
+    """Restore what `rng_state` returned on each process; return what to tell the user, if anything.
+
+    On another type of device, or another number of processes, dropout masks will differ.
+    """
+    states = meta["rng"]
+    if len(states) != world.size:
+        fresh = np.random.SeedSequence((seed, meta["global_step"], world.rank))
+        torch.manual_seed(int(fresh.generate_state(1)[0]))
+        return (
+            f"Saved by {len(states)} processes, resumed by {world.size}: the data continue exactly where "
+            "they were; dropout masks differ"
+        )
+    for name, text in states[world.rank].items():
         state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
         if name == "cpu":
             torch.set_rng_state(state)
-        elif name == device.type:
-            torch.get_device_module(device).set_rng_state(state)
+        elif name == world.device.type:
+            torch.get_device_module(world.device).set_rng_state(state)
+    return ""
 
 
 @functools.cache
@@ -116,8 +158,8 @@ def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[
     With `allow`, changes to the configs or the data are only reported to it. Another global batch would read
     other data, and is always refused.
     """
-    changed = _changed_keys("model.json", meta["model_config"], run.model_config)
-    changed += _changed_keys("train.json", meta["train_config"], run.config)
+    changed = _changed_keys(MODEL_JSON, meta["model_config"], run.model_config)
+    changed += _changed_keys(TRAIN_JSON, meta["train_config"], run.config)
     changed += _changed_data(meta.get("data", {}), run)
     if changed and allow is None:
         raise InputError(
@@ -135,7 +177,8 @@ def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[
     if seen != run.plan.sequences(step):
         raise InputError(
             f"{name} had read {seen:,} sequences after {step:,} steps, this run would have read "
-            f"{run.plan.sequences(step):,}; half_batch_percent of min_train_tokens must be as many as before"
+            f"{run.plan.sequences(step):,}; half_batch_percent x min_train_tokens must come to as many "
+            "tokens as before"
         )
 
 
@@ -154,7 +197,7 @@ def _changed_data(theirs: dict[str, dict[str, Any]], run: Run) -> list[str]:
 
 def _changed_keys(file: str, theirs: dict[str, Any], config: Any) -> list[str]:
     # A key that the checkpoint's version did not know had the effect of its default. Tuples become lists.
-    theirs = {field.name: field.default for field in dataclasses.fields(config)} | theirs
+    theirs = with_defaults(type(config), theirs)
     theirs, ours = json.loads(json.dumps((theirs, dataclasses.asdict(config)), default=str))
     return [
         f"{file}: {key} was {json.dumps(theirs[key])}, is {json.dumps(ours[key])}"

@@ -1,22 +1,50 @@
 """A run: two JSON files, and what follows from them and the data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from basemodel.common.command_line import require_inside
+from tqdm import tqdm
+
+import checkpointing
 from basemodel.common.errors import InputError
 from basemodel.common.json_config import read_config
+from basemodel.common.names import (
+    CHECKPOINTS,
+    METRICS,
+    MODEL_JSON,
+    SAMPLES,
+    TOKENIZER_FILE,
+    TRAIN_JSON,
+    require_inside,
+)
+from basemodel.data import hub
+from basemodel.data.sequences import Sequences, match_tokenizer
+from basemodel.data.token_files import TokenFiles
 from basemodel.model.config import GPTConfig
-from basemodel.training.batches import BatchPlan, RunData
+from basemodel.training import run_folder
 from basemodel.training.config import TrainConfig
-from basemodel.training.run_folder import find_run
-from basemodel.training.schedule import learning_rate_at
+from basemodel.training.processes import World
+from basemodel.training.schedule import BatchPlan, learning_rate_at, plan_batches
 
 
 @dataclass(frozen=True)
+class RunData:
+    """What a run trains on and is validated on."""
+
+    train: Sequences
+    validation: Sequences | None
+    model_config: GPTConfig  # with the data set's end-of-text token
+    tokenizer: bytes | None  # the content of its tokenizer.json, if it has one of its own
+    folder: Path
+
+
+@dataclass
 class Run:
-    """What is trained, on which data, and where the results go. Only a budget changes its end."""
+    """What is trained, on which data, and where the results go.
+
+    While it trains, only a budget changes it: the number of steps of its plan.
+    """
 
     directory: Path
     config: TrainConfig
@@ -29,10 +57,10 @@ class Run:
     @classmethod
     def read(cls, runs_dir: Path, name: str) -> Self:
         """Read the run `name` of `runs_dir`. Raises InputError if it is missing or its configs are wrong."""
-        folder = find_run(runs_dir, name)
+        folder = run_folder.find_run(runs_dir, name)
         require_inside(runs_dir, folder)
-        model_config = read_config(GPTConfig, folder / "model.json")
-        config = read_config(TrainConfig, folder / "train.json")
+        model_config = read_config(GPTConfig, folder / MODEL_JSON)
+        config = read_config(TrainConfig, folder / TRAIN_JSON)
         if config.document_masking and model_config.end_of_text >= model_config.vocab_size:
             raise InputError(
                 f"document_masking needs the end-of-text token, {model_config.end_of_text}, which a "
@@ -40,7 +68,7 @@ class Run:
             )
         if config.head_learning_rate is not None and model_config.tie_weights:
             raise InputError(
-                f"{folder / 'train.json'}: head_learning_rate has no effect with tie_weights, where the head "
+                f"{folder / TRAIN_JSON}: head_learning_rate has no effect with tie_weights, where the head "
                 "is the token embedding; leave it out"
             )
         return cls(folder, config, model_config)
@@ -53,17 +81,23 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """The folder of this run's checkpoints."""
-        return self.directory / "checkpoints"
+        return self.directory / CHECKPOINTS
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """The size of a checkpoint: float32 weights with two moments each, or one where Muon updates them."""
+        with_one = self.model_config.hidden_parameters if self.config.optimizer == "muon" else 0
+        return 4 * (3 * self.model_config.parameter_count - with_one)
 
     @property
     def metrics(self) -> Path:
         """The log of this run's steps."""
-        return self.directory / "metrics.jsonl"
+        return self.directory / METRICS
 
     @property
     def samples(self) -> Path:
         """What the model said at some of this run's steps."""
-        return self.directory / "samples.jsonl"
+        return self.directory / SAMPLES
 
     @property
     def checkpoint_interval(self) -> int | None:
@@ -96,3 +130,74 @@ class Run:
     def saves_from(self, step: int) -> int:
         """How many checkpoints are due after step `step`."""
         return sum(self.saves_after(later) for later in range(step + 1, self.plan.steps + 1))
+
+
+def prepare_run(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, *, resume: bool) -> Run:
+    """Lock the run's folder, download missing data, once per node, and check every token the run will use.
+
+    Returns the run with its data and its plan. Raises InputError at once if `checkpoint` does not exist.
+    """
+    config, model_config = run.config, run.model_config
+    config.accumulation_for(world.size)  # raises an error here, not after a download
+    if checkpoint is not None and not resume:
+        world.agree(lambda: checkpointing.require_named(run.checkpoints, checkpoint), on=world.is_first)
+    say = tqdm.write if resume else None
+    locked = world.agree(lambda: run_folder.lock_run(run.directory, say), on=world.is_first)
+    if locked:
+        checkpointing.remove_leftovers(run.checkpoints)
+    elif world.is_first:
+        tqdm.write(f"Warning: {run.directory} cannot be locked; do not start this run twice")
+    dataset, on_each_node = (config.dataset, config.dataset_revision), world.local_rank == 0
+    folder = world.agree(lambda: hub.fetch_dataset(datasets_dir, *dataset, config.splits), on=on_each_node)
+    data = world.agree(lambda: open_data(config, model_config, datasets_dir))
+    plan = plan_batches(config, model_config.context_length, world.size, data.train.count)
+    used = plan.sequences(plan.steps), config.validation_batches * config.microbatch_size
+    share = world.local_rank, world.local_size
+    world.agree(lambda: check_tokens(data, *used, model_config.vocab_size, share=share))
+    files = world.agree(lambda: hub.fingerprint_files(folder, config.splits), on=on_each_node)
+    files = hub.same_on_all_nodes([node for node in world.all_gather(files) if node is not None])
+    return replace(run, model_config=data.model_config, plan=plan, data=data, files=files)
+
+
+def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunData:
+    """Open a run's token files. Raises InputError for a file that is missing, damaged or too short."""
+    folder = hub.dataset_folder(datasets_dir, config.dataset)
+    model = match_tokenizer(folder, model)
+    tokenizer = (folder / TOKENIZER_FILE).read_bytes() if model.tokenizer == "dataset" else None
+
+    def sequences(split: str, start: int) -> Sequences:
+        return Sequences(TokenFiles(folder, split), start, model.context_length, config.random_seed)
+
+    train = sequences("train", config.start_train_token)
+    if train.count <= 0:
+        raise InputError(
+            f"{train.tokens}: too short: {train.tokens.count} tokens do not fill one sequence of "
+            f"{model.context_length} after start_train_token {config.start_train_token}"
+        )
+    if config.validation_interval is None:
+        return RunData(train, None, model, tokenizer, folder)
+    validation = sequences("validation", config.start_val_token)
+    most = validation.count // config.microbatch_size
+    if config.validation_batches > most:
+        raise InputError(
+            f"{validation.tokens}: too short: its {validation.tokens.count} tokens fill {most} "
+            f"validation batches of {config.microbatch_size} x {model.context_length} after start_val_token "
+            f"{config.start_val_token}, not {config.validation_batches}"
+        )
+    return RunData(train, validation, model, tokenizer, folder)
+
+
+def check_tokens(
+    data: RunData, train: int, validation: int, vocab_size: int, *, share: tuple[int, int]
+) -> None:
+    """Check every token of the first `train` and `validation` sequences, those that a run will use.
+
+    `share` (which, of how many): the processes of a node each check a part. Raises InputError for a token id
+    outside the vocabulary.
+    """
+    which, parts = share
+    for sequences, count in ((data.train, min(train, data.train.count)), (data.validation, validation)):
+        if sequences is not None:
+            tokens = count * sequences.length + 1
+            first, stop = (sequences.start + tokens * part // parts for part in (which, which + 1))
+            sequences.tokens.check_vocabulary(first, stop, vocab_size)

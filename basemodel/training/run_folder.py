@@ -8,9 +8,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from basemodel.common.command_line import require_plain_name
 from basemodel.common.errors import InputError
 from basemodel.common.files import lock
+from basemodel.common.names import (
+    CHART,
+    CHECKPOINTS,
+    METRICS,
+    SAMPLES,
+    STATUS,
+    TRAIN_JSON,
+    require_plain_name,
+)
 
 LOCK_SECONDS = 900.0  # how long a resumed run waits for its last processes: they may hang, and time out
 
@@ -19,14 +27,14 @@ def find_run(runs_dir: Path, name: str) -> Path:
     """The folder of the run `name`. Raises InputError, naming the runs there are, if there is none."""
     folder = runs_dir / require_plain_name(name, "run")
     if not folder.is_dir():
-        have = ", ".join(sorted(path.parent.name for path in runs_dir.glob("*/train.json"))) or "none"
+        have = ", ".join(sorted(path.parent.name for path in runs_dir.glob(f"*/{TRAIN_JSON}"))) or "none"
         raise InputError(f"{folder}: no such run; there are: {have}")
     return folder
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
     """The contents of status.json; empty if it is missing or damaged."""
-    return read_json_or_nothing(run_dir / "status.json")
+    return read_json_or_nothing(run_dir / STATUS)
 
 
 def read_json_or_nothing(path: Path) -> dict[str, Any]:
@@ -97,15 +105,14 @@ def is_locked(run_dir: Path) -> bool:
 
 def set_earlier_results_aside(directory: Path) -> Path | None:
     """Move the results of an earlier run into a new subfolder and return it; None if there are none."""
-    names = ("checkpoints", "metrics.jsonl", "status.json", "training-run-chart.png", "samples.jsonl")
-    names += ("trackers.json", "tensorboard", "wandb")
-    found = [directory / name for name in names if (directory / name).exists()]
-    if not found:
+    names = (CHECKPOINTS, METRICS, STATUS, CHART, SAMPLES, "trackers.json", "tensorboard", "wandb")
+    results = [directory / name for name in names if (directory / name).exists()]
+    if not results:
         return None
     now = datetime.now(UTC)
     while (aside := directory / f"earlier-{now:%Y%m%dZ%H%M%S}").exists():
         now += timedelta(seconds=1)
     aside.mkdir()
-    for path in found:
+    for path in results:
         path.rename(aside / path.name)
     return aside

@@ -19,10 +19,9 @@ REPEAT_SECONDS = 3.0  # how long a second signal counts as torchrun's copy of th
 class StopSignal:
     """Remembers that SIGTERM or SIGINT asked this process to stop.
 
-    A second one exits at once, without saving, unless it comes within REPEAT_SECONDS: then it is ignored,
-    because torchrun forwards what the terminal has already sent. A
-    separate thread receives the signals: Python's own handlers run in the main thread, which may be blocked
-    in a collective with a process that is gone.
+    A second signal exits at once, without saving, unless it comes within REPEAT_SECONDS: then it is ignored,
+    because torchrun forwards what the terminal has already sent. A separate thread receives the signals:
+    Python's own handlers run in the main thread, which a collective with a lost process may block.
     """
 
     def __init__(self) -> None:
@@ -51,6 +50,11 @@ class StopSignal:
         if self._launcher not in (None, os.getppid()):
             self.received = self.received or signal.SIGTERM
         return self.received is not None
+
+    @property
+    def exit_status(self) -> int:
+        """The status of a process that the signal ended."""
+        return 128 + (self.received or signal.SIGTERM)
 
     def _watch(self, reader: int) -> None:
         first = None

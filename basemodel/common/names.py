@@ -1,0 +1,39 @@
+"""Names of files and folders, and which names a user may give."""
+
+import re
+from pathlib import Path
+
+from basemodel.common.errors import InputError
+
+# In the folder of a run
+MODEL_JSON, TRAIN_JSON = "model.json", "train.json"
+CHECKPOINTS, METRICS, STATUS, SAMPLES = "checkpoints", "metrics.jsonl", "status.json", "samples.jsonl"
+CHART = "training-run-chart.png"
+# In the folder of a checkpoint or a data set
+META, TOKENIZER_FILE = "meta.json", "tokenizer.json"
+
+
+def require_plain_name(name: str, what: str) -> str:
+    """Return `name` if it is a plain folder name, which cannot lead out of its parent folder.
+
+    Plain means `[A-Za-z0-9._-]+`, and neither `.` nor `..`. Raises InputError otherwise.
+    """
+    plain = re.fullmatch(r"[A-Za-z0-9._-]+", name) and name not in (".", "..")
+    if not plain:
+        raise InputError(f"{what} '{name}' must be a plain name of letters, digits, '.', '_' and '-'")
+    return name
+
+
+def require_inside(folder: Path, path: Path) -> None:
+    """Raise InputError if `path` resolves, through links, to a place outside `folder`."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{path}: is a link that points outside {folder}; give the folder itself")
+
+
+def require_repo_id(repo_id: str, what: str = "dataset") -> None:
+    """Raise InputError unless `repo_id`, of a `what` on the Hub, is OWNER/NAME, with plain names."""
+    owner, slash, name = repo_id.partition("/")
+    if not slash:
+        raise InputError(f"{what} must be OWNER/NAME, not '{repo_id}'")
+    require_plain_name(owner, f"the {what}'s owner")
+    require_plain_name(name, f"the {what}'s name")
