@@ -185,8 +185,5 @@ class GPTModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self) -> int:
-        """Training FLOPs per token, forward and backward: 6 per parameter of a matrix product, plus
-        attention's 12 * L * C * T (PaLM, Chowdhery et al. 2022, appendix B)."""
-        matrices = self.out_head.weight.numel()
-        matrices += sum(p.numel() for p in self.trf_blocks.parameters() if p.dim() == 2)
-        return 6 * matrices + 12 * self.config.n_layers * self.config.emb_dim * self.config.context_length
+        """Training FLOPs per token, forward and backward."""
+        return self.config.flops_per_token

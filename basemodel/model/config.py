@@ -56,3 +56,10 @@ class GPTConfig:
         per_layer = (13 if self.qkv_bias else 10) * self.emb_dim  # biases and norms
         positions, final_norm = self.context_length * self.emb_dim, 2 * self.emb_dim
         return heads + self.hidden_parameters + self.n_layers * per_layer + positions + final_norm
+
+    @property
+    def flops_per_token(self) -> int:
+        """Training FLOPs per token, forward and backward: 6 per parameter of a matrix product, plus
+        attention's 12 * L * C * T (PaLM, Chowdhery et al. 2022, appendix B)."""
+        products = self.hidden_parameters + self.vocab_size * self.emb_dim
+        return 6 * products + 12 * self.n_layers * self.emb_dim * self.context_length

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo.config
-import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,6 +49,9 @@ class NextTokenLoss(nn.Module):
         One graph of all blocks would hold back every gradient until its backward pass has ended, and DDP
         could not all-reduce those of the last blocks meanwhile. Equal blocks are compiled once.
         """
+        import torch._dynamo.config  # here, because these take as long as all of torch
+        import torch._functorch.config
+
         # On a CPU keep 60% of the activations and recompute the cheap ones: as fast, in a tenth less memory.
         on_cpu = self.model.out_head.weight.device.type == "cpu"
         torch._functorch.config.activation_memory_budget = 0.6 if on_cpu else 1.0

@@ -2,11 +2,9 @@
 
 import bisect
 import dataclasses
-import functools
 from dataclasses import dataclass, field
 
 from basemodel.common.errors import InputError
-from basemodel.model.config import GPTConfig
 from basemodel.planning.footprint import Step
 from basemodel.planning.machines import Machine, device_memory_gib, gpu_of
 from basemodel.planning.roofline import RATE, Roofline
@@ -14,7 +12,6 @@ from basemodel.training.batches import plan_batches
 from basemodel.training.config import TrainConfig
 from basemodel.training.run import Run
 from basemodel.training.run_folder import read_status
-from gpt import GPTModel
 
 GIB = 2**30
 COPY_BYTES_PER_SECOND = 10e9  # of a checkpoint, from the GPU to the host
@@ -70,7 +67,7 @@ class Estimate:
         """Model FLOPs utilization, a share of the data sheet's rate."""
         if not self.tokens_per_second:
             return None
-        flops = flops_per_token(self.run.model_config) * self.tokens_per_second
+        flops = self.run.model_config.flops_per_token * self.tokens_per_second
         return flops / (self.machine.count * self.machine.gpu.tflops * 1e12)
 
     @property
@@ -83,12 +80,6 @@ class Estimate:
             return f"speed in {self.precision} unknown"
         name = max(self.step_parts, key=self.step_parts.get)
         return f"{name} ({self.step_parts[name] / sum(self.step_parts.values()):.0%})"
-
-
-@functools.cache
-def flops_per_token(model: GPTConfig) -> int:
-    """Training FLOPs per token of a model of this shape."""
-    return GPTModel.outline(model).flops_per_token()
 
 
 def estimate(run: Run, machine: Machine, train_count: int | None) -> Estimate:
@@ -115,10 +106,9 @@ def estimate(run: Run, machine: Machine, train_count: int | None) -> Estimate:
         return result
     step, roofline = Step(run.model_config, config, size), Roofline()
     validation = roofline.validation(step, -(-validation_sequences // size), machine, precision)
-    validations = sum(run.validates_after(number) for number in range(plan.steps + 1))
     saving = run.saves_from(0) * run.checkpoint_bytes / COPY_BYTES_PER_SECOND
     parts = roofline.step(step, plan.accumulation, machine, precision)
-    return dataclasses.replace(result, step_parts=parts, between_steps=validations * validation + saving)
+    return dataclasses.replace(result, step_parts=parts, between_steps=run.validations * validation + saving)
 
 
 def precision_on(config: TrainConfig, machine: Machine) -> str:

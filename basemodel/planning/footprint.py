@@ -97,16 +97,12 @@ class Step:
         shape, e, on_cpu = self.model, self.element, self.device == "cpu"
         C, H, L, T = shape.emb_dim, shape.n_heads, shape.n_layers, shape.context_length
         per_token = (8 + 14 * e) * C + 4 * H + 16
-        copies = (
-            (24 if e == 2 else 12) * C * C
-        )  # of weights: in half precision, or those of q, k and v joined
+        copies = (24 if e == 2 else 12) * C * C  # of weights: all cast, or those of q, k and v joined
         if self.compiled:  # the halfway sum is computed again from its second term
             per_token = (4 + 15 * e) * C + 4 * H
         if self.compiled and on_cpu:  # so are norms and GELU's output
             per_token, copies = 36 * C + 4 * H, 0
-        if (
-            shape.drop_rate > 0
-        ):  # masks; on a CPU in floating point, and attention with dropout keeps its scores
+        if shape.drop_rate > 0:  # masks; attention with dropout keeps its scores on a CPU
             eager_cpu = on_cpu and not self.compiled
             per_token += (8 if eager_cpu else 2) * C
             per_token += (12 if eager_cpu else 6) * H * T if on_cpu else 0
@@ -122,6 +118,7 @@ class Step:
         """Bytes that the loss takes: a chunk's logits in several forms, the head's copy and gradients, the
         features with their gradient."""
         C, V, e = self.model.emb_dim, self.model.vocab_size, self.element
+        # Of a logit's bytes, some belong to the gradient of the chunk before.
         forms = (3 * e if self.compiled else {2: 10, 4: 8}[e]) + (e if self.chunks > 1 else 0)
         chunk = math.ceil(self.tokens / self.chunks) * self.rows * forms
         return chunk + 2 * e * self.rows * C + 4 * V * C + 4 * C * self.tokens
@@ -141,7 +138,7 @@ class Step:
         traffic = N * (per_activation * L * C + per_logit * rows + 70 * C) + per_weight * hidden
         traffic += (63 + 10 * self.chunks) * shape.vocab_size * C
         if shape.drop_rate > 0:
-            traffic += 10 * N * L * C
+            traffic += (8 if self.compiled else 24) * N * L * C
         kernels = 38 * L + 33 + 8 * self.chunks if self.compiled else 63 * L + 33 + 23 * self.chunks
         return Work(flops, products, traffic, kernels)
 

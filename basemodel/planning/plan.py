@@ -13,7 +13,7 @@ import click
 from basemodel.common.errors import InputError
 from basemodel.common.tables import markdown_table
 from basemodel.data import hub, token_files
-from basemodel.planning.estimate import GIB, Estimate, estimate, flops_per_token
+from basemodel.planning.estimate import GIB, Estimate, estimate
 from basemodel.planning.machines import TABLE, find_machines, read_gpus
 from basemodel.planning.roofline import WORST_ERROR
 from basemodel.training.backend import choose_precision
@@ -106,7 +106,7 @@ def print_plan(run: Run, world: World) -> None:
         "Global batch": f"{plan.global_batch:,} sequences, {plan.tokens_per_batch:,} tokens = {split}",
         "Steps": f"{plan.steps:,}, {tokens:,} tokens" if plan.steps else "not known before the data are here",
         "Optimizer": optimizer_in_words(dataclasses.asdict(config)),
-        "FLOPs": f"{tokens * flops_per_token(shape):.2e}, {flops_per_token(shape):,} per token",
+        "FLOPs": f"{tokens * shape.flops_per_token:.2e}, {shape.flops_per_token:,} per token",
         "Disk": f"{checkpoints_in_words(run)}; {free / 1e9:.1f} GB are free",
         "ETA": "not known before a first run here; --on MACHINE estimates it for a GPU",
     }
