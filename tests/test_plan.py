@@ -103,6 +103,8 @@ def test_formulas_count_a_models_parameters(changes: dict) -> None:
     assert shape.parameter_count == sum(parameter.numel() for parameter in model.parameters())
     hidden = [p.numel() for p in model.trf_blocks.parameters() if p.dim() == 2]
     assert shape.hidden_parameters == sum(hidden)
+    products = sum(hidden) + model.out_head.weight.numel()
+    assert shape.flops_per_token == 6 * products + 12 * shape.n_layers * shape.emb_dim * shape.context_length
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,7 @@ class NextTokenLoss(nn.Module):
         One graph of all blocks would hold back every gradient until its backward pass has ended, and DDP
         could not all-reduce those of the last blocks meanwhile. Equal blocks are compiled once.
         """
-        # Imported here, because they take seconds.
-        import torch._dynamo.config
+        import torch._dynamo.config  # here, because these take as long as all of torch
         import torch._functorch.config
 
         # On a CPU keep 60% of the activations and recompute the cheap ones: as fast, in a tenth less memory.

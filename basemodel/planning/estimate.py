@@ -106,10 +106,9 @@ def estimate(run: Run, machine: Machine, train_count: int | None) -> Estimate:
         return result
     step, roofline = Step(run.model_config, config, size), Roofline()
     validation = roofline.validation(step, -(-validation_sequences // size), machine, precision)
-    validations = sum(run.validates_after(number) for number in range(plan.steps + 1))
     saving = run.saves_from(0) * run.checkpoint_bytes / COPY_BYTES_PER_SECOND
     parts = roofline.step(step, plan.accumulation, machine, precision)
-    return dataclasses.replace(result, step_parts=parts, between_steps=validations * validation + saving)
+    return dataclasses.replace(result, step_parts=parts, between_steps=run.validations * validation + saving)
 
 
 def precision_on(config: TrainConfig, machine: Machine) -> str:

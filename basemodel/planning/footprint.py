@@ -118,6 +118,7 @@ class Step:
         """Bytes that the loss takes: a chunk's logits in several forms, the head's copy and gradients, the
         features with their gradient."""
         C, V, e = self.model.emb_dim, self.model.vocab_size, self.element
+        # Of a logit's bytes, some belong to the gradient of the chunk before.
         forms = (3 * e if self.compiled else {2: 10, 4: 8}[e]) + (e if self.chunks > 1 else 0)
         chunk = math.ceil(self.tokens / self.chunks) * self.rows * forms
         return chunk + 2 * e * self.rows * C + 4 * V * C + 4 * C * self.tokens
@@ -137,7 +138,7 @@ class Step:
         traffic = N * (per_activation * L * C + per_logit * rows + 70 * C) + per_weight * hidden
         traffic += (63 + 10 * self.chunks) * shape.vocab_size * C
         if shape.drop_rate > 0:
-            traffic += 10 * N * L * C
+            traffic += (8 if self.compiled else 24) * N * L * C
         kernels = 38 * L + 33 + 8 * self.chunks if self.compiled else 63 * L + 33 + 23 * self.chunks
         return Work(flops, products, traffic, kernels)
 

@@ -60,6 +60,7 @@ class Machine:
         return (self.gpu.usd_per_hour or {}).get(str(self.count))
 
 
+@functools.cache
 def read_gpus(path: Path = TABLE) -> dict[str, GPU]:
     """The GPUs of a table, by name. Raises InputError, naming file, GPU and key, if it is malformed."""
     try:
@@ -88,15 +89,18 @@ def find_machines(name: str, gpus: dict[str, GPU]) -> list[Machine]:
     raise InputError(f"unknown machine '{name}'; the nearest are {names}; `all` lists every machine")
 
 
-@functools.cache
 def gpu_of(device_name: str, memory_gib: float = 0.0) -> GPU | None:
     """The GPU that CUDA calls `device_name` and that has about `memory_gib`; None if the table has none.
 
     Only whole words count: an A100 is no A10, and a GB200 has another rate than a B200.
     """
+    try:
+        known = read_gpus().values()
+    except InputError:  # which must not stop a training
+        return None
     if VARIANTS.search(device_name):
         return None
-    same = [gpu for gpu in read_gpus().values() if re.search(rf"\b{re.escape(gpu.cuda)}\b", device_name)]
+    same = [gpu for gpu in known if re.search(rf"\b{re.escape(gpu.cuda)}\b", device_name)]
     return min(same, key=lambda gpu: abs(gpu.memory_gib - memory_gib), default=None)
 
 

@@ -38,7 +38,6 @@ class Roofline:
         parts = self.parts(step.microbatch_work(), machine.gpu, precision)
         backward = 2 / 3 * sum(parts.values())
         parts = {name: accumulation * seconds for name, seconds in parts.items()}
-        shares_update = step.config.optimizer == "muon" and count > 1  # each GPU orthogonalizes some matrices
         update = step.update_work(shared_by=count)
         parts["optimizer"] = sum(self.parts(update, machine.gpu, precision).values())
         if count > 1:
@@ -47,7 +46,8 @@ class Roofline:
             gradients, last = 4 * shape.parameter_count, 4 * shape.vocab_size * shape.emb_dim
             # The token embedding's gradient comes last, when there is nothing left to compute meanwhile.
             hidden = min(backward, ring * (gradients - last))
-            updates = 4 * shape.hidden_parameters / link if shares_update else 0.0
+            # Each GPU orthogonalizes some of Muon's matrices, and sends them to the others.
+            updates = 4 * shape.hidden_parameters / link if step.config.optimizer == "muon" else 0.0
             parts["exchange between GPUs"] = ring * gradients - hidden + updates
         return parts
 

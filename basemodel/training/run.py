@@ -129,7 +129,20 @@ class Run:
 
     def saves_from(self, step: int) -> int:
         """How many checkpoints are due after step `step`."""
-        return sum(self.saves_after(later) for later in range(step + 1, self.plan.steps + 1))
+        return _times_due(self.checkpoint_interval, step, self.plan.steps)
+
+    @property
+    def validations(self) -> int:
+        """How often the whole run validates."""
+        interval = self.config.validation_interval
+        return 0 if interval is None else 1 + _times_due(interval, 0, self.plan.steps)
+
+
+def _times_due(interval: int | None, after: int, last: int) -> int:
+    """How many of the steps from `after` + 1 to `last` are a multiple of the interval, or the last."""
+    if last <= after or interval is None:
+        return int(last > after)
+    return last // interval - after // interval + (last % interval > 0)
 
 
 def prepare_run(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, *, resume: bool) -> Run:
