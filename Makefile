@@ -44,7 +44,7 @@ gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py all
 
 docs: .venv/ready
-	PYTHONPATH=. $(BIN)/python docs/make_pages.py
+	$(BIN)/python docs/make_pages.py
 
 lint: .venv/ready-test
 	$(BIN)/ruff check .

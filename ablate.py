@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Self
 
 import click
 
@@ -75,12 +74,12 @@ def main(
     failed: dict[str, str] = {}
     if not report:
         study.write_configs()
-        with Trainings(study, find_launcher(launch), datasets_dir) as trainings:
-            trainings.check()
-            if stopped := trainings.run():
-                print("Stopped; the same command continues", flush=True)
-                return 128 + stopped
-            failed = trainings.failed
+        trainings = Trainings(study, find_launcher(launch), datasets_dir)
+        trainings.check()
+        if stopped := trainings.run():
+            print("Stopped; the same command continues", flush=True)
+            return 128 + stopped
+        failed = trainings.failed
     print(f"\n{table(study)}")
     for note in notes(study):
         print(f"\n{note}")
@@ -115,15 +114,9 @@ class Trainings:
         self.stopped: int | None = None  # by this signal
         self._process: subprocess.Popen | None = None
 
-    def __enter__(self) -> Self:
-        signals = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-        handled = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # as by nohup
-        self._handlers = {number: signal.signal(number, self._stop) for number in handled}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
+                signal.signal(number, self._stop)
 
     def _stop(self, number: int, _: object) -> None:
         self.stopped = self.stopped or number

@@ -32,7 +32,6 @@ from basemodel.common.errors import InputError, RunError
 from basemodel.common.files import fingerprint, sync
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import META, TOKENIZER_FILE, require_plain_name
-from basemodel.model.config import GPTConfig
 from basemodel.model.weights import save_tensors
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", META
@@ -298,12 +297,6 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink()
         elif path.is_dir() and not path.is_symlink() and NAME.fullmatch(name):
             shutil.rmtree(path)
-
-
-def size_in_bytes(model: GPTConfig, optimizer: str) -> int:
-    """The size of a checkpoint: weights and the optimizer's moments, all float32. AdamW has two moments per
-    parameter; Muon has one per parameter of the blocks' matrices and leaves the rest to AdamW."""
-    return 12 * model.parameter_count - (4 * model.hidden_parameters if optimizer == "muon" else 0)
 
 
 def require_space(folder: Path, to_come: int, keep: int | None, size: int) -> None:

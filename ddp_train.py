@@ -32,7 +32,7 @@ from basemodel.common.errors import InputError, RunError
 from basemodel.data.sequences import Sequences, to_device
 from basemodel.model import memory
 from basemodel.model.loss import NextTokenLoss
-from basemodel.planning.plan import is_for_machines, plan_here, plan_on_machines, plan_options, print_plan
+from basemodel.planning.plan import Elsewhere, plan_here, plan_on_machines, plan_options, print_plan
 from basemodel.results.reporting import NoReporter, Reporter, check_reporting, complete_status, say
 from basemodel.training import backend, budget, microbatch, optimizer, pending, processes, resume, stopping
 from basemodel.training.config import TrainConfig
@@ -204,8 +204,7 @@ class Trainer:
         run, progress, world = self.run, self.progress, self.world
         self.clock = budget.Clock(run, progress.global_step, progress.seconds)
         # The other processes wait, because a tracker may take long to reach its server.
-        report = lambda: Reporter(run, self.clock, progress.global_step, world.device_name)  # noqa: E731
-        self.reporter = world.agree(report, on=world.is_first) or NoReporter()
+        self.reporter = world.agree(self._make_reporter, on=world.is_first) or NoReporter()
         self.saver = checkpointing.Saver(
             run.checkpoints, run.config.keep_checkpoints, run.metrics, run.data.tokenizer
         )
@@ -222,6 +221,10 @@ class Trainer:
                 return stop.exit_status
         self.reporter.finish(progress.global_step, progress.train_loss, progress.val_loss)
         return 0
+
+    def _make_reporter(self) -> Reporter:
+        step, compiled = self.progress.global_step, self.learner.loss_module.is_compiled
+        return Reporter(self.run, self.clock, step, self.world.device_name, compiled=compiled)
 
     def _train_and_report_failure(self, stop: stopping.StopSignal) -> bool:
         """Train and save, even after a signal. Returns False if one arrived before all work was done."""
@@ -472,7 +475,9 @@ def main(
     runs_dir: Path,
     allow_config_change: bool,
     collective_timeout: float,
-    **planning: Any,
+    on: str | None,
+    budget_usd: float | None,
+    machines: Path | None,
 ) -> int:
     """Train RUN, a folder in runs/ with a model.json and a train.json, on a data set in DATASETS_DIR.
 
@@ -483,17 +488,18 @@ def main(
         raise InputError("use either -f or --plan, not both")
     if checkpoint and resume_newest:
         raise InputError("use either a checkpoint's name or --resume, not both")
-    elsewhere = is_for_machines(only_plan, planning)
-    if not datasets_dir and not find_max_microbatch_size and not elsewhere:
+    elsewhere = Elsewhere(on, budget_usd, machines)
+    plans_elsewhere = elsewhere.is_asked(only_plan)
+    if not datasets_dir and not find_max_microbatch_size and not plans_elsewhere:
         raise InputError("DATASETS_DIR is missing: the folder that holds the data sets")
     with processes.joined_world(collective_timeout) as world:
         if find_max_microbatch_size:
             size = microbatch.find_max_microbatch(run, world, Learner)
             if world.is_first:
                 print(f"Max microbatch size was {size}")
-        elif elsewhere:
+        elif plans_elsewhere:
             if world.is_first:
-                plan_on_machines(run, datasets_dir, Learner, planning)
+                plan_on_machines(run, datasets_dir, elsewhere)
         elif only_plan:
             plan_here(run, datasets_dir, world)
         else:

@@ -176,17 +176,6 @@ class GPTModel(nn.Module):
 
     @classmethod
     def outline(cls, config: GPTConfig) -> Self:
-        """A model whose tensors take no memory, for counting its parameters and FLOPs."""
+        """A model whose tensors take no memory, for names and shapes."""
         with torch.device("meta"):
             return cls(config)
-
-    def parameter_count(self) -> int:
-        """The number of parameters; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    def flops_per_token(self) -> int:
-        """Training FLOPs per token, forward and backward: 6 per parameter in a matrix product, plus
-        attention's 12 * L * C * T (PaLM, Chowdhery et al. 2022, appendix B)."""
-        matrices = self.out_head.weight.numel()
-        matrices += sum(p.numel() for p in self.trf_blocks.parameters() if p.dim() == 2)
-        return 6 * matrices + 12 * self.config.n_layers * self.config.emb_dim * self.config.context_length

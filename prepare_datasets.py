@@ -32,40 +32,60 @@ from basemodel.common.json_config import read_json_object
 from basemodel.common.names import TOKENIZER_FILE
 from basemodel.data.hub import check_push, push
 from basemodel.data.token_files import as_one_path, split_files
-from basemodel.data.tokenizer import GigatokenEncoder, get_tokenizer, set_up_engine
-from basemodel.data.tokenizer_json import MOST_TOKENS, read_tokenizer
-from basemodel.prepare.assemble import Layout, card, count_passed_over, draw_lengths, lay_out, write_dataset
+from basemodel.data.tokenizer import MAX_TOKENS, get_tokenizer, read_tokenizer
+from basemodel.prepare.assemble import Layout, count_skipped, lay_out, lay_out_nanogpt, write_dataset
+from basemodel.prepare.dataset_card import card, counted, draw_lengths, excerpts, summary
 from basemodel.prepare.documents import Piece, make_shards
-from basemodel.prepare.encoding import Settings, encode_all, sample_texts
-from basemodel.prepare.nanogpt import lay_out_bins
+from basemodel.prepare.encoding import Settings, encode_all, find_gigatoken, sample_texts
 from basemodel.prepare.readers import cut_into_pieces
 from basemodel.prepare.sources import Request, Source, find_source
-from basemodel.prepare.tokenizer_training import FEWEST_TOKENS, require_tokenizers, train_tokenizer
+from basemodel.prepare.tokenizer_training import MIN_TOKENS, require_tokenizers, train_tokenizer
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source")
 @click.argument("output_dir", type=Path)
-@click.option("--tokenizer", metavar="gpt2|bytes|FILE", help="FILE is a tokenizer.json.  [default: gpt2]")
+@click.option(
+    "--tokenizer",
+    metavar="gpt2|bytes|FILE",
+    help="Tokenizer to use; FILE is a tokenizer.json.  [default: gpt2]",
+)
 @click.option(
     "--train-tokenizer",
     "train_size",
-    type=click.IntRange(FEWEST_TOKENS, MOST_TOKENS),
+    type=click.IntRange(MIN_TOKENS, MAX_TOKENS),
     metavar="SIZE",
     help="Train a tokenizer of SIZE tokens on the text.",
 )
-@click.option("--validation-fraction", type=float, default=0.01, show_default=True, help="Of the documents.")
-@click.option("--workers", type=click.IntRange(1), default=os.cpu_count(), help="Default: one per core.")
 @click.option(
-    "--engine", type=click.Choice(["auto", "tiktoken", "gigatoken"]), default="auto", show_default=True
+    "--validation-fraction", type=float, default=0.01, show_default=True, help="Share of documents held out."
 )
-@click.option("--text-column", default="text", show_default=True, help="Of tables and JSON objects.")
-@click.option("--name", metavar="CONFIG", help="The configuration of a Hub data set.")
-@click.option("--split", default="train", show_default=True, help="What to train on.")
-@click.option("--files", metavar="PATTERN", help="Take only the matching files, such as 'sample/10BT/*'.")
-@click.option("--revision", help="A commit, tag or branch of the Hub data set.")
 @click.option(
-    "--max-file-size", type=FileSize(), default="40GB", show_default=True, help="Cut what is larger."
+    "--workers",
+    type=click.IntRange(1),
+    default=os.cpu_count(),
+    help="Processes that encode.  [default: cores]",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "tiktoken", "gigatoken"]),
+    default="auto",
+    show_default=True,
+    help="Library that encodes; the tokens are the same.",
+)
+@click.option(
+    "--text-column", default="text", show_default=True, help="Column or JSON key that contains the text."
+)
+@click.option("--name", metavar="CONFIG", help="Configuration of a Hub data set.")
+@click.option("--split", default="train", show_default=True, help="Split to train on.")
+@click.option("--files", metavar="PATTERN", help="Take only the matching files, such as 'sample/10BT/*'.")
+@click.option("--revision", help="Commit, tag or branch of a Hub data set.")
+@click.option(
+    "--max-file-size",
+    type=FileSize(),
+    default="40GB",
+    show_default=True,
+    help="Size above which a split is written as several files.",
 )
 @click.option("--stats", is_flag=True, help="Also draw a histogram of document lengths.")
 @click.option("--push", "repo_id", metavar="OWNER/NAME", help="Then upload the data set to the Hub.")
@@ -78,33 +98,36 @@ def main(
     workers: int,
     engine: str,
     text_column: str,
+    name: str | None,
+    split: str,
+    files: str | None,
+    revision: str | None,
     max_file_size: int,
     repo_id: str | None,
     *,
     stats: bool,
-    **request: str | None,
 ) -> None:
     """Encode SOURCE into the data set OUTPUT_DIR: train.safetensors, validation.safetensors and meta.json.
 
     SOURCE is a folder or file of .parquet, .arrow, .jsonl, .json, .csv, .txt or .md, compressed or not; the
     OWNER/NAME of a data set on the Hub; a folder with nanoGPT's train.bin and val.bin; or the word
-    python-docs. All engines give the same tokens; auto is gigatoken where it is installed.
+    python-docs.
     """
     if not 0 < validation_fraction < 1:
         raise InputError(f"--validation-fraction must be between 0 and 1, not {validation_fraction}")
     if not source or str(output_dir) == ".":
         raise InputError("SOURCE and OUTPUT_DIR must be named")
-    named = choose_tokenizer(tokenizer, train_size)
-    settings = Settings(validation_fraction=validation_fraction, text_column=text_column, **named)
+    own_tokenizer = choose_tokenizer(tokenizer, train_size)
+    settings = Settings(validation_fraction=validation_fraction, text_column=text_column, **own_tokenizer)
     if engine == "gigatoken" and settings.tokenizer != "gpt2":
         raise InputError("--engine gigatoken works with the tokenizer gpt2 only")
-    wanted = Request(source, **request)
+    request = Request(source, name, split, files, revision)
     unfinished = output_dir.with_name(output_dir.name + ".incomplete")
-    fetch = find_source(wanted, leave_out=(output_dir, unfinished))
+    fetch = find_source(request, leave_out=(output_dir, unfinished))
     if repo_id:
         check_push(repo_id)
     if repo_id and (output_dir / "meta.json").exists():
-        check_prepared(output_dir, {**asdict(wanted), **settings.identity()}, max_file_size)
+        check_prepared(output_dir, {**asdict(request), **settings.identity()})
         print(f"{output_dir}: already prepared")
     else:
         require_empty(output_dir)
@@ -112,15 +135,17 @@ def main(
             require_empty(output_dir)  # nobody else can fill it now
             finished = folder / "finished"
             finished.mkdir()
-            gigatoken = None
+            vocabulary = None
             if settings.tokenizer != "dataset":
-                gigatoken = set_up_engine(engine, get_tokenizer(settings.tokenizer), folder)
+                vocabulary = find_gigatoken(engine, get_tokenizer(settings.tokenizer), folder)
             text = fetch()
             if settings.tokenizer == "dataset":
                 settings = add_tokenizer(folder, tokenizer, text, settings)
-            layout, found = lay_out_text(text, folder / "parts", settings, gigatoken, workers)
-            description = "as tokens: one tensor 'tokens' per split, end-of-text after each document"
-            meta = {"description": f"{source} {description}", **asdict(wanted), **found}
+            layout, counts = lay_out_text(text, folder / "parts", settings, vocabulary, workers)
+            description = (
+                f"{source} as tokens: one tensor 'tokens' per split, end-of-text after each document"
+            )
+            meta = {"description": description, **asdict(request), **counts}
             meta |= write_dataset(finished, layout, settings, max_file_size)
             if stats:
                 title = f"{output_dir.name}: document lengths"
@@ -132,7 +157,7 @@ def main(
 
 
 def choose_tokenizer(tokenizer: str | None, train_size: int | None) -> dict[str, Any]:
-    """What Settings says of the tokenizer that the options ask for. Raises InputError."""
+    """The values of Settings for the tokenizer that the options ask for. Raises InputError."""
     if train_size is not None:
         if tokenizer is not None:
             raise InputError("give either --tokenizer or --train-tokenizer")
@@ -155,35 +180,35 @@ def add_tokenizer(folder: Path, file: str | None, source: Source, settings: Sett
     path, size = folder / TOKENIZER_FILE, settings.train_tokenizer
     if size is None:
         shutil.copyfile(file, path)
-    elif source.bins:
-        raise InputError(f"{source.bins}: contains tokens, not text to train a tokenizer on")
+    elif source.nanogpt:
+        raise InputError(f"{source.nanogpt}: contains tokens, not text to train a tokenizer on")
     else:
         print(f"Training a tokenizer of {size:,} tokens")
         train_tokenizer(sample_texts(find_pieces(source, settings), settings), size, path)
-        if (found := read_tokenizer(path).n_vocab) < size:
-            print(f"The text has enough repeated pairs for {found:,} tokens only")
+        if (count := read_tokenizer(path).n_vocab) < size:
+            print(f"The text has enough repeated pairs for {count:,} tokens only")
     return replace(settings, tokenizer_sha256=fingerprint(path)["sha256"], folder=folder)
 
 
 def lay_out_text(
-    source: Source, parts_dir: Path, settings: Settings, gigatoken: GigatokenEncoder | None, workers: int
+    source: Source, parts_dir: Path, settings: Settings, vocabulary: Path | None, workers: int
 ) -> tuple[Layout, dict[str, Any]]:
-    """Encode the source's text. Returns where each split's tokens are, and what was found on the way.
+    """Encode the source's text. Returns where each split's tokens are, and counts for meta.json.
 
     Raises InputError.
     """
-    found = {
+    counts = {
         "revision": source.commit,
         "files_read": len(source.files),
         "files_skipped": dict(source.skipped),
     }
-    if source.bins:
-        return lay_out_bins(source.bins, get_tokenizer(settings.tokenizer, settings.folder)), found
-    parts = encode_all(make_shards(find_pieces(source, settings)), parts_dir, settings, gigatoken, workers)
+    if source.nanogpt:
+        return lay_out_nanogpt(source.nanogpt, get_tokenizer(settings.tokenizer, settings.folder)), counts
+    parts = encode_all(make_shards(find_pieces(source, settings)), parts_dir, settings, vocabulary, workers)
     try:
-        return lay_out(parts, settings), found | count_passed_over(parts)
+        return lay_out(parts, settings), counts | count_skipped(parts)
     except InputError:
-        for part in parts:  # useless with any other source
+        for part in parts:  # of no use with any other source
             shutil.rmtree(part.folder)
         raise
 
@@ -204,32 +229,27 @@ def require_empty(output_dir: Path) -> None:
     """Raise InputError if the output folder exists and contains anything."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"{output_dir}: is a file, not a folder")
-    have = sorted(path.name for path in output_dir.iterdir())[:3] if output_dir.exists() else []
-    if have:
+    names = sorted(path.name for path in output_dir.iterdir())[:3] if output_dir.exists() else []
+    if names:
         raise InputError(
-            f"{output_dir}: already contains {' and '.join(have)}; remove it or choose another folder"
+            f"{output_dir}: already contains {' and '.join(names)}; remove it or choose another folder"
         )
 
 
-def check_prepared(folder: Path, wanted: dict[str, Any], max_file_size: int) -> None:
-    """Raise InputError unless the folder holds an undamaged data set made from `wanted`, and its token files
-    are of at most `max_file_size` bytes."""
+def check_prepared(folder: Path, options: dict[str, Any]) -> None:
+    """Raise InputError unless the folder holds an undamaged data set prepared with these options."""
     meta = read_json_object(folder / "meta.json")
-    for key, value in wanted.items():
-        if key != "revision" and meta.get(key) != value:  # of which meta.json has the commit
+    for key, value in options.items():
+        if key != "revision" and meta.get(key) != value:  # meta.json has the commit instead
             raise InputError(f"{folder}: contains a data set with another {key}, '{meta.get(key)}'")
     for name, sha256 in meta.get("sha256", {}).items():
         if not (folder / name).exists() or fingerprint(folder / name)["sha256"] != sha256:
             raise InputError(f"{folder / name}: is damaged; remove {folder} and prepare it again")
-        if name != TOKENIZER_FILE and (folder / name).stat().st_size > max_file_size:
-            raise InputError(
-                f"{folder / name}: is larger than --max-file-size; remove {folder} and prepare it again"
-            )
 
 
 @contextlib.contextmanager
 def unfinished_folder(output_dir: Path, folder: Path) -> Iterator[Path]:
-    """The folder OUTPUT_DIR.incomplete, locked for this process; kept if it holds finished parts.
+    """The folder OUTPUT_DIR.incomplete, locked for this process; it stays if it holds finished parts.
 
     Raises InputError if another process prepares the same data set, or the folder cannot be written to.
     """
@@ -237,7 +257,7 @@ def unfinished_folder(output_dir: Path, folder: Path) -> Iterator[Path]:
     try:
         parts.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("a")
-        # Not flock: a worker that outlives this process by a moment must not hold the lock.
+        # Not flock, which forked workers share: one that outlives this process would go on holding it.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{output_dir}: another process is preparing it; wait for it or stop it") from None
@@ -252,7 +272,7 @@ def unfinished_folder(output_dir: Path, folder: Path) -> Iterator[Path]:
                 raise
             raise InputError(
                 f"{folder}: cannot be written: {error.strerror}; free some space, about 4 bytes per token, "
-                "and run the same command again: finished shards are kept"
+                "and run the same command again, which keeps finished shards"
             ) from None
         finally:
             remove_unfinished(folder)
@@ -268,10 +288,8 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
-    """Add meta.json and the card to a finished folder, sync it to disk, rename it to OUTPUT_DIR.
-
-    Then nothing else in the unfinished folder is needed any more.
-    """
+    """Add meta.json and the card to a finished folder, sync it to disk, rename it to OUTPUT_DIR, remove the
+    unfinished folder, and print a summary with excerpts of the text."""
     (finished / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     (finished / "README.md").write_text(card(output_dir.name, meta), encoding="utf-8")
     for path in (*finished.iterdir(), finished):
@@ -283,29 +301,8 @@ def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
         print(line)
     for split, counts in meta["splits"].items():
         files = as_one_path(split_files(output_dir, split))
-        print(f"{files}: {_several(counts['documents'], 'document')}, {counts['tokens']:,} tokens")
-
-
-def summary(meta: dict[str, Any]) -> list[str]:
-    """What was read, and what was not as one might expect."""
-    skipped = ", ".join(f"{count:,} {why}" for why, count in meta["files_skipped"].items() if count)
-    lines = []
-    if meta["files_read"]:
-        lines.append(
-            f"Read {_several(meta['files_read'], 'file')}" + (f"; skipped: {skipped}" if skipped else "")
-        )
-    if meta.get("empty") or meta.get("null"):
-        empty, null = _several(meta["empty"], "empty document"), _several(meta["null"], "null")
-        lines.append(f"Skipped {empty} and {null}")
-    if meta.get("replaced"):
-        lines.append(f"Invalid UTF-8: {_several(meta['replaced'], 'character')} became U+FFFD")
-    if meta.get("duplicates"):
-        lines.append(f"Duplicates: {_several(meta['duplicates'], 'document')}, each a copy of another")
-    return lines
-
-
-def _several(count: int, what: str) -> str:
-    return f"{count:,} {what}" + "s" * (count != 1)
+        print(f"{files}: {counted(counts['documents'], 'document')}, {counts['tokens']:,} tokens")
+    print("Excerpts:", *excerpts(output_dir, get_tokenizer(meta["tokenizer"], output_dir)), sep="\n  ")
 
 
 if __name__ == "__main__":

@@ -29,18 +29,10 @@ from basemodel.evaluation.harness import (
 )
 from basemodel.evaluation.measurements import add_task_results, pair_models, with_error
 from basemodel.evaluation.scoring import Scorer
-from basemodel.model.weight_files import folder_of
-from basemodel.model.weights import load_model
+from basemodel.model.weights import folder_of, load_model
 from checkpointing import META_FILE
 
 TASKS = "hellaswag,lambada_openai,arc_easy,piqa,winogrande"
-# OpenAI's GPT-2 small, zero-shot. Sources: for HellaSwag the head of dev/data/hellaswag.py in karpathy/llm.c,
-# for LAMBADA EleutherAI/lm-evaluation-harness#2159; the paper is Radford et al. 2019 (table 3).
-PUBLISHED = {
-    "hellaswag": "acc 0.2892, acc_norm 0.3114 (lm-evaluation-harness, as quoted in karpathy/llm.c)",
-    "lambada_openai": "acc 0.3256, perplexity 40.06 (lm-evaluation-harness, its issue 2159); the paper's "
-    "0.4599 and 35.13 are for OpenAI's own preparation of the text",
-}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -96,8 +88,6 @@ def main(
                 f"\n{label}: {scorer.cut:,} of {scorer.asked:,} texts are longer than its context of "
                 f"{scorer.model.config.context_length:,} tokens; it saw only the end of each"
             )
-    for name in filter(PUBLISHED.__contains__, loaded_tasks):
-        print(f"\nOpenAI's GPT-2 small, published, {name}: {PUBLISHED[name]}")
 
 
 def label_models(weights: list[Path]) -> list[str]:

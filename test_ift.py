@@ -36,8 +36,7 @@ from basemodel.evaluation.judging import (
     token_f1,
 )
 from basemodel.model.generation import GREEDY, continuations
-from basemodel.model.weight_files import folder_of
-from basemodel.model.weights import load_model
+from basemodel.model.weights import folder_of, load_model
 
 DATA_URL = (
     "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"

@@ -28,13 +28,11 @@ from basemodel.common.tables import markdown_table
 from basemodel.data.hub import fetch_dataset
 from basemodel.data.sequences import Sequences, match_tokenizer
 from basemodel.data.token_files import TokenFiles
-from basemodel.data.tokenizer import get_tokenizer, token_byte_lengths
-from basemodel.data.tokenizer_json import same_tokenizer
+from basemodel.data.tokenizer import get_tokenizer, same_tokenizer, token_byte_lengths
 from basemodel.evaluation.measurements import MeasuredLoss, pair_models, with_error, write_test_loss
 from basemodel.model.config import GPTConfig
 from basemodel.model.loss import document_features
-from basemodel.model.weight_files import folder_of
-from basemodel.model.weights import load_model
+from basemodel.model.weights import folder_of, load_model
 from checkpointing import META_FILE
 from gpt import GPTModel
 

@@ -17,8 +17,7 @@ from basemodel.common.terminal import printable
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation.prompt_line import PromptLine
 from basemodel.model.generation import Sampling, continuations, random_generator
-from basemodel.model.weight_files import folder_of
-from basemodel.model.weights import load_model
+from basemodel.model.weights import folder_of, load_model
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

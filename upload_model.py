@@ -17,8 +17,7 @@ from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
 from basemodel.data.hub import check_push, push
 from basemodel.data.tokenizer import get_tokenizer
-from basemodel.model.weight_files import folder_of
-from basemodel.model.weights import load_model
+from basemodel.model.weights import folder_of, load_model
 from basemodel.results.export import check_folder, write_model, write_model_card
 
 

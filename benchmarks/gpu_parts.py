@@ -24,12 +24,10 @@ from basemodel.data.token_files import TokenFiles
 from basemodel.model.config import GPTConfig
 from basemodel.model.memory import is_out_of_memory, peak_memory
 from basemodel.planning.machines import peak_flops
-from basemodel.planning.speeds import Figure, add_figure, speed_hash, today
 from basemodel.training.backend import choose_precision
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import join_world
 from basemodel.training.run_folder import read_metrics, read_status
-from gpt import GPTModel
 
 LIMIT = 480.0  # seconds that a part may take
 TINY = {
@@ -114,7 +112,7 @@ def mfu(speed: float, flops_per_token: int, device_name: str) -> str:
 
 def flops_per_token(model: dict[str, Any]) -> int:
     """Training FLOPs per token of a model.json."""
-    return GPTModel.outline(GPTConfig(**model)).flops_per_token()
+    return GPTConfig(**model).flops_per_token
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -210,11 +208,6 @@ def speed(setup: Setup, report: Report) -> None:
         share = mfu(middle, flops, setup.device_name)
         first = f"{found['first_step_seconds']:.1f}"
         report.row(*cells, spread(speeds, ",.0f"), share, f"{found['peak_gib']:.2f}", first, ratio)
-        if side != "plain" and not setup.tiny:
-            shape, config = GPTConfig(**model), TrainConfig(**values)
-            step = speed_hash(shape, config, compiled=side == "compiled"), config.microbatch_size
-            device = setup.device_name, setup.device_gib, 1
-            add_figure(ROOT / "runs", Figure(*device, *step, middle, found["peak_gib"], "make gpu", today()))
     if problems:
         raise RunError(f"{problems} kinds of steps failed")
 

@@ -17,6 +17,7 @@ from common import run_python, runs_dir_option
 
 from basemodel.common.command_line import run_command
 from basemodel.results.reporting import Reporter
+from basemodel.training.budget import Clock
 from basemodel.training.run import Run
 from basemodel.training.run_folder import read_metrics
 from basemodel.training.schedule import plan_batches
@@ -26,11 +27,13 @@ def seconds_per_log(run_dir: Path, folder: Path) -> float:
     """How long it takes to log a step, on average of 20,000."""
     run = Run.read(run_dir.parent, run_dir.name)
     plan = plan_batches(run.config, run.model_config.context_length, 1, None)
-    reporter = Reporter(dataclasses.replace(run, directory=folder, plan=plan), 0, 0.0, enabled=True)
+    run = dataclasses.replace(run, directory=folder, plan=plan)
+    clock = Clock(run, 0, 0.0)
+    reporter = Reporter(run, clock, 0, "cpu", compiled=False)
     start = time.perf_counter()
     for step in range(1, 20_001):
         values = {"train_loss": 3.1415926, "grad_norm": 0.57721566, "learning_rate": 0.0004}
-        reporter.step(step, values, step_seconds=0.1)
+        reporter.step(step, values, clock.count(step, 0.1))
     return (time.perf_counter() - start) / 20_000
 
 

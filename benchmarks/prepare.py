@@ -4,8 +4,8 @@
     python benchmarks/prepare.py --megabytes 2300 --rounds 1 --no-plain          the memory for much text
 
 Makes a corpus of mixed text in four parquet files, then runs in turns: the plain loop in one process, and
-prepare_datasets.py with each engine and number of workers, each from the start of the process to its end;
-also, with tiktoken, on the same text in files of other types (`--only csv`, say, for that one).
+prepare_datasets.py with each engine and number of workers, timed from the start of the process to its end;
+also, with tiktoken, on the same text in files of other types (`--only csv` runs that one alone).
 Memory is resident memory, read from /proc ten times a second: of the largest process, and of all together.
 Linux only. The GPT-2 vocabulary must be at hand.
 """
@@ -36,8 +36,9 @@ from common import ROOT, spread
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from basemodel.common.tables import markdown_table
 from basemodel.data.tokenizer import get_tokenizer
-from basemodel.prepare.python_docs import python_docs
+from basemodel.prepare.readers import python_docs
 
 FILES = 4
 OTHER_TYPES = ("jsonl.zst", "json", "csv", "arrow")
@@ -88,7 +89,7 @@ def random_documents(rng: random.Random, prose: list[str], code: list[str]) -> I
 
 
 def write_corpus(folder: Path, megabytes: float) -> None:
-    """Write so much text into parquet files, in row groups of up to 1,000 documents; the same every time."""
+    """Write text into parquet files, in row groups of up to 1,000 documents; the same every time."""
     folder.mkdir(parents=True)
     prose, code = paragraphs()
     for index in range(FILES):
@@ -145,7 +146,7 @@ def plain(corpus: Path, path: Path) -> None:
 
 @dataclass
 class Runs:
-    """What the runs of one side took."""
+    """Time and memory that the runs of one side took."""
 
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)  # of all processes and threads
@@ -188,10 +189,12 @@ def measure(command: list[str], runs: Runs) -> None:
 
 
 @click.command()
-@click.option("--megabytes", type=float, default=450, show_default=True, help="Of text in the corpus.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--corpus", type=click.Path(path_type=Path), help="Keep the corpus here, for another time.")
-@click.option("--only", multiple=True, help="Only sides whose names begin so, and the plain loop.")
+@click.option("--megabytes", type=float, default=450, show_default=True, help="Size of the corpus.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Number of runs of each side."
+)
+@click.option("--corpus", type=click.Path(path_type=Path), help="Folder that keeps the corpus.")
+@click.option("--only", multiple=True, help="Run only the plain loop and sides whose names begin so.")
 @click.option("--no-plain", is_flag=True, help="Leave out the plain loop, and the ratios to it.")
 @click.option("--plain-to", type=click.Path(path_type=Path), hidden=True)
 def main(
@@ -253,20 +256,22 @@ def report(results: dict[str, Runs], tokens: int) -> None:
     if "plain loop" in results:
         print("the plain loop keeps all tokens in memory, and neither splits the text nor hashes its file")
     print()
-    print(
-        "| side, workers | million tokens/s (min to max) | ratio (min to max) | CPU s | MiB: largest, all |"
+    columns = (
+        "side, workers",
+        "million tokens/s (min to max)",
+        "ratio (min to max)",
+        "CPU s",
+        "MiB: largest, all",
     )
-    print("| --- | --- | --- | --- | --- |")
-    base = results.get("plain loop")
+    rows, base = [], results.get("plain loop")
     for name, runs in results.items():
-        columns = [[tokens / seconds / 1e6 for seconds in runs.seconds]]
+        speed = spread([tokens / seconds / 1e6 for seconds in runs.seconds])
+        ratio = "not measured"
         if base:
-            columns += [[one / other for one, other in zip(base.seconds, runs.seconds, strict=True)]]
-        cells = [spread(column) for column in columns]
-        cells += [] if base else ["not measured"]
-        cells += [f"{statistics.median(runs.cpu_seconds):.1f}"]
-        cells += [f"{runs.largest >> 20}, {runs.together >> 20}"]
-        print(f"| {name} | {' | '.join(cells)} |")
+            ratio = spread([one / other for one, other in zip(base.seconds, runs.seconds, strict=True)])
+        memory = f"{runs.largest >> 20}, {runs.together >> 20}"
+        rows.append((name, speed, ratio, f"{statistics.median(runs.cpu_seconds):.1f}", memory))
+    print(markdown_table(columns, rows))
 
 
 if __name__ == "__main__":

@@ -47,8 +47,16 @@ def read(path: Path, barrier: Any, results: Any) -> None:
 
 
 @click.command()
-@click.option("--gigabytes", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True)
-@click.option("--readers", type=click.IntRange(1), default=8, show_default=True)
+@click.option(
+    "--gigabytes",
+    type=click.FloatRange(0, min_open=True),
+    default=2.0,
+    show_default=True,
+    help="Size of the token file.",
+)
+@click.option(
+    "--readers", type=click.IntRange(1), default=8, show_default=True, help="Processes that read the file."
+)
 def main(gigabytes: float, readers: int) -> None:
     """Make a file, have it read, print the growth."""
     context = multiprocessing.get_context("spawn")

@@ -34,13 +34,10 @@ from basemodel.common.command_line import run_command
 from basemodel.common.json_config import read_config
 from basemodel.model.config import GPTConfig
 from basemodel.model.memory import keep_freed_memory
-from basemodel.planning.machines import device_memory_gib
-from basemodel.planning.speeds import Figure, add_figure, speed_hash, today
 from basemodel.training.backend import choose_precision
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import World, join_world
 from ddp_train import Learner
-from gpt import GPTModel
 
 STARTED = time.time()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -188,7 +185,7 @@ def main(
         microbatch_size=microbatch or config.microbatch_size,
         gradient_accumulation_steps=accumulation,
         global_batch_size=None,
-        precision=precision if config.use_amp else "fp32",
+        precision=precision,
     )
     plain_config = dataclasses.replace(config, microbatch_size=reference_microbatch or config.microbatch_size)
     configs = {"plain": plain_config, "eager": config, "compiled": config}
@@ -219,7 +216,6 @@ def main(
     if world.is_first:
         results = summarise(configs, model_config, seconds, single, world)
         show(results)
-        keep_figures(results, configs, model_config, runs_dir)
         if json_file:
             json_file.write_text(json.dumps(results, indent=1))
     if dist.is_initialized():
@@ -234,7 +230,7 @@ def summarise(
     world: World,
 ) -> dict[str, Any]:
     """All numbers of one measurement, by side."""
-    flops = GPTModel.outline(model_config).flops_per_token()
+    flops = model_config.flops_per_token
     results: dict[str, Any] = {
         "device": world.device_name,
         "processes": world.size,
@@ -265,23 +261,6 @@ def summarise(
             base = results["sides"]["plain"]["tokens_per_second"]
             results["sides"][side]["ratio"] = [ours / one for ours, one in zip(speeds, base, strict=True)]
     return results
-
-
-def keep_figures(
-    results: dict[str, Any], configs: dict[str, TrainConfig], model_config: GPTConfig, runs_dir: Path
-) -> None:
-    """Keep what was measured of our own sides, for plans."""
-    device = results["device"], device_memory_gib(), results["processes"]
-    for side in configs.keys() - {"plain"}:
-        row, config = results["sides"][side], configs[side]
-        figure = (
-            statistics.median(row["tokens_per_second"]),
-            row["peak_gib"],
-            "benchmarks/throughput.py",
-            today(),
-        )
-        step = speed_hash(model_config, config, compiled=side == "compiled"), config.microbatch_size
-        add_figure(runs_dir, Figure(*device, *step, *figure))
 
 
 def in_words(config: TrainConfig) -> str:

@@ -1,11 +1,21 @@
 """Write the pages of docs/ that follow from the code: `make docs`. A test checks that they are current."""
 
 import ast
+import dataclasses
+import json
+import sys
+import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
+sys.path.insert(0, str(ROOT))
+from basemodel.common.json_config import described
+from basemodel.common.tables import markdown_table
+from basemodel.model.config import GPTConfig
+from basemodel.training.config import OLD_KEYS, TrainConfig
+
 ROOMS = {
     "common": "Errors, files, tables and command lines, for all other rooms. Imports no torch.",
     "model": "GPT-2: its shape, loss, weights and text generation.",
@@ -43,12 +53,43 @@ def code_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+KEYS_INTRODUCTION = """\
+# The keys of model.json and train.json
+
+A run is a folder `runs/RUN` with these two files. A key that is unknown or out of range, or that contradicts
+another, is an error that names the file, the key and the fix. A key without a default is required.
+
+This page is generated from `GPTConfig` and `TrainConfig` by `make docs`; edit those instead.
+"""
+
+
 def keys_page() -> str:
     """docs/keys.md: every key of model.json and train.json with its type, default, range and meaning."""
-    raise NotImplementedError
+    old = [
+        (f"`{key}`", f"`{json.dumps(trigger)}` means `{json.dumps({new: value})[1:-1]}`")
+        for key, (trigger, new, value) in OLD_KEYS.items()
+    ]
+    parts = [
+        KEYS_INTRODUCTION,
+        "## model.json\n\n" + _keys_table(GPTConfig),
+        "## train.json\n\n" + _keys_table(TrainConfig),
+        "Two keys of the published runs are still read:",
+        markdown_table(["key", "meaning"], old),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-PAGES: dict[str, Callable[[], str]] = {"code.md": code_page}
+def _keys_table(config: type) -> str:
+    hints, rows = typing.get_type_hints(config), []
+    for field in dataclasses.fields(config):
+        required = field.default is dataclasses.MISSING
+        default = "required" if required else f"`{json.dumps(field.default)}`"
+        limits, meaning = field.metadata["range"] or "", field.metadata["meaning"]
+        rows.append([f"`{field.name}`", described(hints[field.name]), default, limits, meaning])
+    return markdown_table(["key", "type", "default", "range", "meaning"], rows)
+
+
+PAGES: dict[str, Callable[[], str]] = {"code.md": code_page, "keys.md": keys_page}
 
 
 def _table(heading: str, paths: Iterable[Path]) -> list[str]:
@@ -57,7 +98,7 @@ def _table(heading: str, paths: Iterable[Path]) -> list[str]:
         f"(../{path.relative_to(ROOT)}) | {first_sentence(path)} |"
         for path in sorted(paths)
     ]
-    return [f"| {heading} | what it is for |", "| --- | --- |", *rows]
+    return [f"| {heading} | purpose |", "| --- | --- |", *rows]
 
 
 def first_sentence(path: Path) -> str:

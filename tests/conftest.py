@@ -22,8 +22,6 @@ import tiktoken.registry
 from helpers import Sandbox, make_sandbox, requested_range, write_dataset
 from texts import gpt2_stand_in
 
-from basemodel.data.tokenizer import tiktoken_encoder
-
 
 @dataclass
 class Hub:
@@ -67,9 +65,7 @@ def gpt2(monkeypatch: pytest.MonkeyPatch) -> Iterator[tiktoken.Encoding]:
     stand_in = gpt2_stand_in()
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in)
     monkeypatch.setenv("GPT2_STAND_IN", "1")
-    tiktoken_encoder.cache_clear()
     yield stand_in
-    tiktoken_encoder.cache_clear()
 
 
 @pytest.fixture

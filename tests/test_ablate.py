@@ -1,4 +1,4 @@
-"""ablate.py: runs and seeds, kills and signals, and what is called noise."""
+"""ablate.py: runs and seeds, kills and signals, and which differences are noise."""
 
 import contextlib
 import fcntl
@@ -48,14 +48,14 @@ class ForkedProcess:
     which has imported PyTorch and computed nothing."""
 
     def __init__(self, command: list[str], process_group: int, stdout: Any = None, **_: Any) -> None:
-        self._said = tempfile.TemporaryFile("w+") if stdout else None  # noqa: SIM115
+        self._output = tempfile.TemporaryFile("w+") if stdout else None  # noqa: SIM115
         self.pid = os.fork()
         if self.pid == 0:
             os.setpgid(0, process_group)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
-            for number in (1, 2) if self._said else ():
-                os.dup2(self._said.fileno(), number)
+            for number in (1, 2) if self._output else ():
+                os.dup2(self._output.fileno(), number)
             script = next(word for word in command if word.endswith("ddp_train.py"))
             sys.argv = command[command.index(script) :]
             try:
@@ -69,8 +69,8 @@ class ForkedProcess:
 
     def communicate(self) -> tuple[str, str]:
         self.wait()
-        self._said.seek(0)
-        return "", self._said.read()
+        self._output.seek(0)
+        return "", self._output.read()
 
     def terminate(self) -> None:
         os.kill(self.pid, signal.SIGTERM)
@@ -98,8 +98,8 @@ def ablate(sandbox: Sandbox, *options: object, before: str = QUICK, status: int 
     return done
 
 
-def table_of(said: str) -> list[list[str]]:
-    return [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
+def table_of(output: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| ")]
 
 
 def trained(sandbox: Sandbox) -> list[str]:
@@ -122,7 +122,7 @@ def sandbox(tmp_path: Path) -> Sandbox:
 
 def test_the_table_is_that_of_the_runs_own_files(sandbox: Sandbox) -> None:
     options = "--vary", "learning_rate=0.001", "--vary", "qkv_bias = true, betas=[0.8,0.95]", "--seeds", 2
-    said = ablate(sandbox, *options, before=FORKED).stdout
+    output = ablate(sandbox, *options, before=FORKED).stdout
     names = ["tiny", "tiny--learning_rate-0.001", "tiny--betas-0.8-0.95--qkv_bias-true"]
     assert trained(sandbox) == sorted(f"{name}--seed-{seed}" for name in names for seed in (42, 43))
     both = json.loads((sandbox.run_dir(f"{names[2]}--seed-43") / "train.json").read_text())
@@ -133,7 +133,7 @@ def test_the_table_is_that_of_the_runs_own_files(sandbox: Sandbox) -> None:
     losses = {
         name: [sandbox.metrics(f"{name}--seed-{seed}", "val_loss")[-1] for seed in (42, 43)] for name in names
     }
-    header, _, base, *rows = table_of(said)
+    header, _, base, *rows = table_of(output)
     assert header[5] == "97.5% interval"
     low, high = sorted(losses["tiny"])
     assert base == ["tiny", "2", f"{(low + high) / 2:.4f}", f"{low:.4f} to {high:.4f}", "–", "–", "–"]
@@ -148,13 +148,13 @@ def test_the_table_is_that_of_the_runs_own_files(sandbox: Sandbox) -> None:
     assert (sandbox.path / "ablate.png").read_bytes().startswith(b"\x89PNG")
     # Nothing is trained twice, and a study with less shares the runs.
     again = ablate(sandbox, *options).stdout
-    assert table_of(again) == table_of(said) and "[" not in again.partition("| ")[0]
+    assert table_of(again) == table_of(output) and "[" not in again.partition("| ")[0]
     assert "[" not in ablate(sandbox, *options[2:]).stdout.partition("| ")[0]
 
 
 def test_validation_is_over_as_much_whatever_the_microbatch(sandbox: Sandbox) -> None:
     study = Study.plan(sandbox.path / "runs", "tiny", ("microbatch_size=1", "context_length=8"), 1)
-    assert [each.values["train"]["validation_batches"] for each in study.variants] == [2, 4, 4]
+    assert [variant.values["train"]["validation_batches"] for variant in study.variants] == [2, 4, 4]
     # Keys are looked up in both files, and so must be in one alone.
     assert len(KEYS) == sum(len(config.__dataclass_fields__) for config in CONFIGS.values())
 
@@ -162,10 +162,10 @@ def test_validation_is_over_as_much_whatever_the_microbatch(sandbox: Sandbox) ->
 def test_settings_of_a_study_that_has_begun(sandbox: Sandbox) -> None:
     """What changes no loss may change; other changes are refused, by name."""
     options = "--vary", "learning_rate=0.001", "--seeds", 1
-    said = ablate(sandbox, *options).stdout
-    assert table_of(said)[3][4:] == [table_of(said)[3][4], "–", "needs two seeds"]
+    output = ablate(sandbox, *options).stdout
+    assert table_of(output)[3][4:] == [table_of(output)[3][4], "–", "needs two seeds"]
     sandbox.write_run(train={**VALIDATE, "keep_checkpoints": 1, "usd_per_hour": 2.0})
-    assert table_of(ablate(sandbox, *options).stdout) == table_of(said)
+    assert table_of(ablate(sandbox, *options).stdout) == table_of(output)
     sandbox.write_run(train={**VALIDATE, "weight_decay": 0.2})
     message = refused(*study_command(sandbox, *options))
     assert "tiny--seed-42: was begun with weight_decay 0.1, not 0.2; undo the change" in message
@@ -271,9 +271,9 @@ def test_launch_says_what_starts_the_script(sandbox: Sandbox) -> None:
     done = ablate(sandbox, *options, before="", status=1)
     words = f"--nproc_per_node=8 ddp_train.py tiny%s--seed-42 {sandbox.datasets} %s --runs-dir"
     expected = [("", "--plan"), ("--qkv_bias-true", "--plan"), ("", "--resume")]
-    said = log.read_text().replace(f"{ROOT}/", "")
-    lines = [line.rpartition(" ")[0] for line in said.splitlines()]
-    assert lines == [words % each for each in expected]
+    commands = log.read_text().replace(f"{ROOT}/", "")
+    lines = [line.rpartition(" ")[0] for line in commands.splitlines()]
+    assert lines == [words % values for values in expected]
     assert done.stderr == "Error: tiny--seed-42 ended with exit status 0, without a result\n"
 
 
@@ -363,7 +363,7 @@ def test_students_t() -> None:
 def test_a_false_difference_in_at_most_one_study_of_twenty(
     seeds: int, variations: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Simulated: what the seed adds to all runs of it, and what it adds to each by itself."""
+    """Simulated: a seed adds the same to all its runs, and something else to each of them."""
     generator, studies = np.random.default_rng(0), 600
     variants = [Variant(str(index), {}, {"drop_rate": index}) for index in range(variations + 1)]
     study = Study("base", Path("runs"), variants, list(range(seeds)))
@@ -371,9 +371,9 @@ def test_a_false_difference_in_at_most_one_study_of_twenty(
     for _ in range(studies):
         shared = generator.normal(3, 0.05, seeds)
         losses = iter(shared[None] + generator.normal(0, 0.01, (variations + 1, seeds)))
-        each = itertools.chain.from_iterable(losses)
+        stream = itertools.chain.from_iterable(losses)
         monkeypatch.setattr(
-            "basemodel.results.study_report.final_loss", lambda folder, each=each: float(next(each))
+            "basemodel.results.study_report.final_loss", lambda folder, stream=stream: float(next(stream))
         )
         verdicts = [outcome.verdict for outcome in outcomes(study)[1:]]
         false += verdicts != ["within noise"] * variations

@@ -330,8 +330,8 @@ def test_overhead(sandbox: Sandbox) -> None:
 @needs_gpt2
 def test_prepare(sandbox: Sandbox) -> None:
     command = "--megabytes", 0.5, "--rounds", 1, "--only", "tiktoken, 1"
-    stand_in = "documents.python_docs = lambda: ['Few words do.']"
-    few = f"{BESIDE}; from basemodel.prepare import documents; {stand_in}"
+    stand_in = "readers.python_docs = lambda: ['Few words do.']"
+    few = f"{BESIDE}; from basemodel.prepare import readers; {stand_in}"
     said = measured(sandbox, "prepare", *command, runs=False, before=few)
     for side in ("plain loop", "tiktoken, 1"):
         assert_lines(said, rf"\| {side} \| {SPREAD} \| {SPREAD} \| {FIGURE} \| {FIGURE}, {FIGURE} \|")

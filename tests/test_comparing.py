@@ -125,7 +125,7 @@ def test_a_table_needs_no_torch_and_matplotlib_only_for_a_chart(runs: Sandbox, t
 @pytest.mark.parametrize("changes", [{}, {"tie_weights": True, "qkv_bias": True}])
 def test_parameters_are_counted_without_a_model(changes: dict[str, bool]) -> None:
     config = GPTConfig(**{**MODEL, **changes})
-    assert config.parameter_count == GPTModel.outline(config).parameter_count()
+    assert config.parameter_count == sum(p.numel() for p in GPTModel.outline(config).parameters())
 
 
 def test_the_chart_holds_what_it_draws(
@@ -295,20 +295,22 @@ def fifteen(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 for step in range(1, 9)
             ]
             (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-            said = [
+            samples = [
                 {"step": step, "tokens": 64 * step, "prompt": prompt, "text": f"{step} </script>{last}{rate}"}
                 for step in (2, 4, 8)
                 for prompt, last in (("Every effort", "t"), ("Return the", "e"))
             ]
-            (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, said)) + '\n{"step": 9')
+            (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)) + '\n{"step": 9')
             best = folder / "checkpoints/best"
             best.mkdir(parents=True)
-            kept = [
+            results = [
                 TaskResult("piqa", "acc", 0.5 + rate / 100, 0.01, True, 9, None, 0, None, "1", "1", "now")
             ]
             if seed == 42:
-                kept += [TaskResult("arc_easy", "acc", 0.25, None, True, 100, 100, 5, None, "1", "1", "now")]
-            add_task_results(best, kept)
+                results += [
+                    TaskResult("arc_easy", "acc", 0.25, None, True, 100, 100, 5, None, "1", "1", "now")
+                ]
+            add_task_results(best, results)
     (sandbox.run_dir(names[-1]) / "checkpoints/best/harness.json").write_text('{"results": [{"task": 1')
     page = sandbox.path / "compare.html"
     compare(sandbox, *names, "--html", page)
@@ -318,11 +320,11 @@ def fifteen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def polylines(page: str, panel: str = "loss") -> list[tuple[str, str, list[float]]]:
     """The curves of a panel: color, thickness, and heights on the screen."""
     chart = page.partition(f'<svg id="{panel}"')[2].partition("</svg>")[0]
-    found = []
+    curves = []
     for style, inside in re.findall(r"<g style=\"--color: (#\w+)\"[^>]*>(.*?)</g>", chart):
         for points, thickness in re.findall(r'<polyline points="([^"]*)" stroke-width="([\d.]+)"', inside):
-            found.append((style, thickness, [float(point.partition(",")[2]) for point in points.split()]))
-    return found
+            curves.append((style, thickness, [float(point.partition(",")[2]) for point in points.split()]))
+    return curves
 
 
 @needs_chromium
@@ -373,15 +375,15 @@ def test_a_view_is_chosen_by_clicking_and_kept_in_the_address(fifteen: Path) -> 
     page = rendered(f"file://{clicked}")
     hashed = re.search("<title>(.*?)</title>", page)[1].replace("&amp;", "&")
     again = rendered(f"file://{fifteen}{hashed}")
-    for each in (page, again):
-        assert len(polylines(each)) == 15 - 3 - 1
+    for shown in (page, again):
+        assert len(polylines(shown)) == 15 - 3 - 1
         losses = [4 / step + 5 + 0.44 for step in range(1, 9)]
-        heights = polylines(each)[-1][2][1:]
+        heights = polylines(shown)[-1][2][1:]
         # Evenly spaced on the screen as their logarithms are.
         ratio = (heights[1] - heights[0]) / (heights[3] - heights[0])
         expected = [math.log(loss) for loss in losses]
         assert ratio == pytest.approx((expected[1] - expected[0]) / (expected[3] - expected[0]), abs=0.02)
-        assert each.count("4 &lt;/script&gt;e1") == 2 and "&lt;/script&gt;e2" not in each
+        assert shown.count("4 &lt;/script&gt;e1") == 2 and "&lt;/script&gt;e2" not in shown
     assert re.search(r'<div id="tip">rate-5--seed-44: validation loss 5.94 at 512 tokens</div>', page)
     rows = re.findall(r'<tr[^>]*data-run="([^"]*)"', page.partition('<table id="table">')[2])
     assert (rows[0], rows[14]) == ("rate-5--seed-44", "rate-1--seed-42")

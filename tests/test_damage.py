@@ -248,14 +248,14 @@ def test_a_file_system_of_2_mb_runs_full(tmp_path: Path) -> None:
 def test_a_disk_too_small_is_noticed_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint of 100 parameters is 1,200 bytes; where 3 are kept, 5 at a time: best and new."""
+    """Of the 3 that are kept, 5 exist at a time: with the best and the one being written."""
     monkeypatch.setattr(checkpointing, "_free_space", lambda folder: 12_000)
-    checkpointing.require_space(tmp_path, 10, None, 100)
+    checkpointing.require_space(tmp_path, 10, None, 1_200)
     with pytest.raises(InputError, match=r"11 checkpoints take .* keep_checkpoints"):
-        checkpointing.require_space(tmp_path, 11, None, 100)
-    checkpointing.require_space(tmp_path, 1000, 3, 200)
+        checkpointing.require_space(tmp_path, 11, None, 1_200)
+    checkpointing.require_space(tmp_path, 1000, 3, 2_400)
     with pytest.raises(InputError, match=r"5 checkpoints take"):
-        checkpointing.require_space(tmp_path, 1000, 3, 201)
+        checkpointing.require_space(tmp_path, 1000, 3, 2_412)
 
 
 @forked

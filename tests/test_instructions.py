@@ -1,4 +1,4 @@
-"""test_ift.py: fine-tuning as in the book, and judging by a server that is slow, wrong or not there."""
+"""test_ift.py: fine-tuning as in the book, and judging by a server that may be slow, wrong or missing."""
 
 import http.server
 import json
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Script, run_script, wait_for, write_model
+from click.testing import CliRunner
+from helpers import Script, wait_for, write_model
 
 import test_ift
 from basemodel.common.errors import InputError, RunError
@@ -107,10 +108,10 @@ def test_generate_end_to_end_with_data_that_are_fetched_once(tmp_path: Path, ser
     options = ("--data-url", url, "--datasets-dir", tmp_path / "data", "--output-dir", tmp_path)
     options += ("--max-epochs", "2", "--max-new-tokens", "8", "--learning-rate", "1e-12")
     options += ("--drop-rate", "0.1")
-    done = run_script("test_ift.py", "generate", "one", *model, *options)
-    assert done.returncode == 0, done.stderr
-    assert "34 records to train on, 2 to validate, 4 to answer" in done.stdout
-    assert "batch 8, dropout 0.1" in done.stdout
+    command = ["generate", "one", *map(str, (*model, *options))]
+    printed = CliRunner().invoke(test_ift.main, command, catch_exceptions=False).stdout
+    assert "34 records to train on, 2 to validate, 4 to answer" in printed
+    assert "batch 8, dropout 0.1" in printed
     assert json.loads((tmp_path / "data/instruction-data.json").read_text()) == RECORDS
     answered = json.loads((tmp_path / "one-ift-results.json").read_text())
     # So low a learning rate leaves the answers what they were.
@@ -122,7 +123,7 @@ def test_generate_end_to_end_with_data_that_are_fetched_once(tmp_path: Path, ser
     assert instructions.fetch_records(tmp_path / "data", url) == RECORDS
     assert fetched == ["/data.json"]
     with pytest.raises(InputError, match="already exists"):
-        test_ift.main.main(["generate", "one", *map(str, (*model, *options))], standalone_mode=False)
+        test_ift.main.main(command, standalone_mode=False)
 
 
 def test_wrong_data(tmp_path: Path) -> None:
@@ -219,23 +220,25 @@ def judge(serve: Callable[[type], str]) -> JudgeServer:
 
 def judge_command(judge_url: str, results: list[Path], *options: str) -> list[str]:
     folder = results[0].parent
-    start = ["test_ift.py", "judge", *map(str, results), "--base-url", judge_url, "--model", "judge"]
+    start = ["judge", *map(str, results), "--base-url", judge_url, "--model", "judge"]
     return [*start, "--cache", str(folder / "cache.jsonl"), "--scores", str(folder / "scores.json"), *options]
 
 
-ENV = {"OPENAI_API_KEY": KEY}
+def run_judge(command: list[str], key: str = KEY) -> str:
+    """What the command prints; its errors are raised."""
+    env = {"OPENAI_API_KEY": key}
+    return CliRunner().invoke(test_ift.main, command, env=env, catch_exceptions=False).output
 
 
 def test_scores_arrive_and_malformed_replies_are_asked_for_again(tmp_path: Path, judge: JudgeServer) -> None:
     results = write_results(tmp_path, good=lambda i: f"{60 + i} points", bad=lambda i: f"{i} points")
     spoilt = {2: "I like the first.", 3: '{"answer_1": {"comment": "", "score": 101}}', 5: 503}
     judge.spoil = lambda count: spoilt.get(count)
-    done = run_script(*judge_command(judge.url, results, "--parallel", "1"), env=ENV)
-    assert done.returncode == 0, done.stderr
+    printed = run_judge(judge_command(judge.url, results, "--parallel", "1"))
     assert len(judge.requests) == 12 + len(spoilt)
-    assert "| good | 65.5 |" in done.stdout
-    assert "| bad | 5.5 |" in done.stdout
-    assert "| good minus bad | +60.0 | +60.0 to +60.0 |" in done.stdout
+    assert "| good | 65.5 |" in printed
+    assert "| bad | 5.5 |" in printed
+    assert "| good minus bad | +60.0 | +60.0 to +60.0 |" in printed
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores[7] == {**RECORDS[7], "Judged by judge": {"good": 67.0, "bad": 7.0}}
     # Both answers in one prompt, in an order that changes from question to question.
@@ -247,11 +250,9 @@ def test_scores_arrive_and_malformed_replies_are_asked_for_again(tmp_path: Path,
     assert judge.requests[0]["authorization"] == f"Bearer {KEY}"
     assert judge.requests[0]["response_format"]["json_schema"]["strict"] is True
     # The same again costs nothing, and gives the same.
-    again = run_script(*judge_command(judge.url, results), env=ENV)
-    assert again.stdout == done.stdout
+    assert run_judge(judge_command(judge.url, results)) == printed
     assert len(judge.requests) == 12 + len(spoilt)
-    kept = "".join(path.read_text() for path in tmp_path.iterdir())
-    assert KEY not in kept + done.stdout + done.stderr
+    assert KEY not in printed + "".join(path.read_text() for path in tmp_path.iterdir())
 
 
 def test_a_killed_judging_goes_on_without_asking_again(tmp_path: Path, judge: JudgeServer) -> None:
@@ -259,7 +260,8 @@ def test_a_killed_judging_goes_on_without_asking_again(tmp_path: Path, judge: Ju
     go_on = threading.Event()
     judge.spoil = lambda count: go_on.wait(60) and None if count > 5 else None
     cache = tmp_path / "cache.jsonl"
-    script = Script(judge_command(judge.url, results, "--parallel", "1"), ENV)
+    command = judge_command(judge.url, results)
+    script = Script(["test_ift.py", *command, "--parallel", "1"], {"OPENAI_API_KEY": KEY})
     try:
         wait_for(lambda: cache.exists() and cache.read_text().count("\n") >= 5, "five judgements")
     finally:
@@ -268,18 +270,11 @@ def test_a_killed_judging_goes_on_without_asking_again(tmp_path: Path, judge: Ju
     with cache.open("a") as file:
         file.write('{"key": "half a li')  # as a kill in the midst of writing leaves it
     before = len(judge.requests)
-    done = run_script(*judge_command(judge.url, results), env=ENV)
-    assert done.returncode == 0, done.stderr
-    assert "| good | 65.5 |" in done.stdout
+    assert "| good | 65.5 |" in run_judge(command)
     asked = [request["messages"][0]["content"] for request in judge.requests]
     assert len(asked) - before == 12 - 5
     assert set(asked[:5]).isdisjoint(asked[before:])
     assert len(cache.read_text().splitlines()) == 13
-
-
-def in_process(monkeypatch: pytest.MonkeyPatch, key: str, *command: str) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    test_ift.main.main(list(command[1:]), standalone_mode=False)
 
 
 def test_replies_that_stay_wrong_and_keys_that_are_none(
@@ -289,22 +284,22 @@ def test_replies_that_stay_wrong_and_keys_that_are_none(
     command = judge_command(judge.url, results, "--retries", "1", "--parallel", "1")
     judge.spoil = lambda count: "no"
     with pytest.raises(RunError, match="gave no valid scores in 2 attempts"):
-        in_process(monkeypatch, KEY, *command)
+        run_judge(command)
     # Of the first three questions: the first with a schema, the others without, as it did not help.
     assert [("response_format" in request) for request in judge.requests][:6] == [True] + 5 * [False]
     for status, key, shown in ((400, KEY, r"\[key\]"), (401, KEY, r"\[key\]"), (401, "no", "Bearer no")):
         judge.spoil = lambda count, status=status: status
         with pytest.raises(RunError, match=f"status {status}: .*no: .*{shown}") as caught:
-            in_process(monkeypatch, key, *command)
+            run_judge(command, key)
         assert KEY not in str(caught.value)
     with pytest.raises(InputError, match="contains characters that no key has"):
-        in_process(monkeypatch, "sk-a\nb", *command)
+        run_judge(command, "sk-a\nb")
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(InputError, match="OPENAI_API_KEY is not set"):
-        in_process(monkeypatch, "", *command[:3])
+        run_judge(command[:2], "")
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(InputError, match=re.escape('pip install -e ".[judge]"')):
-        in_process(monkeypatch, KEY, *command)
+        run_judge(command)
 
 
 def test_without_a_model_words_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""test_smoke.py --interactive: answers that stream, settings, characters that are never shown by halves."""
+"""test_smoke.py --interactive: streamed answers, settings, and characters shown only when complete."""
 
 import os
 import pty
@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import ROOT, run_script, write_model
+from helpers import ROOT, write_model
 from safetensors.torch import load_file, save_file
 
+from basemodel.common.errors import InputError
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation import prompt_line
 from basemodel.evaluation.prompt_line import PromptLine
@@ -31,8 +32,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(path) for path in write_model(tmp_path_factory.mktemp("model"), context_length=48)]
 
 
-def said(files: list[str], lines: str | bytes, *options: str) -> str:
-    """What the prompt line prints for these lines, through a pipe."""
+def output_of(files: list[str], lines: str | bytes, *options: str) -> str:
+    """The output of the prompt line for these lines, through a pipe."""
     done = CliRunner().invoke(main, [*files, "--interactive", *options], input=lines, catch_exceptions=False)
     assert done.exit_code == 0
     return done.stdout
@@ -47,19 +48,21 @@ def answer(files: list[str], prompt: str, *options: str) -> str:
 def test_answers_are_those_without_a_prompt_line_and_each_prompt_stands_alone(files: list[str]) -> None:
     options = ("--seed", "3", "--tokens", "60", "--temperature", "0.9")
     one, other = (answer(files, prompt, *options) for prompt in ("one", "Größe /語"))
-    assert said(files, "one\nGröße /語\n\none\n", *options) == one + other + one
-    assert said(files, "//dir\n", *options) == answer(files, "/dir", *options)
+    assert output_of(files, "one\nGröße /語\n\none\n", *options) == one + other + one
+    assert output_of(files, "//dir\n", *options) == answer(files, "/dir", *options)
 
 
 def test_settings_are_changed_between_prompts(files: list[str]) -> None:
     greedy = answer(files, "a", "--temperature", "0", "--tokens", "7")
     sampled = answer(files, "a", "--temperature", "1.5", "--top-k", "3", "--tokens", "9", "--seed", "11")
-    first = said(files, "/temperature 0\n/tokens 7\na\n")
+    first = output_of(files, "/temperature 0\n/tokens 7\na\n")
     assert first == f"temperature 0.0\ntokens 7\n{greedy}"
-    second = said(files, "/temp=1.5\n/TOP_K 3\n/tokens 9\n/seed 11\na\n/seed none\n", "--temperature", "0")
+    second = output_of(
+        files, "/temp=1.5\n/TOP_K 3\n/tokens 9\n/seed 11\na\n/seed none\n", "--temperature", "0"
+    )
     assert second == f"temperature 1.5\ntop-k 3\ntokens 9\nseed 11\n{sampled}seed none\n"
-    assert said(files, "/tokens\n/quit\nnot reached\n", "--tokens", "5") == "tokens 5\n"
-    assert said(files, "/help\n") == prompt_line.HELP + "\n"
+    assert output_of(files, "/tokens\n/quit\nnot reached\n", "--tokens", "5") == "tokens 5\n"
+    assert output_of(files, "/help\n") == prompt_line.HELP + "\n"
 
 
 @pytest.mark.parametrize(
@@ -75,29 +78,26 @@ def test_settings_are_changed_between_prompts(files: list[str]) -> None:
 )
 def test_what_is_mistyped_is_one_line_and_changes_nothing(files: list[str], line: str, error: str) -> None:
     options = ("--temperature", "0", "--tokens", "3")
-    shown = said(files, f"{line}\na\n", *options)
+    shown = output_of(files, f"{line}\na\n", *options)
     assert shown.startswith(f"Error: {error}")
     assert shown.split("\n", 1)[1] == answer(files, "a", *options)
 
 
 def test_a_prompt_longer_than_the_context_is_cut_with_a_note(files: list[str]) -> None:
     options = ("--temperature", "0", "--tokens", "5")
-    note, rest = said(files, "x" * 20 + "y" * 48 + "\n", *options).split("\n", 1)
+    note, rest = output_of(files, "x" * 20 + "y" * 48 + "\n", *options).split("\n", 1)
     assert note == "(The prompt has 68 tokens; the model sees the last 48.)"
     assert rest == "x" * 20 + answer(files, "y" * 48, *options)
 
 
 def test_prompt_and_samples_go_without_a_prompt_line(files: list[str]) -> None:
     for option in (("--prompt", "a"), ("--samples", "2")):
-        done = run_script("test_smoke.py", *files, "--interactive", *option)
-        assert done.returncode == 2
-        assert (
-            done.stderr == "Error: --interactive reads its prompts itself; leave out --prompt and --samples\n"
-        )
+        with pytest.raises(InputError, match="--interactive reads its prompts itself; leave out --prompt"):
+            main.main([*files, "--interactive", *option], standalone_mode=False)
 
 
 class Screen:
-    """A standard output that keeps what is written, one by one."""
+    """A standard output that records each write."""
 
     def __init__(self) -> None:
         self.written: list[str] = []
@@ -126,8 +126,8 @@ def test_an_answer_streams_and_shows_no_character_by_halves(
     settings = {"temperature": 0.0, "top-k": 1, "tokens": 99, "seed": None}
     line = PromptLine(load_model(*map(Path, files)), get_tokenizer("bytes"), settings, {})
     line._take("ä")
-    told = [i for i, each in enumerate(screen.written) if isinstance(each, int)]
-    shown = [each for each in screen.written if isinstance(each, str)]
+    told = [i for i, item in enumerate(screen.written) if isinstance(item, int)]
+    shown = [item for item in screen.written if isinstance(item, str)]
     assert "".join(shown) == "äé語🙂\\x1b[2J!\N{REPLACEMENT CHARACTER}\n\n"
     between = ["".join(screen.written[a + 1 : b]) for a, b in pairwise(told)]
     assert between == ["", "é", "", "", "語", "", "", "", "🙂", "\\x1b", "[", "2", "J", "!", ""]
@@ -148,11 +148,11 @@ class Terminal:
     def expect(self, pattern: str) -> str:
         """Wait until the terminal shows `pattern`; return what stood before, and it."""
         deadline = time.monotonic() + 60
-        while not (found := re.search(pattern, self.shown, re.DOTALL)):
+        while not (match := re.search(pattern, self.shown, re.DOTALL)):
             assert time.monotonic() < deadline, self.shown
             if select.select([self.handle], [], [], 1)[0]:
                 self.shown += os.read(self.handle, 4096).decode(errors="replace")
-        seen, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        seen, self.shown = self.shown[: match.end()], self.shown[match.end() :]
         return seen
 
     def type(self, keys: str) -> None:

@@ -1,4 +1,4 @@
-"""The loss of trained models: what test_loss.py says is what an independent sum says."""
+"""test_loss.py measures the same loss as an independent sum over tokens."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import pytest
 import tiktoken
 import torch
 from click.testing import CliRunner
-from helpers import MODEL, Sandbox, option_defaults, run_script, write_dataset, write_model
+from helpers import MODEL, Sandbox, option_defaults, write_dataset, write_model
 
 from basemodel.common.errors import InputError
 from basemodel.data.sequences import Sequences
@@ -52,9 +52,7 @@ def test_figures_are_those_of_a_sum_token_by_token(
     config = {"vocab_size": tokenizer.n_vocab, "tokenizer": tokenizer_name}
     files = write_model(sandbox.path / "model", **config)
     count = (len(tokens) - 1) // 16
-    options = ("--dataset", "test/texts", "--start-token", "0", "--tokens", str(count * 16))
-    done = run_script("test_loss.py", sandbox.datasets, *files, *options)
-    assert done.returncode == 0, done.stderr
+    output = measure(sandbox, *files, "--tokens", str(count * 16))
     torch.manual_seed(0)
     model = GPTModel(GPTConfig(**{**MODEL, **config})).eval()
     losses = []  # of each sequence, in nats
@@ -76,7 +74,7 @@ def test_figures_are_those_of_a_sum_token_by_token(
         "Standard error": pytest.approx(error, abs=6e-5),
         "Bits per byte": pytest.approx(sum(losses) / size / math.log(2), abs=6e-5),
     }
-    printed = {name: float(value) for name, value in figures(done.stdout).items()}
+    printed = {name: float(value) for name, value in figures(output).items()}
     assert printed == expected
     assert list(printed) == list(expected)
 

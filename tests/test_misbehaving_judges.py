@@ -108,6 +108,7 @@ STOPPED = {  # what the server does, and the reason that is reported
     "prose": (saying(lambda s: "I like both."), "answer, 1 to 2, in 'I like both.'"),
     "an endless thought": (saying(lambda s: f"<think>{plain(s)}"), "no score from 0 to 100"),
     "a refusal": (saying(lambda s: None, message={"content": None, "refusal": "I will not."}), "I will not."),
+    "an answer in parts": (saying(lambda s: [{"type": "text", "text": plain(s)}]), "no answer came back"),
     "an error in 200": (lambda *_: (200, '{"error": {"message": "loading"}}'), "but: .*loading"),
     "400": (lambda *_: (400, '{"error": {"message": "prompt too long"}}'), "status 400: .*prompt too long"),
     "401": (

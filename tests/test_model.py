@@ -31,7 +31,7 @@ def test_gpt2_small_has_the_published_number_of_parameters_and_flops() -> None:
     with torch.device("meta"):
         model = GPTModel(read_config(GPTConfig, ROOT / "runs/original/model.json"))
     assert sum(parameter.numel() for parameter in model.parameters()) == 163_009_536
-    assert model.flops_per_token() == pytest.approx(0.855e9, rel=1e-3)
+    assert model.config.flops_per_token == pytest.approx(0.855e9, rel=1e-3)
 
 
 def test_parameter_names_are_the_published_ones() -> None:

@@ -110,6 +110,8 @@ def test_meta_card_and_stats(tmp_path: Path) -> None:
     source, output = write_jsonl(tmp_path / "in.jsonl", texts), tmp_path / "my-texts"
     out = prepare(source, output, "--tokenizer", "bytes", "--stats")
     meta = assert_holds(output, split_texts(texts, 0.01), get_tokenizer("bytes"))
+    title, *excerpts = out.splitlines()[-4:]
+    assert title == "Excerpts:" and all("word word" in line for line in excerpts)
     assert meta["splits"]["validation"]["documents"] > 1
     assert meta["validation_fraction"] == 0.01
     assert (meta["source"], meta["revision"], meta["replaced"]) == (str(source), None, 0)
@@ -156,7 +158,7 @@ def test_sources_that_are_no_good(tmp_path: Path) -> None:
         (good, ["--name", "a"], "--name is for a data set on the Hub"),
         (good, ["--engine", "gigatoken"], "--engine gigatoken works with the tokenizer gpt2 only"),
         (numbers, [], "column 'text' is int64, not text"),
-        (broken, [], "broken.parquet: damaged or not a parquet file"),
+        (broken, [], "broken.parquet: cannot be read: "),
         (empty, [], "contains no documents to train on"),
         ("../fineweb", ["--files", "*"], "no such file or folder; the source may also be 'python-docs'"),
     ):
@@ -177,7 +179,7 @@ def test_texts_that_turn_out_to_be_no_good(tmp_path: Path) -> None:
         file.write('{"body": "not"}\n')
     small_shards = "from basemodel.prepare import documents; documents.SHARD_BYTES = 20_000"
     for source, before, message in (
-        (cut, "", "cut.parquet: damaged or not a parquet file"),
+        (cut, "", "cut.parquet: cannot be read: "),
         (tmp_path / "empty.txt", "", "contains no documents to train on"),
         # The number of the line counts those of other shards.
         (second, small_shards, 'line 5001 is not a JSON object with a string "text"'),
@@ -244,7 +246,6 @@ def test_copies_are_counted_and_lie_on_one_side(tmp_path: Path) -> None:
         "bytes",
         "--validation-fraction",
         "0.3",
-        before="from basemodel.prepare import assemble; assemble.DOCUMENTS_AT_ONCE = 100",
     )
     assert f"Duplicates: {len(texts) - len(set(texts))} documents, each a copy of another" in said
     sides = [set(text.split(b"\0")[:-1]) for text in tokens_of(tmp_path / "out").values()]
@@ -272,7 +273,9 @@ def test_tokens_of_nanogpt(tmp_path: Path, gpt2: Any) -> None:
     assert "mean" in said
     command = ("prepare_datasets.py", tmp_path / "in", tmp_path / "out2")
     np.array([5, 60_000], np.uint16).tofile(tmp_path / "in/val.bin")
-    assert "in/val.bin: token 60000 at index 1 is outside the vocabulary" in refused(*command)
+    assert "in/val.bin: token 60000 is outside the vocabulary" in refused(*command)
+    np.array([5, 6], np.uint32).tofile(tmp_path / "in/val.bin")
+    assert "in/val.bin: holds uint32 or wider numbers" in refused(*command)
     (tmp_path / "in/val.bin").write_bytes(b"odd")
     assert "in/val.bin: damaged: not a whole number of uint16" in refused(*command)
     (tmp_path / "in/val.bin").unlink()

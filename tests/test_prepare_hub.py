@@ -317,8 +317,6 @@ def test_an_uploaded_data_set_replaces_the_one_before(hub: FakeHub, tmp_path: Pa
     ours = {path.name: path.read_bytes() for path in output.iterdir()}
     assert {"train-00000-of-00002.safetensors", "train-00001-of-00002.safetensors"} < ours.keys()
     assert hub.committed == {"trainer.safetensors": b"before", "notes.md": b"before", **ours}
-    error = refused(start(hub, output, *options[:2], "--max-file-size", "10kB", home=home).wait())
-    assert f"{output}/train-00000-of-00002.safetensors: is larger than --max-file-size" in error
 
 
 def test_an_upload_needs_a_token_before_anything_is_prepared(hub: FakeHub, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ GOOD: dict[str, tuple[str, bytes, list[str | None]]] = {
     "json array on many lines": ("a.json", array(indent=2), ROWS),
     "json array in UTF-16": ("a.json", array().decode().encode("utf-16"), ROWS),
     "json array.zst": ("a.json.zst", zstd(array()), ROWS),
-    "json objects on many lines": ("a.json", b'{\n"text":\n"a"}\n{"text": "b"\n}', ["a", "b"]),
+    "json object on many lines": ("a.json", b'{\n"text":\n"a"}\n', ["a"]),
     "empty json array": ("a.json", b" [ ] ", []),
     "csv": ("a.csv", sheet(), TEXTS),
     "csv.gz": ("a.csv.gz", gzip.compress(sheet()), TEXTS),
@@ -145,6 +145,11 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "Shift-JIS": ("a.txt", KANA.encode("shift-jis"), "most of it is not UTF-8 text"),
     "UTF-16 without a byte order mark": ("a.txt", b"t\0e\0x\0t\0" * 9, "most of it is not UTF-8 text"),
     "a program called .txt": ("a.txt", bytes(range(256)) * 9, "most of it is not UTF-8 text"),
+    "a Git LFS pointer": (
+        "a.txt",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        "is a Git LFS pointer, not the file itself; fetch that with: git lfs pull",
+    ),
     "jsonl in KOI8-R": (
         "a.jsonl",
         ('{"text": "%s"}\n' % ("\u0442\u0435\u043a\u0441\u0442" * 20)).encode("koi8-r"),
@@ -161,8 +166,8 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         "cannot be read: Compressed file ended before",
     ),
     "gz that is none": ("a.jsonl.gz", jsonl(), "cannot be read: zlib inflate failed: incorrect header check"),
-    "cut-off parquet": ("a.parquet", parquet(table())[:-9], "damaged or not a parquet file"),
-    "empty parquet": ("a.parquet", b"PAR1", "damaged or not a parquet file"),
+    "cut-off parquet": ("a.parquet", parquet(table())[:-9], "cannot be read"),
+    "empty parquet": ("a.parquet", b"PAR1", "cannot be read"),
     "arrow that is none": ("a.arrow", b"what is this?" * 9, "cannot be read"),
     "numbers": ("a.parquet", parquet(table([1, 2])), "column 'text' is int64, not text"),
     "numbers in arrow": ("a.arrow", arrow(table([1, 2])), "column 'text' is int64, not text"),
@@ -185,7 +190,13 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "csv with a row too long": (
         "a.csv",
         b"id,text\n1,a\n2,b,c\n",
-        "cannot be read: Error tokenizing data. C error: Expected 2 fields in line 3, saw 3",
+        "the row that ends in line 3 has 3 cells, the header 2",
+    ),
+    "csv with a row too short": ("a.csv", b"id,text\n1,a\n2\n", "line 3 has 1 cells, the header 2"),
+    "csv with a quote left open": (
+        "a.csv",
+        b'id,text\n1,"a\n2,b\n',
+        "cannot be read: unexpected end",
     ),
     "jsonl with a number": (
         "a.jsonl",
@@ -197,10 +208,11 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         jsonl() + b"null\n",
         f'line {len(ROWS) + 1} is not a JSON object with a string "text"',
     ),
-    "cut-off json": (
+    "cut-off json": ("a.json", array()[:-20], "cannot be read: "),
+    "several json objects on many lines": (
         "a.json",
-        array()[:-20],
-        f'object {len(ROWS)} is not a JSON object with a string "text"',
+        b'{\n"text":\n"a"}\n{"text": "b"}\n',
+        "cannot be read: Extra data",
     ),
     "json array of strings": ("a.json", b'["a", "b"]', 'object 1 is not a JSON object with a string "text"'),
     "unknown type": ("a.docx", b"PK", "unknown file type; known are .parquet, .arrow"),
@@ -266,6 +278,13 @@ def test_a_folder_of_splits(tmp_path: Path, layout: str) -> None:
     assert [split for _, split in found.files] == ["train", "validation"]
     assert found.skipped["of the split 'test'"] == 1
     assert read(tmp_path, split="test")[0] == ["test", "validation"]
+    assert read(tmp_path, split="validation")[0] == ["validation"]
+    # Without a split for validation, the text of each document decides.
+    validation = tmp_path / name.format("validation")
+    validation.unlink()
+    texts, found = read(tmp_path)
+    assert texts == ["train"] and found.files[0][1] is None and found.skipped["of the split 'test'"] == 1
+    validation.write_bytes(jsonl(["validation"]))
     # A file that belongs to none: perhaps those names mean something else. All is read, and split by text.
     (tmp_path / "another.jsonl").write_bytes(jsonl(["another"]))
     texts, found = read(tmp_path)
@@ -280,8 +299,8 @@ def test_a_folder_of_splits(tmp_path: Path, layout: str) -> None:
         ("./owner/name", {}, "no such file or folder"),
         ("a/b/c", {}, "no such file or folder"),
         ("owner/notes.md", {}, "no such file or folder"),
-        (".", {"split": "tset"}, "tell no split 'tset'"),
-        (".", {"split": "validation"}, "tell no split 'validation'"),
+        (".", {"split": "tset"}, "do not tell which belong to the split 'tset'"),
+        (".", {"split": "validation"}, "do not tell which belong to the split 'validation'"),
         (".", {"files": "*.parquet"}, "that match --files '*.parquet'"),
         (".", {"name": "x"}, "--name is for a data set on the Hub"),
     ],

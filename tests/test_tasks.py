@@ -1,8 +1,10 @@
-"""lm-evaluation-harness's tasks: what test_harness.py says is what a slow loop over logits says."""
+"""test_harness.py scores tasks of lm-evaluation-harness like a slow loop over logits."""
 
 import json
 import math
+import re
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,12 +127,14 @@ def write_task(folder: Path, values: dict[str, Any], data: Path) -> None:
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tasks]:
     """Models that have learnt some of the words, so that they are sometimes right."""
     folder = tmp_path_factory.mktemp("tasks")
-    found = Tasks(folder, documents(), [])
+    tasks = Tasks(folder, documents(), [])
     (folder / "tasks").mkdir()
-    (folder / "documents.jsonl").write_text("".join(json.dumps(each) + "\n" for each in found.documents))
+    (folder / "documents.jsonl").write_text(
+        "".join(json.dumps(document) + "\n" for document in tasks.documents)
+    )
     for values in (CHOICE, LAST_WORD, WHOLE, WRITE):
         write_task(folder / "tasks", values, folder / "documents.jsonl")
-    text = torch.tensor(list(" ".join(each["text"] for each in found.documents * 2).encode()))
+    text = torch.tensor(list(" ".join(document["text"] for document in tasks.documents * 2).encode()))
     for seed, steps in ((1, 60), (2, 30)):
         files = write_model(folder / f"model{seed}", seed, context_length=CONTEXT)
         (files[1].parent / "meta.json").write_text("{}")  # so that it counts as a checkpoint
@@ -144,41 +148,39 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tasks]:
             optimizer.step()
             optimizer.zero_grad()
         save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, files[1])
-        found.models.append(files)
+        tasks.models.append(files)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(folder / "home"))
         require_harness()
         import datasets
 
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "home")
-        yield found
+        yield tasks
 
 
 @torch.no_grad()
 def slow(model: GPTModel, context: str, answer: str) -> tuple[float, bool]:
-    """The answer's log-likelihood, byte after byte, each a pass over what precedes it; and whether each byte
-    is the most likely. Of a text longer than the context, its end is what the model sees."""
-    tokens = (context + answer).encode()[-CONTEXT - 1 :]
-    count, nats, best = len(answer.encode()), 0.0, True
-    for index in range(len(tokens) - count, len(tokens)):
-        row = model(torch.tensor([list(tokens[:index])]))[0, -1].double().log_softmax(-1)
-        nats += row[tokens[index]].item()
-        best = best and row.argmax().item() == tokens[index]
-    return nats, best
+    """The answer's log-likelihood, in a pass of its own, and whether each byte is the most likely. The model
+    sees only the end of a text that is longer than its context."""
+    tokens = list((context + answer).encode()[-CONTEXT - 1 :])
+    count = len(answer.encode())
+    rows = model(torch.tensor([tokens[:-1]]))[0, -count:].double().log_softmax(-1)
+    nats = sum(row[token].item() for row, token in zip(rows, tokens[-count:], strict=True))
+    return nats, rows.argmax(-1).tolist() == tokens[-count:]
 
 
 def slow_values(tasks: Tasks, index: int) -> dict[tuple[str, str], list[float]]:
     """The metrics' values of each document, by task and metric."""
     model = tasks.load(index)
     values: dict[tuple[str, str], list[float]] = {}
-    for each in tasks.documents:
-        nats = [slow(model, each["query"], " " + choice)[0] for choice in each["choices"]]
-        by_length = [value / len(choice) for value, choice in zip(nats, each["choices"], strict=True)]
-        context, _, word = each["text"].rpartition(" ")
+    for document in tasks.documents:
+        nats = [slow(model, document["query"], " " + choice)[0] for choice in document["choices"]]
+        by_length = [value / len(choice) for value, choice in zip(nats, document["choices"], strict=True)]
+        context, _, word = document["text"].rpartition(" ")
         likelihood, best = slow(model, context, " " + word)
         for key, value in {
-            ("choice", "acc"): float(np.argmax(nats) == each["gold"]),
-            ("choice", "acc_norm"): float(np.argmax(by_length) == each["gold"]),
+            ("choice", "acc"): float(np.argmax(nats) == document["gold"]),
+            ("choice", "acc_norm"): float(np.argmax(by_length) == document["gold"]),
             ("last_word", "perplexity"): likelihood,
             ("last_word", "acc"): float(best),
         }.items():
@@ -206,10 +208,10 @@ def test_both_formats_equal_a_slow_loop_over_logits(tasks: Tasks, tmp_path: Path
     rows = rows_of(tasks.run(*options))
     assert list(rows) == list(slowly[0]) and 0 < np.mean(slowly[0]["last_word", "acc"]) < 1
     for key, (documents, one, other, difference) in rows.items():
-        values = [np.array(each[key]) for each in slowly]
+        values = [np.array(values_by_key[key]) for values_by_key in slowly]
         assert documents == "32"
         if key[1] == "perplexity":
-            ppl = [math.exp(-each.mean()) for each in values]
+            ppl = [math.exp(-nats.mean()) for nats in values]
             assert numbers(one)[0] == pytest.approx(ppl[0], abs=1e-3)
             assert numbers(difference)[0] == pytest.approx(ppl[1] - ppl[0], rel=1e-4)
             # The resampled errors, by the delta method: as good as 1,000 resamples of 32 documents are.
@@ -217,13 +219,13 @@ def test_both_formats_equal_a_slow_loop_over_logits(tasks: Tasks, tmp_path: Path
             slope = ppl[1] * values[1] - ppl[0] * values[0]
             assert numbers(difference)[1] == pytest.approx(standard_error(slope), rel=0.35)
             continue
-        for cell, each in ((one, values[0]), (other, values[1]), (difference, values[1] - values[0])):
-            assert numbers(cell) == pytest.approx([each.mean(), standard_error(each)], abs=6e-5)
-    kept = {(r.task, r.metric): r for r in read_task_results(tasks.models[1][1].parent)}
-    assert kept.keys() >= rows.keys()
-    assert kept["choice", "acc"].value == np.mean(slowly[1]["choice", "acc"])
+        for cell, expected in ((one, values[0]), (other, values[1]), (difference, values[1] - values[0])):
+            assert numbers(cell) == pytest.approx([expected.mean(), standard_error(expected)], abs=6e-5)
+    results = {(r.task, r.metric): r for r in read_task_results(tasks.models[1][1].parent)}
+    assert results.keys() >= rows.keys()
+    assert results["choice", "acc"].value == np.mean(slowly[1]["choice", "acc"])
     perplexity = math.exp(-np.mean(slowly[1]["last_word", "perplexity"]))
-    assert kept["last_word", "perplexity"].value == pytest.approx(perplexity, rel=1e-5)
+    assert results["last_word", "perplexity"].value == pytest.approx(perplexity, rel=1e-5)
 
 
 def test_whole_texts_and_written_answers_equal_slow_loops(tasks: Tasks, tmp_path: Path) -> None:
@@ -232,19 +234,24 @@ def test_whole_texts_and_written_answers_equal_slow_loops(tasks: Tasks, tmp_path
     model, scorer = tasks.load(0), tasks.scorer(0, tmp_path)
     (whole,) = evaluate_task(scorer, load_tasks(["whole"], [tasks.folder / "tasks"], None)["whole"], None)
     nats, size = 0.0, 0
-    for each in tasks.documents:
-        tokens = [256, *each["text"].encode()]
+    for document in tasks.documents:
+        tokens = [256, *document["text"].encode()]
         size += len(tokens) - 1
         for start in range(1, len(tokens), CONTEXT):
             end = min(start + CONTEXT, len(tokens))
             seen = torch.tensor([tokens[max(0, end - 1 - CONTEXT) : end - 1]])
             with torch.no_grad():
-                found = model(seen)[0].double().log_softmax(-1)[start - end :]
-            nats -= sum(row[token].item() for row, token in zip(found, tokens[start:end], strict=True))
+                log_probabilities = model(seen)[0].double().log_softmax(-1)[start - end :]
+            nats -= sum(
+                row[token].item() for row, token in zip(log_probabilities, tokens[start:end], strict=True)
+            )
     assert whole.result.value == pytest.approx(nats / size / math.log(2), rel=1e-6)
-    assert max(len(each["text"]) for each in tasks.documents) > CONTEXT + 1
+    assert max(len(document["text"]) for document in tasks.documents) > CONTEXT + 1
+    assert scorer.cut == 0, "long documents are read in parts"
+    scorer.log_likelihoods([([256] * CONTEXT, [1, 2]), ([256] * CONTEXT, [1])])
+    assert scorer.cut == 1
 
-    requests = [(each["query"], WRITE["generation_kwargs"]) for each in tasks.documents[:5]]
+    requests = [(document["query"], WRITE["generation_kwargs"]) for document in tasks.documents[:5]]
     written = continue_until(scorer, requests)
     for (query, _), answer in zip(requests, written, strict=True):
         tokens = list(query.encode())
@@ -270,11 +277,11 @@ def test_few_shot_questions_come_after_solved_ones(tasks: Tasks, tmp_path: Path)
     loaded = load_tasks(["choice"], [tasks.folder / "tasks"], 2)["choice"]
     result = evaluate_task(scorer, loaded, 3)[0].result
     assert (result.fewshot, result.title) == (2, "choice acc (2-shot, first 3 documents)")
-    solved = {f"{each['query']} {each['choices'][each['gold']]}" for each in tasks.documents}
+    solved = {f"{document['query']} {document['choices'][document['gold']]}" for document in tasks.documents}
     for text in filter(None, asked):
         *examples, question = text.split("\n\n")
         assert len(examples) == 2 and set(examples) <= solved
-        assert any(question.startswith(each["query"]) for each in tasks.documents[:3])
+        assert any(question.startswith(document["query"]) for document in tasks.documents[:3])
 
 
 KILL = """
@@ -343,16 +350,16 @@ def write_hub(folder: Path, documents: list[dict[str, Any]]) -> None:
     lines = [
         {
             "activity_label": "Running",
-            "ctx_a": each["query"],
+            "ctx_a": document["query"],
             "ctx_b": "then it",
-            "endings": each["choices"],
-            "label": str(each["gold"]),
+            "endings": document["choices"],
+            "label": str(document["gold"]),
         }
-        for each in documents
+        for document in documents
     ]
     for split in ("train", "validation"):
         (hellaswag / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    texts = [json.dumps({"text": each["text"]}) + "\n" for each in documents]
+    texts = [json.dumps({"text": document["text"]}) + "\n" for document in documents]
     (lambada / "test.jsonl").write_text("".join(texts))
 
 
@@ -366,17 +373,16 @@ def test_hellaswag_and_lambada_come_from_the_hub_once(tasks: Tasks, tmp_path: Pa
         env = hub.env(tmp_path / "home")
         first = run_script(*command, tmp_path / "cache", env=env)
         assert first.returncode == 0, first.stderr
-    assert "published, hellaswag: acc 0.2892" in first.stdout
-    model, found = tasks.load(1), {(r.task, r.metric): r.value for r in read_task_results(weights.parent)}
+    model, results = tasks.load(1), {(r.task, r.metric): r.value for r in read_task_results(weights.parent)}
     right, likelihoods = [], []
-    for each in tasks.documents:
-        context = f"Running: {each['query']} Then it"
-        nats = [slow(model, context, f" {choice}")[0] for choice in each["choices"]]
-        right.append(np.argmax(nats) == each["gold"])
-        start, _, word = each["text"].rpartition(" ")
+    for document in tasks.documents:
+        context = f"Running: {document['query']} Then it"
+        nats = [slow(model, context, f" {choice}")[0] for choice in document["choices"]]
+        right.append(np.argmax(nats) == document["gold"])
+        start, _, word = document["text"].rpartition(" ")
         likelihoods.append(slow(model, start, f" {word}")[0])
-    assert found["hellaswag", "acc"] == np.mean(right)
-    assert found["lambada_openai", "perplexity"] == pytest.approx(math.exp(-np.mean(likelihoods)), rel=1e-5)
+    assert results["hellaswag", "acc"] == np.mean(right)
+    assert results["lambada_openai", "perplexity"] == pytest.approx(math.exp(-np.mean(likelihoods)), rel=1e-5)
 
     command[command.index("--tasks") + 1] = "hellaswag,lambada_openai,piqa"
     no_wait = "import time; time.sleep = lambda seconds: None"
@@ -396,23 +402,21 @@ def test_a_group_is_compared_on_all_its_documents(
     (tmp_path / "both.yaml").write_text(json.dumps(group))
     loaded = load_tasks(["both"], [tasks.folder / "tasks", tmp_path], None)["both"]
     one, other = (
-        {(each.result.task, each.result.metric): each for each in evaluate_task(scorer, loaded, None)}
+        {(score.result.task, score.result.metric): score for score in evaluate_task(scorer, loaded, None)}
         for scorer in (tasks.scorer(0, tmp_path / "cache"), tasks.scorer(1, tmp_path / "cache"))
     )
     keys = [("choice", "acc"), ("last_word", "acc")]
     differences = np.concatenate([np.subtract(one[key].values, other[key].values) for key in keys])
-    found = paired_difference(one["both", "acc"], other["both", "acc"])
-    assert found == pytest.approx((differences.mean(), standard_error(differences)))
+    difference = paired_difference(one["both", "acc"], other["both", "acc"])
+    assert difference == pytest.approx((differences.mean(), standard_error(differences)))
     assert one["both", "acc"].result.documents == len(differences) == 64
     assert [one[key].result.group for key in (*keys, ("both", "acc"))] == ["both", "both", None]
 
 
-def test_the_library_is_optional(tasks: Tasks) -> None:
-    without = "import sys; sys.modules['lm_eval'] = None"
-    error = refused("test_harness.py", *tasks.command("--tasks", "choice"), before=without)
-    assert (
-        error == 'lm-evaluation-harness is missing or too old; install it with: pip install -e ".[harness]"'
-    )
+def test_the_library_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(InputError, match=re.escape('too old; install it with: pip install -e ".[harness]"')):
+        require_harness()
 
 
 def test_wrong_evaluations(tasks: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,4 +508,4 @@ def test_headlines_are_whole_tasks_by_their_best_known_metric() -> None:
         replace(RESULT, task="try", limit=5),
         replace(RESULT, task="bits", metric="bits_per_byte"),
     ]
-    assert [each.title for each in headlines(results)] == ["words acc", "group acc", "bits bits_per_byte"]
+    assert [result.title for result in headlines(results)] == ["words acc", "group acc", "bits bits_per_byte"]

@@ -265,16 +265,16 @@ def test_a_file_exactly_as_large_as_allowed_stays_whole(tmp_path: Path) -> None:
     prepare(tmp_path / "in.txt", tmp_path / "one", *options)
     size = (tmp_path / "one/train.safetensors").stat().st_size
     for most, files in ((size, 1), (size - 1, 2)):
-        prepare(tmp_path / "in.txt", tmp_path / str(most), *options, "--max-file-size", f"{most}B")
+        prepare(tmp_path / "in.txt", tmp_path / str(most), *options, "--max-file-size", f"{most / 1000}kB")
         assert len(list((tmp_path / str(most)).glob("train*"))) == files
 
 
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ("40", "'40' is 40 bytes; at least 1kB, give a unit such as 40GB"),
-        ("0.5kB", "'0.5kB' is 500 bytes"),
-        ("forty", "'forty' is not a size with a unit, such as 500kB or 40GB"),
+        ("40", "'40' is not a size of at least 1kB, such as 500kB, 1.5MB or 40GB"),
+        ("0.5kB", "'0.5kB' is not a size"),
+        ("forty", "'forty' is not a size"),
         ("-1GB", "'-1GB' is not a size"),
         ("40GBytes", "'40GBytes' is not a size"),
     ],

@@ -20,8 +20,7 @@ from basemodel.common.errors import InputError
 from basemodel.common.terminal import printable
 from basemodel.data.hub import fetch_dataset, fingerprint_files
 from basemodel.data.sequences import match_tokenizer
-from basemodel.data.tokenizer import MarkingEncoder, encode, get_tokenizer
-from basemodel.data.tokenizer_json import byte_characters, merges, read_tokenizer, same_tokenizer
+from basemodel.data.tokenizer import byte_characters, get_tokenizer, read_tokenizer, same_tokenizer
 from basemodel.model.config import GPTConfig
 from basemodel.model.loss import NextTokenLoss
 from basemodel.prepare import encoding
@@ -78,10 +77,8 @@ def assert_same_ids(path: Path, texts: list[str]) -> None:
     ours, theirs = read_tokenizer(path), library(path)
     for text in texts:
         ids = theirs.encode(text).ids
-        assert encode(ours, text.encode()).tolist() == ids == ours.encode_ordinary(text), repr(text)
+        assert encoding.encode(ours, text.encode()).tolist() == ids == ours.encode_ordinary(text), repr(text)
         assert ours.decode(ids) == text
-    together = [token for text in texts for token in (*theirs.encode(text).ids, ours.eot_token)]
-    assert MarkingEncoder(ours)([text.encode() for text in texts]).tolist() == together
 
 
 def test_ids_are_the_librarys(trained: Path) -> None:
@@ -133,7 +130,6 @@ OTHERS: dict[str, Callable[[dict], Any]] = {
     "merges as strings, no type": lambda content: content["model"].update(
         type="BPE", merges=[" ".join(pair) for pair in content["model"]["merges"]]
     ),
-    "every split": every_split,
     "GPT-2's post-processor": lambda content: content.update(
         post_processor={
             "type": "ByteLevel",
@@ -173,13 +169,13 @@ def added(name: str, value: int = SIZE) -> dict:
 
 
 REFUSED: dict[str, Callable[[dict], Any]] = {
-    "byte-pair encoding (BPE), not WordPiece": lambda c: c["model"].update(type="WordPiece"),
-    "byte-pair encoding (BPE), not a file without": lambda c: c.pop("model"),
+    "must be a byte-pair encoding": lambda c: c["model"].update(type="WordPiece"),
+    "must be a byte-pair encoding (BPE)": lambda c: c.pop("model"),
     "with a vocab and merges": lambda c: c["model"].pop("merges"),
-    "another pre_tokenizer": lambda c: c.update(pre_tokenizer={"type": "Whitespace"}),
+    "a pre_tokenizer other than": lambda c: c.update(pre_tokenizer={"type": "Whitespace"}),
     "no prefix space": lambda c: c["pre_tokenizer"].update(add_prefix_space=True),
     "its regex": lambda c: c["pre_tokenizer"].update(use_regex=False),
-    "pre_tokenizer than": lambda c: c.update(pre_tokenizer=None),
+    "has a pre_tokenizer": lambda c: c.update(pre_tokenizer=None),
     "has a normalizer": lambda c: c.update(normalizer={"type": "NFC"}),
     "has a truncation": lambda c: c.update(truncation={"max_length": 512}),
     "has a post_processor": lambda c: c.update(post_processor={"type": "TemplateProcessing"}),
@@ -192,14 +188,14 @@ REFUSED: dict[str, Callable[[dict], Any]] = {
     "each once": lambda c: c["model"]["vocab"].update(a=7),
     "0 to 599": lambda c: c["added_tokens"][0].update(id=700),
     "599, each": lambda c: c["added_tokens"][0].update(id=None),
-    "65,536 tokens; 65,535 are the most": lambda c: c["model"]["vocab"].update(
+    "65,536 tokens; uint16 has room for 65,535": lambda c: c["model"]["vocab"].update(
         {f"x{number}": number for number in range(SIZE - 1, 65_535)}
     ),
-    "no byte is written as '語'": lambda c: (c["model"]["vocab"].update({"語": SIZE - 1}), renumber(c, SIZE)),
-    "has an empty token": lambda c: (c["model"]["vocab"].update({"": SIZE - 1}), renumber(c, SIZE)),
-    "has no merge of": lambda c: c["model"]["merges"].pop(3),
-    "is no pair of tokens: ['a']": lambda c: c["model"]["merges"].append(["a"]),
-    "another order than its merges": lambda c: c["model"]["merges"].reverse(),
+    "'語' has a character that stands for no byte": lambda c: c["model"]["vocab"].update({"語": SIZE}),
+    "lists merges that do not make its tokens": lambda c: c["model"]["merges"].pop(3),
+    "lists merges": lambda c: c["model"]["merges"].append(["a"]),
+    "so that tiktoken would encode differently": lambda c: c["model"]["merges"].reverse(),
+    "lists merges that do not make its tokens in the order": every_split,
     "no two tokens with lower ids": lambda c: swap(c, 256, SIZE - 2),
 }  # fmt: skip
 
@@ -251,7 +247,7 @@ def test_random_merges_are_encoded_exactly_or_refused(trained: Path, tmp_path: P
             continue
         read += 1
         assert_same_ids(path, ["".join(rng.choices("abc", k=rng.randrange(60))) for _ in range(60)])
-    assert 50 < read < 250
+    assert 50 < read < 250, read
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -314,7 +310,7 @@ def test_shards_of_another_tokenizer_are_encoded_again(trained: Path, tmp_path: 
     other.write_text(json.dumps(content))
     broken = "from basemodel.prepare import assemble; assemble.lay_out = None"
     run_script("prepare_datasets.py", source, tmp_path / "out", "--tokenizer", trained, before=broken)
-    assert (tmp_path / "out.incomplete/parts/000000-0000").exists()
+    assert (tmp_path / "out.incomplete/parts/000000").exists()
     said = prepare(source, tmp_path / "out", "--tokenizer", str(other))
     assert "already encoded" not in said
     assert_holds(tmp_path / "out", split_texts(texts), read_tokenizer(other))
@@ -518,12 +514,3 @@ def test_the_tokenizer_is_fetched_with_the_data_set(
     assert (folder / "tokenizer.json").read_bytes() == there
     assert hub.downloads("tokenizer.json") == 2 and hub.downloads("train.safetensors") == 1
     assert ("GET", f"/datasets/test/own/resolve/{'0' * 40}/tokenizer.json") in hub.requests
-
-
-def test_merges_of_a_trained_tokenizer_are_those_in_its_file(trained: Path) -> None:
-    characters = byte_characters()
-    written = [
-        ["".join(characters[byte] for byte in part) for part in pair]
-        for pair in merges(read_tokenizer(trained)._mergeable_ranks)
-    ]
-    assert written == json.loads(trained.read_text())["model"]["merges"]

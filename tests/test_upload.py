@@ -34,7 +34,8 @@ from basemodel.common.errors import InputError, RunError
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.model.config import GPTConfig
 from basemodel.model.generation import Sampling, generate
-from basemodel.model.weights import from_huggingface, load_tensors, to_huggingface
+from basemodel.model.hf_format import from_huggingface, to_huggingface
+from basemodel.model.weights import load_tensors
 from basemodel.results import export
 from gpt import GPTModel
 

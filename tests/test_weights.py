@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from basemodel.common.errors import InputError
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.model.config import GPTConfig
-from basemodel.model.hf_format import build_model
-from basemodel.model.weights import load_model, load_weights, to_huggingface
+from basemodel.model.hf_format import build_model, to_huggingface
+from basemodel.model.weights import load_model, load_weights
 from basemodel.results import export
 from gpt import GPTModel
 
@@ -107,7 +107,7 @@ def test_shards_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture, their
     ):
         loaded(tmp_path)
     second.unlink()
-    with pytest.raises(InputError, match=r"its shard model-00002-of-00002.safetensors is missing"):
+    with pytest.raises(InputError, match=r"model-00002-of-00002.safetensors: no such file"):
         loaded(tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
     with pytest.raises(InputError, match=r"names '../a.safetensors', which is not a file beside it"):
@@ -253,21 +253,11 @@ def test_openais_config_is_gpt2_small(tmp_path: Path) -> None:
         assert build_model(path).config == wanted
 
 
-NO_WEIGHTS = {
-    "a GGUF": (b"GGUF\x03\0\0\0", "is llama.cpp's GGUF"),
-    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-    "a page": (b"<!DOCTYPE html><html>", "is a web page, not the file itself"),
-    "a config": (b'{"vocab_size": 257}', "is JSON, not weights; MODEL_JSON comes first"),
-    "nothing": (b"", "damaged or not a safetensors file"),
-}
-
-
-@pytest.mark.parametrize("case", NO_WEIGHTS)
-def test_files_that_hold_no_weights(tmp_path: Path, case: str) -> None:
-    content, message = NO_WEIGHTS[case]
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>", b'{"vocab_size": 257}'])
+def test_files_that_hold_no_weights(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=f"model.safetensors: .*{message}"):
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged or not a safetensors file: "):
         loaded(path)
 
 
@@ -304,7 +294,7 @@ def test_pickles_are_refused_and_the_documented_command_converts_them(
         with pytest.raises(InputError, match="is a pickle, which can run any code") as caught:
             load_model(model_json, path)
     assert "holds neither model.safetensors nor" in str(caught.value)
-    assert "convert it with the command in docs/clients.md" in str(caught.value)
+    assert "convert one that you trust with the command in docs/clients.md" in str(caught.value)
     (command,) = re.findall("^python -c .*", (ROOT / "docs/clients.md").read_text(), re.MULTILINE)
     words = shlex.split(command)
     assert words[:2] == ["python", "-c"]

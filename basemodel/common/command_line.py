@@ -48,19 +48,16 @@ def say_error(message: str, status: int) -> int:
 
 
 class FileSize(click.ParamType):
-    """A file size with a unit: 500kB, 1.5MB, 40GB (decimal, as disks and the Hub count) or GiB."""
+    """A file size with a decimal unit, as disks and the Hub count: 500kB, 1.5MB or 40GB."""
 
     name = "size"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The size in bytes, at least 1,000: fewer could not hold a file's header and a sequence."""
-        match = re.fullmatch(r"(\d+\.?\d*) ?([kmgt]?)(i?)b?", value.strip(), re.IGNORECASE)
-        if not match:
-            self.fail(f"'{value}' is not a size with a unit, such as 500kB or 40GB", param, ctx)
-        number, unit, binary = match.groups()
-        size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit.lower() or " "))
+        match = re.fullmatch(r"(\d+\.?\d*) ?([kmg])b", value.strip(), re.IGNORECASE)
+        size = round(float(match[1]) * 1000 ** " kmg".index(match[2].lower())) if match else 0
         if size < 1000:
-            self.fail(f"'{value}' is {size:,} bytes; at least 1kB, give a unit such as 40GB", param, ctx)
+            self.fail(f"'{value}' is not a size of at least 1kB, such as 500kB, 1.5MB or 40GB", param, ctx)
         return size
 
 

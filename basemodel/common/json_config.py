@@ -150,6 +150,10 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
                 kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
                 if len(value) == len(kinds):
                     return tuple(_checked(key, v, kind) for v, kind in zip(value, kinds, strict=True))
+        elif typing.get_origin(option) is dict:
+            if isinstance(value, dict):
+                entries = typing.get_args(option)[1]
+                return {name: _checked(f"{key}.{name}", entry, entries) for name, entry in value.items()}
         elif option is float and type(value) in (int, float) and abs(value) < sys.float_info.max:
             return float(value)
         elif option is not float and type(value) is option:
@@ -163,7 +167,10 @@ def described(hint: Any) -> str:
         return " or ".join(json.dumps(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         first, *others = typing.get_args(hint)
-        return f"a list of {described(first)}" if ... in others else f"a list of {1 + len(others)} numbers"
+        plural = "strings" if first is str else described(first)
+        return f"a list of {plural}" if ... in others else f"a list of {1 + len(others)} numbers"
+    if typing.get_origin(hint) is dict:
+        return "a table"
     if typing.get_args(hint):
         return " or ".join(described(option) for option in typing.get_args(hint))
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}

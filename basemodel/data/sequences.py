@@ -1,4 +1,4 @@
-"""Which tokens each training step reads.
+"""Sequences of tokens, as training and evaluation read them.
 
 A data set is a folder DATASETS_DIR/OWNER/NAME with the tokens of two splits, train and validation: documents
 one after another, each followed by the end-of-text token. It comes from the Hub or from prepare_datasets.py.
@@ -68,19 +68,17 @@ def match_tokenizer(folder: Path, model: GPTConfig) -> GPTConfig:
     tokens than the model has.
     """
     meta = read_json_object(folder / "meta.json") if (folder / "meta.json").exists() else {}
-    theirs, vocab_size = meta.get("tokenizer", model.tokenizer), meta.get("vocab_size", 0)
-    if theirs != model.tokenizer:
-        own = model.tokenizer == "dataset"
+    name, vocab_size = meta.get("tokenizer", model.tokenizer), meta.get("vocab_size", 0)
+    if name != model.tokenizer:
+        is_own = model.tokenizer == "dataset"
+        option = f"--train-tokenizer {model.vocab_size}" if is_own else f"--tokenizer {model.tokenizer}"
         raise InputError(
-            f"{folder}: its tokenizer is '{theirs}', the model's '{model.tokenizer}'; set tokenizer to "
-            f"'{theirs}' and vocab_size to {vocab_size} in model.json, or prepare the text again with "
-            f"{'--train-tokenizer' if own else '--tokenizer'} {model.vocab_size if own else model.tokenizer}"
+            f"{folder}: its tokenizer is '{name}', the model's '{model.tokenizer}'; set tokenizer to "
+            f"'{name}' and vocab_size to {vocab_size} in model.json, or prepare the text again with {option}"
         )
     end_of_text = model.end_of_text_id
     if model.tokenizer == "dataset":
-        from basemodel.data.tokenizer import (
-            get_tokenizer,  # and with it tiktoken, which nothing else here needs
-        )
+        from basemodel.data.tokenizer import get_tokenizer  # with tiktoken, which nothing else here needs
 
         tokenizer = get_tokenizer("dataset", folder)
         vocab_size, end_of_text = tokenizer.n_vocab, tokenizer.eot_token

@@ -32,26 +32,26 @@ def _numbered(split: str, count: int) -> list[str]:
 def whole_set(listed: Iterable[str], split: str, where: object) -> list[str]:
     """The names of all files of the split, in order, if at least one of them is `listed`; otherwise [].
 
-    Raises InputError, which says `where` they are, if the listed ones do not belong together.
+    Raises InputError, which names the place `where` they are, if the listed files do not belong together.
     """
     pattern = re.compile(rf"{split}(-\d{{5,}}-of-(\d{{5,}}))?\.safetensors")
-    found = sorted(name for name in listed if pattern.fullmatch(name))
-    if not found:
+    present = sorted(name for name in listed if pattern.fullmatch(name))
+    if not present:
         return []
-    count = pattern.fullmatch(found[0])[2]
+    count = pattern.fullmatch(present[0])[2]
     names = _numbered(split, int(count)) if count else split_names(split, 1)
-    strays = sorted(set(found) - set(names))
-    if found[0] in strays:
-        raise InputError(f"{where}: {found[0]} is misnamed; files are numbered from 00000")
+    strays = sorted(set(present) - set(names))
+    if present[0] in strays:
+        raise InputError(f"{where}: {present[0]} is misnamed; files are numbered from 00000")
     if strays:
         raise InputError(
-            f"{where}: {found[0]} and {strays[0]} do not belong together; move one of the two sets away"
+            f"{where}: {present[0]} and {strays[0]} do not belong together; move one of the two sets away"
         )
     return names
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split in a folder, in order, also those still missing; a single one if none is there.
+    """The files of a split in a folder, in order, with those still missing; a single one if none is there.
 
     Raises InputError if the files there do not belong together.
     """
@@ -117,7 +117,7 @@ class TokenFile:
 
 
 class TokenFiles:
-    """The tokens of a split, in however many files. Raises InputError as `split_files` and TokenFile do."""
+    """The tokens of a split, in one or more files. Raises InputError as `split_files` and TokenFile do."""
 
     def __init__(self, folder: Path, split: str) -> None:
         paths = split_files(folder, split)

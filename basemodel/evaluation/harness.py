@@ -174,7 +174,7 @@ def continue_until(scorer: Scorer, requests: Sequence[Generation]) -> list[str]:
     counts = [options.get("max_gen_toks", 256) for _, options in requests]
     texts: dict[tuple[str, int], str] = {}
     for count in set(counts):
-        prompts = [prompt for (prompt, _), most in zip(requests, counts, strict=True) if most == count]
+        prompts = [prompt for (prompt, _), own in zip(requests, counts, strict=True) if own == count]
         for prompt, text in zip(prompts, scorer.continue_greedily(prompts, count), strict=True):
             texts[prompt, count] = text
     answers = []

@@ -143,31 +143,31 @@ class FineTuning:
 
 
 def fine_tune(
-    model: GPTModel, train: list[list[int]], validation: list[list[int]], how: FineTuning, end_of_text: int
+    model: GPTModel, train: list[list[int]], validation: list[list[int]], tuning: FineTuning, end_of_text: int
 ) -> None:
     """Train `model` on tokenized records, epoch by epoch until the validation loss rises, and leave it with
     the weights of the best epoch. Raises RunError if training diverges."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = how.drop_rate
+            module.p = tuning.drop_rate
         elif hasattr(module, "drop_rate"):
-            module.drop_rate = how.drop_rate
-    torch.manual_seed(how.seed)
-    shuffle = random.Random(how.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), how.learning_rate, weight_decay=how.weight_decay)
-    print(f"before: validation loss {mean_loss(model, validation, how.batch_size, end_of_text):.4f}")
+            module.drop_rate = tuning.drop_rate
+    torch.manual_seed(tuning.seed)
+    shuffle = random.Random(tuning.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), tuning.learning_rate, weight_decay=tuning.weight_decay)
+    print(f"before: validation loss {mean_loss(model, validation, tuning.batch_size, end_of_text):.4f}")
     best, best_epoch, best_weights = math.inf, 0, {}
-    for epoch in range(1, how.max_epochs + 1):
+    for epoch in range(1, tuning.max_epochs + 1):
         model.train()
         order = shuffle.sample(train, len(train))
         losses = []
-        for first in Progress(range(0, len(order), how.batch_size), desc=f"epoch {epoch}", leave=False):
-            loss, _ = batch_loss(model, order[first : first + how.batch_size], end_of_text)
+        for first in Progress(range(0, len(order), tuning.batch_size), desc=f"epoch {epoch}", leave=False):
+            loss, _ = batch_loss(model, order[first : first + tuning.batch_size], end_of_text)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
-        loss = mean_loss(model, validation, how.batch_size, end_of_text)
+        loss = mean_loss(model, validation, tuning.batch_size, end_of_text)
         trained = torch.stack(losses).mean().item()
         print(f"epoch {epoch}: training loss {trained:.4f}, validation loss {loss:.4f}", flush=True)
         if not math.isfinite(loss):

@@ -22,8 +22,8 @@ from basemodel.evaluation.answer_cache import AnswerCache, key_of
 from basemodel.evaluation.instructions import FIELDS, Record, read_records
 
 RESULTS_ENDING = "-ift-results.json"
-PATIENCE = 3  # questions without scores, and none with, after which the judge is given up
-SCHEMA_REFUSED = {400, 404, 422, 500, 501}  # statuses of servers that take no JSON schema, among others
+PATIENCE = 3  # first questions without scores after which judging stops
+SCHEMA_REFUSED = {400, 404, 422, 500, 501}  # statuses of servers that refuse a JSON schema, and other things
 QUESTION_REFUSED = {400, 413, 422}
 
 
@@ -100,8 +100,8 @@ def reply_schema(count: int) -> dict[str, Any]:
 
 def parse_scores(reply: str, count: int) -> list[float]:
     """The scores, from 0 to 100, of `count` answers in a judge's reply. Raises BadReply."""
-    # What a reasoning model thinks: a server's template may open the tag, and a cut reply never closes it.
-    text = re.sub(r".*</think>|<think>.*", "", reply, flags=re.DOTALL)
+    # Thoughts do not count. The server's template may have opened the tag, and a cut reply never closes it.
+    text = re.sub(r"\A.*</think>|<think>.*", "", reply, flags=re.DOTALL)
     try:
         entries = json.loads(text[text.find("{") : text.rfind("}") + 1])
         scores = [entries.pop(f"answer_{number}")["score"] for number in range(1, count + 1)]
@@ -160,14 +160,12 @@ class Judge:
                 self._takes_schema = self._takes_schema is not False
                 self.cache.add({key: reply})
                 return scores
-        attempts = self.retries + 1
-        raise BadReply(
-            self._one_line(f"{self.model} gave no valid scores in {attempts} attempts; the last: {reason}")
-        )
+        failed = f"{self.model} gave no valid scores in {self.retries + 1} attempts"
+        raise BadReply(self._one_line(f"{failed}; the last: {reason}"))
 
     def _ask(self, request: dict[str, Any]) -> str:
-        """The text of a reply, asked for without the schema if the server does not take it. The client itself
-        retries after network errors and when the server is busy. Raises BadReply and RunError."""
+        """The text of a reply, asked for without the schema if the server refuses it. The client itself tries
+        again after network errors and when the server is busy. Raises BadReply and RunError."""
         if self._takes_schema is False:
             request = {key: value for key, value in request.items() if key != "response_format"}
         try:
@@ -188,8 +186,8 @@ class Judge:
         except ValueError as error:
             raise self._failure(f"the reply is not JSON: {error}") from None
         message = completion.choices[0].message if completion.choices else None
-        if not (message and message.content):
-            reply = (message and message.refusal) or completion.to_json(indent=None)
+        if not (message and message.content and isinstance(message.content, str)):
+            reply = (message and message.refusal) or completion.to_json(indent=None, warnings=False)
             raise BadReply(f"no answer came back, but: {reply}")
         return message.content
 

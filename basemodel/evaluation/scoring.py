@@ -42,7 +42,7 @@ class Scorer:
             raise InputError(f"{cache}: cannot be a folder for answers: {error.strerror}") from None
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.cache = AnswerCache(cache / f"{fingerprint_model(model)[:16]}.jsonl")
-        self.asked = self.cut = 0  # texts scored, and how many of them were longer than the context
+        self.asked = self.cut = 0  # texts scored, and how many of them did not fit with all their context
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, in which `<|endoftext|>` is text like any other."""
@@ -53,7 +53,8 @@ class Scorer:
         whether all its tokens are the most likely ones. Raises RunError if the logits are not finite."""
         length = self.model.config.context_length
         self.asked += len(pairs)
-        self.cut += sum(len(context) + len(continuation) > length + 1 for context, continuation in pairs)
+        sizes = [(len(continuation), len(context) + len(continuation)) for context, continuation in pairs]
+        self.cut += sum(continuation <= length and text > length + 1 for continuation, text in sizes)
         parts = [list(windows(*pair, length)) for pair in pairs]
         answers = iter(self._answers([window for part in parts for window in part], self._score))
         scores = [[next(answers) for _ in part] for part in parts]

@@ -1,7 +1,11 @@
-"""A model from its configuration: this project's model.json, or the config.json of a Hugging Face GPT-2."""
+"""Hugging Face's format of a GPT-2: its config.json, and the names and shapes of its tensors, both ways."""
 
+import re
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from basemodel.common.errors import InputError
 from basemodel.common.json_config import checked_config, read_config, read_json_object
@@ -19,6 +23,28 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
+
+
+# Hugging Face's modules -> ours; those of block N stand behind `h.N.` and `trf_blocks.N.`.
+MODULES = {
+    "wte": "tok_emb",
+    "wpe": "pos_emb",
+    "ln_1": "norm1",
+    "attn.c_proj": "att.out_proj",
+    "ln_2": "norm2",
+    "mlp.c_fc": "ff.layers.0",
+    "mlp.c_proj": "ff.layers.2",
+    "ln_f": "final_norm",
+    "lm_head": "out_head",
+}
+NORM = {"weight": "scale", "bias": "shift"}
+NAMES = {
+    f"{theirs}.{kind}": f"{ours}.{NORM[kind] if 'norm' in ours else kind}"
+    for theirs, ours in MODULES.items()
+    for kind in NORM
+}
+THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
+QKV = ("W_query", "W_key", "W_value")
 
 
 def build_model(path: Path) -> GPTModel:
@@ -42,9 +68,9 @@ def from_huggingface_config(values: dict[str, Any], path: Path) -> dict[str, Any
     Keys left out have GPT2Config's defaults. End-of-text tells the tokenizer: 50,256 is that of "gpt2", 256
     that of "bytes", and any other that of a tokenizer.json in the folder of the weights.
     """
-    for key, wanted in FIXED.items():
-        if (found := values.get(key, wanted)) != wanted:
-            raise InputError(f"{path}: {key} is {found!r}; only {wanted!r} can be computed here")
+    for key, supported in FIXED.items():
+        if (value := values.get(key, supported)) != supported:
+            raise InputError(f"{path}: {key} is {value!r}; only {supported!r} can be computed here")
     activation, width = values.get("activation_function", "gelu_new"), values.get("n_embd", 768)
     if activation not in GELU_FORMS:
         raise InputError(f"{path}: activation_function is {activation!r}, not one of {', '.join(GELU_FORMS)}")
@@ -77,3 +103,58 @@ def gelu_name(model: GPTModel) -> str:
     """Hugging Face's name for the form of GELU that a model computes."""
     form = model.trf_blocks[0].ff.layers[1].approximate
     return next(name for name, ours in GELU_FORMS.items() if ours == form)
+
+
+def from_huggingface(
+    tensors: dict[str, Tensor], *, qkv_bias: bool, transposed: bool = True
+) -> dict[str, Tensor]:
+    """Convert a Hugging Face GPT-2's tensors to our names; unknown names are kept, for the caller to refuse.
+
+    OpenAI's own files leave off the prefix `transformer.`. A block's matrices are stored (in, out), ours
+    (out, in), with Q, K and V side by side in one; not `transposed` are nanoGPT's. `attn.bias` and
+    `attn.masked_bias` are masks, not weights.
+    """
+    ours: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = re.match(r"(?:transformer\.)?(h\.\d+\.|)", name)
+        block, part = match[1], name[match.end() :]
+        if block and part in ("attn.bias", "attn.masked_bias"):
+            continue
+        tensor = tensor.T.contiguous() if block and transposed and tensor.dim() == 2 else tensor
+        block = block.replace("h", "trf_blocks")
+        if block and part in ("attn.c_attn.weight", "attn.c_attn.bias"):
+            kind = part.removeprefix("attn.c_attn.")
+            if kind == "weight" or qkv_bias or tensor.any():  # zero biases mean none
+                for target, piece in zip(QKV, tensor.chunk(3), strict=True):
+                    ours[f"{block}att.{target}.{kind}"] = piece
+        else:
+            ours[block + NAMES[part] if part in NAMES else name] = tensor
+    return ours
+
+
+def huggingface_name(name: str) -> str:
+    """The name that Hugging Face gives one of our tensors, without `transformer.`; an unknown one is kept."""
+    block, part = re.fullmatch(r"(trf_blocks\.\d+\.|)(.+)", name).groups()
+    part = re.sub(rf"^att\.(?:{'|'.join(QKV)})\.", "attn.c_attn.", THEIRS.get(part, part))
+    return block.replace("trf_blocks", "h") + part
+
+
+def to_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `from_huggingface`, for `GPTModel.tensors()`, with the prefix `transformer.`.
+
+    Q, K and V without biases get zero biases. A tied model's head, not among its tensors, is left out.
+    """
+    theirs: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        block, part = re.fullmatch(r"(trf_blocks\.\d+\.|)(.+)", name).groups()
+        target = ("" if part == "out_head.weight" else "transformer.") + huggingface_name(name)
+        if part in THEIRS:
+            theirs[target] = tensor.T.contiguous() if block and tensor.dim() == 2 else tensor
+        elif part == "att.W_query.weight":
+            stem = name.removesuffix("W_query.weight")
+            weights = [tensors[f"{stem}{which}.weight"] for which in QKV]
+            no_bias = tensor.new_zeros(len(tensor))
+            biases = [tensors.get(f"{stem}{which}.bias", no_bias) for which in QKV]
+            theirs[target] = torch.cat(weights).T.contiguous()
+            theirs[target.removesuffix("weight") + "bias"] = torch.cat(biases)
+    return theirs

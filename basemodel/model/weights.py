@@ -1,4 +1,5 @@
-"""Loading and saving weights, ours and Hugging Face's, and converting between the two naming schemes."""
+"""Weights in safetensors files: one file, several that an index names, or a folder that holds either; and
+loading them into a model by their names: ours, Hugging Face's or nanoGPT's."""
 
 import json
 import re
@@ -9,35 +10,22 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from basemodel.common.errors import InputError
+from basemodel.common.json_config import read_json_object
 from basemodel.model.config import GPTConfig
-from basemodel.model.hf_format import build_model, set_gelu
-from basemodel.model.weight_files import read_tensors
+from basemodel.model.hf_format import build_model, from_huggingface, huggingface_name, set_gelu
 from gpt import GPTModel
 
-# Hugging Face's modules -> ours; those of block N stand behind `h.N.` and `trf_blocks.N.`.
-MODULES = {
-    "wte": "tok_emb",
-    "wpe": "pos_emb",
-    "ln_1": "norm1",
-    "attn.c_proj": "att.out_proj",
-    "ln_2": "norm2",
-    "mlp.c_fc": "ff.layers.0",
-    "mlp.c_proj": "ff.layers.2",
-    "ln_f": "final_norm",
-    "lm_head": "out_head",
-}
-NORM = {"weight": "scale", "bias": "shift"}
-NAMES = {
-    f"{theirs}.{kind}": f"{ours}.{NORM[kind] if 'norm' in ours else kind}"
-    for theirs, ours in MODULES.items()
-    for kind in NORM
-}
-THEIRS = {ours: theirs for theirs, ours in NAMES.items()}
-QKV = ("W_query", "W_key", "W_value")
-
+MODEL_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+IS_A_PICKLE = (
+    "is a pickle, which can run any code as it is loaded; convert one that you trust with the command in "
+    "docs/clients.md"
+)
 # What DDP, torch.compile, FSDP and activation checkpointing put into the names of the modules they wrap.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -54,13 +42,73 @@ def load_weights(model: GPTModel, path: Path) -> None:
     """Load weights into `model`: ours, the published runs', a Hugging Face GPT-2's or nanoGPT's. `path` is a
     safetensors file, an index of shards, or a folder that holds either.
 
-    Says on standard error what it found, where that is not simply one file with our names. Raises InputError,
+    Prints to standard error what they are, unless they are one file with our names. Raises InputError,
     naming the file and the tensor as the file has it, for a damaged file or one that does not fit the model.
     """
     tensors, files = read_tensors(path)
-    found = [f"{files} shards"] if files > 1 else []
-    if found := found + load_tensors(model, tensors, str(path)):
-        print(f"{path}: {', '.join(found)}", file=sys.stderr)
+    remarks = [f"{files} shards"] if files > 1 else []
+    if remarks := remarks + load_tensors(model, tensors, str(path)):
+        print(f"{path}: {', '.join(remarks)}", file=sys.stderr)
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of the files that `read_tensors` reads, which in a checkpoint also holds other files."""
+    return path if path.is_dir() else path.parent
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], int]:
+    """The tensors by name as the files have them, and the number of files.
+
+    `path` is a safetensors file, an index of several, or a folder that holds either. Raises InputError.
+    """
+    if path.is_dir():
+        path = find_weights(path)
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    if part := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", path.name):
+        raise InputError(
+            f"{path}: is one of {int(part[2])} shards; give their index, "
+            f"{path.with_name(part[1] + '.safetensors.index.json')}, or the folder"
+        )
+    return read_file(path), 1
+
+
+def find_weights(folder: Path) -> Path:
+    """The safetensors file or index in a folder. Raises InputError, about a pickle if there is one."""
+    for name in (MODEL_FILE, INDEX_FILE):
+        if (folder / name).exists():
+            return folder / name
+    hint = f"; a run's are in {folder / 'checkpoints'}" if (folder / "checkpoints").is_dir() else ""
+    if pickles := sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES):
+        hint = f"; {pickles[0]} {IS_A_PICKLE}"
+    raise InputError(f"{folder}: holds neither {MODEL_FILE} nor {INDEX_FILE}{hint}")
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Tensor], int]:
+    places = read_json_object(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise InputError(f"{index}: has no weight_map from tensors to files; is it an index of shards?")
+    names = sorted(set(places.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise InputError(f"{index}: names '{name}', which is not a file beside it")
+    shards = {name: read_file(index.parent / name) for name in names}
+    for tensor, name in places.items():
+        if tensor not in shards[name]:
+            raise InputError(f"{index.parent / name}: has no tensor '{tensor}', which {index.name} looks for")
+    return {tensor: shards[name][tensor] for tensor, name in places.items()}, len(names)
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file. Raises InputError."""
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        if path.suffix in PICKLES:
+            raise InputError(f"{path}: {IS_A_PICKLE}") from None
+        raise InputError(f"{path}: damaged or not a safetensors file: {error}") from None
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -72,34 +120,35 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def load_tensors(model: GPTModel, tensors: dict[str, Tensor], source: str) -> list[str]:
-    """Load tensors by name into `model`; errors name their `source`. Returns what is unusual about them, in
-    words. Raises InputError."""
+    """Load tensors by name into `model`; errors name their `source`. Returns remarks on what is unusual about
+    them. Raises InputError."""
     plain = without_wrappers(tensors, source)
-    unusual = ["wrappers' prefixes taken off"] if plain.keys() != tensors.keys() else []
-    found = {name: tensors[theirs] for name, theirs in plain.items()}
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    fused = next((tensor for name, tensor in found.items() if name.endswith("attn.c_attn.weight")), None)
+    remarks = ["wrappers' prefixes taken off"] if plain.keys() != tensors.keys() else []
+    ours = {name: tensors[theirs] for name, theirs in plain.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    fused = next((tensor for name, tensor in ours.items() if name.endswith("attn.c_attn.weight")), None)
     if fused is not None:
-        transposed = fused.shape[0] != 3 * fused.shape[-1]  # nanoGPT keeps PyTorch's (out, in)
-        found = from_huggingface(found, qkv_bias=model.config.qkv_bias, transposed=transposed)
-        unusual.append("Hugging Face's GPT-2" if transposed else "nanoGPT's names, with its exact GELU")
-        if not transposed:
+        is_nanogpt = fused.shape[0] == 3 * fused.shape[-1]  # which stores PyTorch's (out, in)
+        ours = from_huggingface(ours, qkv_bias=model.config.qkv_bias, transposed=not is_nanogpt)
+        remarks.append("nanoGPT's names, with its exact GELU" if is_nanogpt else "Hugging Face's GPT-2")
+        if is_nanogpt:
             set_gelu(model, "none")
             if not any(name.endswith(".bias") for name in plain):  # its "bias": false
                 ends = (".bias", ".shift")
-                found |= {name: torch.zeros(wanted[name]) for name in wanted if name.endswith(ends)}
+                ours |= {name: torch.zeros(shapes[name]) for name in shapes if name.endswith(ends)}
 
-    def named(ours: str) -> str:
-        """A tensor's name in the file, whether it is there or missing."""
-        theirs = huggingface_name(ours) if fused is not None else ours
+    def name_in_file(name: str) -> str:
+        """The name in the file of one of our tensors, whether it is there or missing."""
+        theirs = huggingface_name(name) if fused is not None else name
         prefix = "transformer." if any(name.startswith("transformer.") for name in plain) else ""
         return plain.get(theirs) or plain.get(prefix + theirs) or prefix + theirs
 
-    found = {name: tensor for name, tensor in found.items() if not name.endswith("att.mask")}
-    share_tied(found, model.config, source)
-    check_fit(found, wanted, named, f"{source}: ", change_config(found, model.config))
-    model.load_state_dict(found)
-    return unusual
+    ours = {name: tensor for name, tensor in ours.items() if not name.endswith("att.mask")}
+    share_tied(ours, model.config, source)
+    if problem := misfit(ours, shapes, name_in_file):
+        raise InputError(f"{source}: {problem}{change_config(ours, model.config)}")
+    model.load_state_dict(ours)
+    return remarks
 
 
 def without_wrappers(tensors: dict[str, Tensor], source: str) -> dict[str, str]:
@@ -126,105 +175,35 @@ def share_tied(tensors: dict[str, Tensor], config: GPTConfig, source: str) -> No
         raise InputError(f"{source}: out_head.weight differs from tok_emb.weight; set tie_weights to false")
 
 
+def misfit(
+    tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], name_in_file: Callable[[str], str]
+) -> str | None:
+    """The first reason why tensors do not fit a model whose own have these shapes; None if they fit."""
+    if not tensors.keys() & shapes.keys():
+        first = f", but '{min(tensors)}'" if tensors else ""
+        return f"holds no tensor of a GPT-2, by this project's names or Hugging Face's{first}"
+    for name, shape in shapes.items():
+        if name not in tensors:
+            return f"has no tensor '{name_in_file(name)}', which the model's config calls for"
+        if (stored := tuple(tensors[name].shape)) != shape:
+            return f"{name_in_file(name)} has shape {stored}, the model's config makes it {shape}"
+        if not tensors[name].is_floating_point():
+            return f"{name_in_file(name)} is {tensors[name].dtype}; quantized weights cannot be read"
+    if strangers := tensors.keys() - shapes.keys():
+        return f"tensor '{name_in_file(min(strangers))}' has no place in a model with this config"
+    return None
+
+
 def change_config(tensors: dict[str, Tensor], config: GPTConfig) -> str:
-    """What to change in a model's config so that it fits tensors of these shapes, as the end of an error."""
-    found: dict[str, Any] = {}
-    for name, keys in {
-        "tok_emb.weight": ("vocab_size", "emb_dim"),
-        "pos_emb.weight": ("context_length", "emb_dim"),
-    }.items():
+    """The keys to change in a model's config so that it fits tensors of these shapes, to end an error."""
+    values: dict[str, Any] = {}
+    for name, first_key in (("tok_emb.weight", "vocab_size"), ("pos_emb.weight", "context_length")):
         if name in tensors and tensors[name].dim() == 2:
-            found |= dict(zip(keys, tensors[name].shape, strict=True))
+            values[first_key], values["emb_dim"] = tensors[name].shape
     if blocks := {name.split(".")[1] for name in tensors if name.startswith("trf_blocks.")}:
-        found["n_layers"] = len(blocks)
-        found["qkv_bias"] = any(name.endswith("W_query.bias") for name in tensors)
+        values["n_layers"] = len(blocks)
+        values["qkv_bias"] = any(name.endswith("W_query.bias") for name in tensors)
     changes = [
-        f'"{key}": {json.dumps(value)}' for key, value in found.items() if value != getattr(config, key)
+        f'"{key}": {json.dumps(value)}' for key, value in values.items() if value != getattr(config, key)
     ]
     return f"; set {', '.join(changes)} in the model's config" if changes else ""
-
-
-def check_fit(
-    tensors: dict[str, Tensor],
-    wanted: dict[str, tuple[int, ...]],
-    named: Callable[[str], str],
-    source: str,
-    hint: str,
-) -> None:
-    """Raise InputError unless `tensors` are those `wanted`, in their shapes. `named`: a name in the file."""
-    if not tensors.keys() & wanted.keys():
-        first = f", but '{min(tensors)}'" if tensors else ""
-        raise InputError(
-            f"{source}holds no tensor of a GPT-2, by this project's names or Hugging Face's{first}"
-        )
-    for name, shape in wanted.items():
-        if name not in tensors:
-            raise InputError(
-                f"{source}has no tensor '{named(name)}', which the model's config calls for{hint}"
-            )
-        if (found := tuple(tensors[name].shape)) != shape:
-            raise InputError(
-                f"{source}{named(name)} has shape {found}, the model's config makes it {shape}{hint}"
-            )
-        if not tensors[name].is_floating_point():
-            raise InputError(
-                f"{source}{named(name)} is {tensors[name].dtype}; quantized weights cannot be read"
-            )
-    for name in tensors:
-        if name not in wanted:
-            raise InputError(f"{source}tensor '{named(name)}' has no place in a model with this config{hint}")
-
-
-def from_huggingface(
-    tensors: dict[str, Tensor], *, qkv_bias: bool, transposed: bool = True
-) -> dict[str, Tensor]:
-    """Convert a Hugging Face GPT-2's tensors to our names; unknown names are kept, for the caller to refuse.
-
-    OpenAI's own files leave off the prefix `transformer.`. A block's matrices are stored (in, out), ours
-    (out, in), with Q, K and V side by side in one; not `transposed` are nanoGPT's. `attn.bias` and
-    `attn.masked_bias` are masks, not weights.
-    """
-    ours: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        match = re.match(r"(?:transformer\.)?(h\.\d+\.|)", name)
-        block, part = match[1], name[match.end() :]
-        if block and part in ("attn.bias", "attn.masked_bias"):
-            continue
-        tensor = tensor.T.contiguous() if block and transposed and tensor.dim() == 2 else tensor
-        block = block.replace("h", "trf_blocks")
-        if block and part in ("attn.c_attn.weight", "attn.c_attn.bias"):
-            kind = part.removeprefix("attn.c_attn.")
-            if kind == "weight" or qkv_bias or tensor.any():  # zero biases mean none
-                for target, piece in zip(QKV, tensor.chunk(3), strict=True):
-                    ours[f"{block}att.{target}.{kind}"] = piece
-        else:
-            ours[block + NAMES[part] if part in NAMES else name] = tensor
-    return ours
-
-
-def huggingface_name(name: str) -> str:
-    """The name that Hugging Face gives one of our tensors, without `transformer.`; an unknown one is kept."""
-    block, part = re.fullmatch(r"(trf_blocks\.\d+\.|)(.+)", name).groups()
-    part = re.sub(rf"^att\.(?:{'|'.join(QKV)})\.", "attn.c_attn.", THEIRS.get(part, part))
-    return block.replace("trf_blocks", "h") + part
-
-
-def to_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_huggingface`, for `GPTModel.tensors()`, with the prefix `transformer.`.
-
-    Q, K and V without biases get zero biases. A tied model's head, not among its tensors, is left out.
-    """
-    theirs: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        block, part = re.fullmatch(r"(trf_blocks\.\d+\.|)(.+)", name).groups()
-        target = ("" if part == "out_head.weight" else "transformer.") + huggingface_name(name)
-        if part in THEIRS:
-            theirs[target] = tensor.T.contiguous() if block and tensor.dim() == 2 else tensor
-        elif part == "att.W_query.weight":
-            stem = name.removesuffix("W_query.weight")
-            weights = [tensors[f"{stem}{which}.weight"] for which in QKV]
-            no_bias = tensor.new_zeros(len(tensor))
-            biases = [tensors.get(f"{stem}{which}.bias", no_bias) for which in QKV]
-            theirs[target] = torch.cat(weights).T.contiguous()
-            theirs[target.removesuffix("weight") + "bias"] = torch.cat(biases)
-    return theirs

@@ -4,48 +4,42 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import click
 
 from basemodel.common.errors import InputError
+from basemodel.common.tables import markdown_table
 from basemodel.data import hub, token_files
-from basemodel.planning import roofline
-from basemodel.planning.estimate import (
-    GIB,
-    Estimate,
-    Estimator,
-    MakeLearner,
-    checkpoint_bytes,
-    keep_estimates,
-    planned_speed,
-)
-from basemodel.planning.machines import find_machines, read_gpus
+from basemodel.planning.estimate import GIB, Estimate, estimate
+from basemodel.planning.machines import TABLE, find_machines, read_gpus
+from basemodel.planning.roofline import WORST_ERROR
 from basemodel.training.backend import choose_precision
 from basemodel.training.config import optimizer_in_words
 from basemodel.training.processes import World
 from basemodel.training.run import Run, RunData, open_data
 from basemodel.training.run_folder import read_status
 from basemodel.training.schedule import SHORT_PARTS, plan_batches
-from gpt import GPTModel
 
 PARTS = ("weights", "gradients", "buckets", "optimizer", "activations", "logits", "reserve")  # of memory
 OPTIONS = (
-    click.option("--on", metavar="MACHINE", help="With --plan: on 8xA100-40, 1xRTX3090 or such, or on all."),
     click.option(
-        "--budget", type=click.FloatRange(0, min_open=True), help="With --plan: what so many dollars buy."
+        "--on", metavar="MACHINE", help="With --plan: estimate for 8xA100-40, 1xRTX3090 or such, or for all."
     ),
     click.option(
-        "--machines", type=click.Path(path_type=Path), help="Your own table of machines and prices, for --on."
-    ),
-    click.option(
-        "--download-gbits",
+        "--budget",
+        "budget_usd",
         type=click.FloatRange(0, min_open=True),
-        default=1.0,
-        show_default=True,
-        help="The link's speed in Gbit/s, for --on.",
+        metavar="USD",
+        help="With --plan: print what this many dollars buy on each machine.",
+    ),
+    click.option(
+        "--machines",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="With --on or --budget: read GPUs and prices from this file in place of machines.toml.",
     ),
 )
 
@@ -57,14 +51,23 @@ def plan_options(command: Callable) -> Callable:
     return command
 
 
-def is_for_machines(only_plan: bool, options: dict[str, Any]) -> bool:
-    """Whether the options ask for a plan for other machines. Raises InputError if that needs --plan."""
-    for name in ("on", "budget", "machines"):
-        if options[name] is not None and not only_plan:
-            raise InputError(f"--{name} goes with --plan")
-    if options["machines"] is not None and options["on"] is None and options["budget"] is None:
-        raise InputError("--machines goes with --on MACHINE or --on all")
-    return options["on"] is not None or options["budget"] is not None
+@dataclass(frozen=True)
+class Elsewhere:
+    """What was asked about machines that are not here."""
+
+    on: str | None
+    budget: float | None
+    machines: Path | None
+
+    def is_asked(self, only_plan: bool) -> bool:
+        """Whether to plan for other machines. Raises InputError for an option without the one it needs."""
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and not only_plan:
+                raise InputError(f"--{name} goes with --plan")
+        asked = self.on is not None or self.budget is not None
+        if self.machines is not None and not asked:
+            raise InputError("--machines goes with --on or --budget")
+        return asked
 
 
 def open_if_here(run: Run, datasets_dir: Path | None) -> RunData | None:
@@ -91,10 +94,9 @@ def plan_here(run: Run, datasets_dir: Path, world: World) -> None:
 
 def print_plan(run: Run, world: World) -> None:
     """Print what a run does on these processes; `run.data` None: not downloaded yet."""
-    config, plan, data = run.config, run.plan, run.data
-    model = GPTModel.outline(run.model_config)
-    tokens, size = plan.tokens(plan.steps), checkpoint_bytes(model, config)
-    speed, source = speed_here(run, world)
+    config, plan, data, shape = run.config, run.plan, run.data, run.model_config
+    tokens = plan.tokens(plan.steps)
+    speed = read_status(run.directory).get("tokens_per_second")
     price, precision = config.usd_per_hour, choose_precision(config, world.device)
     have = f"{data.train.tokens.count:,} training tokens" if data else "not here yet"
     split = (
@@ -107,23 +109,23 @@ def print_plan(run: Run, world: World) -> None:
         split += f"; sequences of {plan.length // SHORT_PARTS} tokens in the first {plan.short_steps:,} steps"
     lines = {
         "Run": f"{run.name}, seed {config.random_seed}",
-        "Model": f"{model.parameter_count():,} parameters, context {run.model_config.context_length:,}",
-        "Data": f"{config.dataset}, {have}, tokenizer {run.model_config.tokenizer}",
+        "Model": f"{shape.parameter_count:,} parameters, context {shape.context_length:,}",
+        "Data": f"{config.dataset}, {have}, tokenizer {shape.tokenizer}",
         "Hardware": f"{world.size} x {world.device_name}, precision {precision}",
         "Global batch": f"{plan.global_batch:,} sequences, {plan.tokens_per_batch:,} tokens = {split}",
         "Steps": f"{plan.steps:,}, {tokens:,} tokens" if plan.steps else "not known before the data are here",
         "Optimizer": optimizer_in_words(dataclasses.asdict(config)),
-        "FLOPs": f"{tokens * model.flops_per_token():.2e}, {model.flops_per_token():,} per token",
-        "Disk": f"{checkpoints_in_words(run, size)}; {free / 1e9:.1f} GB are free",
+        "FLOPs": f"{tokens * shape.flops_per_token:.2e}, {shape.flops_per_token:,} per token",
+        "Disk": f"{checkpoints_in_words(run)}; {free / 1e9:.1f} GB are free",
         "ETA": "not known before a first run here; --on MACHINE estimates it for a GPU",
     }
-    most = math.inf
+    limit = math.inf
     if config.max_seconds is not None:
-        most = config.max_seconds
-        lines["Budget"] = f"ends after {most / 3600:.4g} hours, with the schedule at its end"
+        limit = config.max_seconds
+        lines["Budget"] = f"ends after {limit / 3600:.4g} hours, with the schedule at its end"
     if speed:
-        seconds = min(most, tokens / speed)
-        lines["ETA"] = f"{timedelta(seconds=round(seconds))} at {speed:,.0f} tokens/s, {source}"
+        seconds = min(limit, tokens / speed)
+        lines["ETA"] = f"{timedelta(seconds=round(seconds))} at {speed:,.0f} tokens/s, as in the last run"
     if price is not None:
         cost = f"${seconds / 3600 * price:.2f} at " if speed else ""
         lines["Cost"] = f"{cost}${price:.2f} an hour"
@@ -136,19 +138,11 @@ def print_lines(lines: dict[str, str]) -> None:
         print(f"{name + ':':14}{text}", flush=True)
 
 
-def checkpoints_in_words(run: Run, size: int) -> str:
-    """How many checkpoints of `size` bytes the run keeps."""
+def checkpoints_in_words(run: Run) -> str:
+    """How many checkpoints the run keeps, and their size."""
     count, keep = run.saves_from(0), run.config.keep_checkpoints
-    kept = count if keep is None else min(count, keep + 1)
-    return f"{kept} checkpoints, {kept * size / 1e9:.2f} GB"
-
-
-def speed_here(run: Run, world: World) -> tuple[float | None, str]:
-    """Tokens per second to expect of a run here, and where that comes from; None: nobody knows."""
-    speed = read_status(run.directory).get("tokens_per_second")
-    if isinstance(speed, float) and speed > 0:
-        return speed, "as the last run went"
-    return planned_speed(run, world.device_name)
+    count = count if keep is None else min(count, keep + 1)
+    return f"{count} checkpoints, {count * run.checkpoint_bytes / 1e9:.2f} GB"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -156,159 +150,132 @@ def speed_here(run: Run, world: World) -> tuple[float | None, str]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def plan_on_machines(
-    run: Run, datasets_dir: Path | None, make_learner: MakeLearner, options: dict[str, Any]
-) -> None:
-    """Print what a run would take on one machine or all, and what a budget buys.
+def plan_on_machines(run: Run, datasets_dir: Path | None, asked: Elsewhere) -> None:
+    """Print what a run would take on one machine or all, or what a budget buys.
 
     Raises InputError for an unknown machine, a malformed table, or a run of unknown length.
     """
-    machines = find_machines(options["on"] or "all", read_gpus(options["machines"]))
+    machines = find_machines(asked.on or "all", read_gpus(asked.machines or TABLE))
     run_data = open_if_here(run, datasets_dir)
     if run_data is None and run.config.min_train_tokens == -1:
         raise InputError(
             "min_train_tokens is -1, all there are, and the data are not here; set a number, or fetch them"
         )
-    run = dataclasses.replace(run, data=run_data)
-    estimator = Estimator(run, run_data and run_data.train.count, make_learner)
-    found, refused = [], []
+    run, train_count = dataclasses.replace(run, data=run_data), run_data and run_data.train.count
+    estimates, refused = [], []
     for machine in machines:
         try:
-            found.append(estimator.on(machine))
+            estimates.append(estimate(run, machine, train_count))
         except InputError as error:
-            if len(machines) == 1:
-                raise
-            refused.append(str(error))
-    keep_estimates(run, found)
-    found.sort(key=lambda each: (each.usd is None, each.usd or 0.0, each.hours is None, each.hours or 0.0))
-    if options["budget"] is not None:
-        print_budget(found, options["budget"])
-    elif len(found) == 1:
-        print_estimate(found[0], options["download_gbits"])
+            refused.append(error)
+    if not estimates:
+        raise refused[0]
+    estimates.sort(key=lambda one: (one.usd is None, one.usd or 0.0, one.hours is None, one.hours or 0.0))
+    if asked.budget is not None:
+        print_budget(estimates, asked.budget)
+    elif len(machines) == 1:
+        print_estimate(estimates[0])
     else:
-        print_table(found)
+        print_table(estimates)
         print()
-        print_lines(files_in_words(found[0].run, options["download_gbits"]))
-    print_notes(found, refused)
+        print_lines(files_in_words(estimates[0].run))
+    print_notes(estimates, refused)
 
 
 def in_dollars(usd: float | None) -> str:
-    """A price, or that it is not known."""
-    return "not known" if usd is None else f"${usd:,.2f}"
+    """A price, or that it is unknown."""
+    return "unknown" if usd is None else f"${usd:,.2f}"
 
 
-def print_table(found: list[Estimate]) -> None:
+def print_table(estimates: list[Estimate]) -> None:
     """Print a Markdown table of estimates, a row per machine."""
-    run = found[0].run
-    tokens = run.plan.tokens(run.plan.steps)
-    print(f"{run.name}: {tokens:,} tokens\n")
-    columns = (
-        "machine",
-        "largest microbatch",
-        "used",
-        "GiB of",
-        "tokens/s",
-        "MFU",
-        "hours",
-        "cost",
-        "limited by",
-    )
-    print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
-    for each in found:
-        speed, mark = each.tokens_per_second, "" if each.figure else "~"
-        cells = [
-            each.machine.name,
-            each.largest or "none",
-            f"{each.run.plan.microbatch_size} x {each.run.plan.accumulation}",
-            f"{sum(each.memory.values()) / GIB:.1f} of {each.machine.gpu.memory_gib:g}",
-            f"{mark}{speed:,.0f}" if speed else "",
-            f"{each.mfu:.0%}" if speed else "",
-            f"{mark}{each.hours:,.1f}" if speed else "",
-            f"{mark}{in_dollars(each.usd)}" if each.usd is not None else in_dollars(None),
-            each.limit,
-        ]
-        print(f"| {' | '.join(map(str, cells))} |")
+    run = estimates[0].run
+    print(f"{run.name}: {run.plan.tokens(run.plan.steps):,} tokens\n")
+    columns = "machine", "largest microbatch", "used", "GiB of", "tokens/s", "MFU", "hours", "cost"
+    print(markdown_table((*columns, "limited by"), map(table_row, estimates)))
 
 
-def print_estimate(each: Estimate, gbits: float) -> None:
+def table_row(result: Estimate) -> list[object]:
+    """The cells of one machine; what is not measured is marked with ~."""
+    plan, mark = result.run.plan, "" if result.measured else "~"
+    speed = [None, None, None]
+    if result.tokens_per_second:
+        speed = [f"{mark}{result.tokens_per_second:,.0f}", f"{result.mfu:.0%}", f"{mark}{result.hours:,.1f}"]
+    return [
+        result.machine.name,
+        result.largest or "none",
+        f"{plan.microbatch_size} x {plan.accumulation}",
+        f"{sum(result.memory.values()) / GIB:.1f} of {result.machine.gpu.memory_gib:g}",
+        *speed,
+        in_dollars(None) if result.usd is None else mark + in_dollars(result.usd),
+        result.limit,
+    ]
+
+
+def print_estimate(result: Estimate) -> None:
     """Print all that is known of a run on one machine."""
-    run, gpu, plan = each.run, each.machine.gpu, each.run.plan
-    model = GPTModel.outline(run.model_config)
-    tokens = plan.tokens(plan.steps)
-    memory = sum(each.memory.values()) / GIB
-    parts = ", ".join(f"{part} {each.memory[part] / GIB:.2f}" for part in PARTS if each.memory.get(part))
+    run, gpu, plan, memory = result.run, result.machine.gpu, result.run.plan, result.memory
+    used, tokens = sum(memory.values()) / GIB, plan.tokens(plan.steps)
+    parts = ", ".join(f"{part} {memory[part] / GIB:.2f}" for part in PARTS if memory.get(part))
     split = f"{plan.processes} GPUs x microbatch {plan.microbatch_size} x accumulation {plan.accumulation}"
+    parameters = run.model_config.parameter_count
     lines = {
-        "Run": f"{run.name}, {model.parameter_count():,} parameters, {plan.steps:,} steps, {tokens:,} tokens",
-        "Machine": f"{each.machine.name}, {gpu.memory_gib:g} GiB and {gpu.tflops:g} TFLOP/s each",
-        "Microbatch": f"at most {each.largest}; for the global batch of {plan.global_batch:,}: {split}",
-        "Memory": f"{memory:.1f} of {gpu.memory_gib:g} GiB per GPU: {parts}",
-        "Limited by": each.limit,
+        "Run": f"{run.name}, {parameters:,} parameters, {plan.steps:,} steps, {tokens:,} tokens",
+        "Machine": f"{result.machine.name}, {gpu.memory_gib:g} GiB and {gpu.tflops:g} TFLOP/s each",
+        "Microbatch": f"at most {result.largest}; for the global batch of {plan.global_batch:,}: {split}",
+        "Memory": f"{used:.1f} of {gpu.memory_gib:g} GiB per GPU: {parts}",
+        "Limited by": result.limit,
     }
-    if each.tokens_per_second:
-        source = f"measured by {each.figure.source}, {each.figure.date}" if each.figure else "estimated"
-        times = ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in each.step_parts.items() if s)
-        speed = f"{each.tokens_per_second:,.0f} tokens/s in {each.precision}, {each.mfu:.0%} MFU"
-        lines["Speed"] = f"{speed}, {source}"
+    if result.tokens_per_second:
+        speed = f"{result.tokens_per_second:,.0f} tokens/s in {result.precision}, {result.mfu:.0%} MFU"
+        times = ", ".join(f"{part} {1000 * time:.1f} ms" for part, time in result.step_parts.items() if time)
+        between = f"{result.between_steps / 60:.1f} min validation and saving"
+        lines["Speed"] = f"{speed}, {'as in the last run on it' if result.measured else 'estimated'}"
         lines["Step"] = f"estimated: {times}"
-        lines["Time"] = (
-            f"{each.hours:,.2f} hours, of which {each.between_steps / 60:.1f} min validation and saving"
-        )
-    price = each.machine.usd_per_hour
+        lines["Time"] = f"{result.hours:,.2f} hours, of which {between}"
+    price = result.machine.usd_per_hour
     hourly = "" if price is None else f", at {in_dollars(price)} an hour"
-    lines["Cost"] = f"{in_dollars(each.usd)}{hourly}"
-    print_lines(lines | files_in_words(run, gbits))
+    lines["Cost"] = f"{in_dollars(result.usd)}{hourly}"
+    print_lines(lines | files_in_words(run))
 
 
-def files_in_words(run: Run, gbits: float) -> dict[str, str]:
+def files_in_words(run: Run) -> dict[str, str]:
     """How much a machine stores and downloads."""
-    size = checkpoint_bytes(GPTModel.outline(run.model_config), run.config)
     here = run.data and sum(part.tokens.count for part in (run.data.train, run.data.validation) if part)
-    download = 2 * (here or run.plan.tokens(run.plan.steps) / run.config.epochs)
-    least = "" if here else "at least "
-    time = f"{download * 8e-9 / gbits / 3600:.2f} hours at {gbits:g} Gbit/s"
+    download = 2 * (here or run.plan.tokens(run.plan.steps) / run.config.epochs)  # bytes
+    least, minutes = "" if here else "at least ", download * 8 / 1e9 / 60
     return {
-        "Disk": f"{checkpoints_in_words(run, size)} on the machine",
-        "Download": f"{least}{download / 1e9:.1f} GB, {time}",
+        "Disk": f"{checkpoints_in_words(run)} on the machine",
+        "Download": f"{least}{download / 1e9:.1f} GB, {minutes:.1f} minutes at 1 Gbit/s",
     }
 
 
-def print_budget(found: list[Estimate], usd: float) -> None:
-    """Print what `usd` buy on each machine with a price, and the line of train.json for it."""
-    priced = [each for each in found if each.usd]
+def print_budget(estimates: list[Estimate], usd: float) -> None:
+    """Print what `usd` buys on each machine with a price, and the line of train.json for it."""
+    priced = sorted((result for result in estimates if result.usd), key=lambda result: result.usd)
     if not priced:
         raise InputError(
-            "--budget needs a machine with a price and a speed; --machines FILE can give a price"
+            "--budget needs a machine with a price and a speed; set usd_per_hour in machines.toml"
         )
-    print(f"What ${usd:,.2f} buy, most tokens first\n")
-    columns = "machine", "hours", "tokens", "of the run", "in train.json"
-    print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
-    for each in sorted(priced, key=lambda each: each.usd):
-        step = each.run.plan.tokens_per_batch
-        tokens = int(each.run.plan.steps * usd / each.usd) * step
-        hours, share = usd / each.machine.usd_per_hour, usd / each.usd
-        cells = (
-            each.machine.name,
-            f"~{hours:,.1f}",
-            f"~{tokens:,}",
-            f"{share:.0%}",
-            f'`"min_train_tokens": {tokens}`',
-        )
-        print(f"| {' | '.join(cells)} |")
-    print('\nOr `"max_usd"` with `"usd_per_hour"` in train.json: the run then ends in time by itself.')
+    rows = []
+    for result in priced:
+        share, plan = usd / result.usd, result.run.plan
+        tokens = int(plan.steps * share) * plan.tokens_per_batch
+        hours = usd / result.machine.usd_per_hour
+        key = f'`"min_train_tokens": {tokens}`'
+        rows.append((result.machine.name, f"~{hours:,.1f}", f"~{tokens:,}", f"{share:.0%}", key))
+    print(f"What ${usd:,.2f} buys, most tokens first\n")
+    print(markdown_table(("machine", "hours", "tokens", "of the run", "in train.json"), rows))
+    print('\nOr set `"max_usd"` and `"usd_per_hour"` in train.json: the run then ends on budget by itself.')
 
 
-def print_notes(found: list[Estimate], refused: list[str]) -> None:
-    """Say what is an estimate, and how far off those of published machines were."""
+def print_notes(estimates: list[Estimate], refused: list[InputError]) -> None:
+    """Say which figures are estimates, and how far off estimates of published speeds were."""
     print()
-    for line in refused:
-        print(f"Left out: {line}")
-    for each in found:
-        if each.figure:
-            peak = f", {each.figure.peak_gib:.1f} GiB at the peak" if each.figure.peak_gib else ""
-            print(f"{each.machine.name}: measured by {each.figure.source}, {each.figure.date}{peak}")
-    if any(each.figure is None for each in found):
+    for error in refused:
+        print(f"Left out: {error}")
+    if any(result.measured is None for result in estimates):
         print(
-            f"Estimated (~), not measured: off by at most {roofline.WORST_ERROR:.0%} for machines with "
-            "published speeds (benchmarks/roofline.py). Hours are without start and download."
+            f"Estimated (~), not measured: off by at most {WORST_ERROR:.0%} for machines with published "
+            "speeds (benchmarks/roofline.py). Hours are without start and download."
         )

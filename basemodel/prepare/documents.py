@@ -1,19 +1,112 @@
-"""What is encoded: documents, the pieces of files that hold them, and the shards that pieces make."""
+"""Documents, the files that they come in, and the shards that they are encoded in."""
 
 import codecs
 import io
+import lzma
 import platform
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from basemodel.prepare.formats import open_utf8
+from basemodel.common.errors import InputError
 
 PYTHON_DOCS = "python-docs"
 SHARD_BYTES = 64_000_000  # of text, roughly
+SAMPLE_BYTES = 1 << 16  # from the beginning of a file, to tell whether it is text
+
+TYPES = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".txt": "text",
+    ".md": "text",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}
+KNOWN_TYPES = f"{', '.join(TYPES)} (also compressed: {', '.join(COMPRESSIONS)})"
+# UTF-32's little-endian mark begins with UTF-16's, so it comes first.
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------------------
+
+
+def compression(path: Path) -> str | None:
+    """How a file is compressed, by its last suffix; None if it is not."""
+    return COMPRESSIONS.get(path.suffix.lower())
+
+
+def file_type(path: Path) -> str | None:
+    """A file's type, one of TYPES' values, by its suffix, compressed or not; None if it is unknown."""
+    return TYPES.get(Path(path.stem if compression(path) else path.name).suffix.lower())
+
+
+def open_decompressed(path: Path) -> io.BufferedReader:
+    """Open a file to read its bytes, decompressed. Several compressed streams in one file read as one."""
+    kind = compression(path)
+    if kind is None:
+        return path.open("rb")
+    if kind == "xz":
+        return io.BufferedReader(lzma.open(path), SAMPLE_BYTES)
+    import pyarrow  # a dependency of `datasets`
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=kind), SAMPLE_BYTES)
+
+
+def marked_encoding(path: Path) -> str | None:
+    """The encoding other than UTF-8 that a file's byte order mark names; None if there is no such mark."""
+    with open_decompressed(path) as file:
+        start = file.peek(4)[:4]
+    return next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
+
+
+def open_utf8(path: Path) -> BinaryIO:
+    """Open a text file to read it as UTF-8: decompressed, decoded as its byte order mark says, without the
+    mark. A file in another encoding is read into memory."""
+    encoding, file = marked_encoding(path), open_decompressed(path)
+    if encoding:
+        with io.TextIOWrapper(file, encoding, newline="") as text:
+            return io.BytesIO(text.read().encode())
+    if file.peek(3).startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
+    return file
+
+
+def check_is_text(path: Path) -> None:
+    """Raise InputError if a text file begins with something else, or in an encoding that no mark names.
+
+    A few invalid bytes are no reason, they become U+FFFD. Legacy encodings of other alphabets have them in
+    every second place, and UTF-16 without a byte order mark has NULs there.
+    """
+    with open_utf8(path) as file:
+        sample = file.read(SAMPLE_BYTES)
+    if sample.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: is a Git LFS pointer, not the file itself; fetch that with: git lfs pull")
+    # The incremental decoder does not mind that the last character may be cut off.
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(sample)
+    wrong = text.count("\ufffd") - sample.count("\ufffd".encode()) + text.count("\0")
+    if wrong > len(text) / 3:
+        raise InputError(
+            f"{path}: most of it is not UTF-8 text; if it is text, convert it, as iconv -f SHIFT_JIS -t UTF-8"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shards
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -21,7 +114,7 @@ class Piece:
     """A file or part of one. `start` and `stop` count row groups in .parquet and bytes in .jsonl."""
 
     path: Path | None  # None: the Python documentation
-    type: str  # of text_files.TYPES
+    type: str  # one of TYPES' values
     size: int  # bytes of text, roughly
     start: int = 0
     stop: int = sys.maxsize
@@ -49,8 +142,10 @@ def make_shards(pieces: Iterable[Piece]) -> list[list[Piece]]:
     return shards
 
 
-# A document is a Text or a LongText, which iterate over fragments of UTF-8 that, tokenized one by one, give
-# the tokens of the whole, or None in place of a null.
+# ------------------------------------------------------------------------------------------------------------
+# Documents: a Text or a LongText, which iterate over fragments of UTF-8. Encoded one by one, the fragments
+# give the tokens of the whole.
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -66,21 +161,14 @@ class Text:
     @classmethod
     def from_bytes(cls, data: bytes) -> "Text":
         """A document from bytes that should be UTF-8."""
-        try:
-            data.decode()
-            return cls(data)
-        except UnicodeDecodeError:
-            text = data.decode(errors="replace")
-            return cls(text.encode(), text.count("\ufffd") - data.count("\ufffd".encode()))
+        text = data.decode(errors="replace")
+        return cls(text.encode(), text.count("\ufffd") - data.count("\ufffd".encode()))
 
     @classmethod
     def from_str(cls, text: str) -> "Text":
         r"""A document from a string that may hold lone surrogates, which \u escapes in JSON can produce."""
-        try:
-            return cls(text.encode())
-        except UnicodeEncodeError:
-            whole = text.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")
-            return cls(whole.encode(), whole.count("\ufffd") - text.count("\ufffd"))
+        valid = text.encode("utf-16", "surrogatepass").decode("utf-16", errors="replace")
+        return cls(valid.encode(), valid.count("\ufffd") - text.count("\ufffd"))
 
 
 @dataclass

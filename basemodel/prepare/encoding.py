@@ -1,53 +1,49 @@
-"""Tokenizing shards of documents in parallel, into folders that survive interruptions."""
+"""Encoding shards of documents in parallel, by tiktoken or gigatoken, into folders that can be resumed."""
 
-import collections
+import base64
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
-import io
+import importlib.metadata
+import importlib.util
 import itertools
 import json
-import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+import tiktoken
 
-from basemodel.common.errors import RunError
+from basemodel.common.errors import InputError, RunError
 from basemodel.common.files import fingerprint
-from basemodel.data.tokenizer import (
-    Encoder,
-    EnginesDisagree,
-    GigatokenEncoder,
-    get_tokenizer,
-    tiktoken_encoder,
-)
-from basemodel.prepare import documents
-from basemodel.prepare.documents import LongText, Piece, Text, in_validation
+from basemodel.common.progress import Progress
+from basemodel.data.tokenizer import get_tokenizer
+from basemodel.prepare.documents import Piece, Text, in_validation
 from basemodel.prepare.readers import read_documents
 
 SPLITS = ("train", "validation")
 PART_FILES = (*SPLITS, "lengths", "hashes")
-COUNTED = ("documents", "tokens", "bytes")  # what a size counts, in int64; bytes of UTF-8, for bits per byte
-JOB_BYTES = 500_000  # of text; the buffers of larger ones cost page faults
+COUNTED = ("documents", "tokens", "bytes")  # what a size counts; bytes of UTF-8, for bits per byte
 SAMPLE_BYTES = 50_000_000  # of text, to train a tokenizer on
 # Forked workers share the loaded vocabulary. The threads that numpy and pyarrow keep survive a fork, and none
 # of ours runs yet; macOS's own libraries do not survive one.
 CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+
+Encoder = Callable[[bytes], np.ndarray]  # the UTF-8 of a text -> its tokens
 
 
 @dataclass(frozen=True)
@@ -59,22 +55,21 @@ class Settings:
     text_column: str
     train_tokenizer: int | None = None  # tokens that the tokenizer "dataset" was trained to have
     tokenizer_sha256: str | None = None  # of its tokenizer.json
-    folder: Path | None = None  # where that is
+    folder: Path | None = None  # where its tokenizer.json is
 
     def identity(self) -> dict[str, Any]:
-        """What decides about the tokens, for meta.json and to know what an earlier run has encoded."""
+        """What decides about the tokens, for meta.json and to recognize what an earlier run has encoded."""
         return {key: value for key, value in asdict(self).items() if key != "folder" and value is not None}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Encoded text of about SHARD_BYTES, a folder.
+    """An encoded shard, a folder.
 
     It contains the raw uint16 tokens of each split, the length of each document in tokens (uint32) and its
-    hash (uint64), and record.json: the `key` that identifies input and settings, the size of each split, how
-    many rows were `read` and how many of those `empty` or `null`, how many invalid UTF-8 sequences were
-    `replaced`, whether the part is its shard's `last`, why gigatoken was not used (its `disagreement`, or
-    ""), and the `sha256` of the other files.
+    hash (uint64), and record.json: the `key` that identifies input and settings, the size of each split, the
+    numbers of `empty` documents, `null` rows and `replaced` invalid UTF-8 sequences, and the `sha256` of the
+    other files.
     """
 
     folder: Path
@@ -83,42 +78,121 @@ class Part:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The two libraries
+# ------------------------------------------------------------------------------------------------------------
+
+# With these versions, gigatoken's and tiktoken's tokens have been compared for each of Unicode's characters,
+# beside letters, digits, apostrophes and spaces. They are the same for all but those in the ranges below,
+# which contain what tiktoken's newer Unicode knows as letters and digits: texts with one go to tiktoken.
+COMPARED = {"gigatoken": "0.10.0", "tiktoken": "0.14.0"}
+DIFFERING = re.compile(
+    "[\u088f\u0c5c\u0cdc\ua7ce-\ua7f1\U00010940-\U00010959\U00010ec5-\U00010ec7\U00011db0-\U00011de9"
+    "\U00016ea0-\U00016ff6\U000187f8-\U00018df2\U0001e6c0-\U0001e6ff\U0002b73a-\U0002b73f"
+    "\U0002cea2-\U0002cead\U000323b0-\U00033479]"
+)
+
+
+def encode(tokenizer: tiktoken.Encoding, text: bytes) -> np.ndarray:
+    """Encode UTF-8 text with tiktoken. `<|endoftext|>` in the text is ordinary text, never the token."""
+    return tokenizer.encode_to_numpy(text.decode(), allowed_special=set(), disallowed_special=())
+
+
+def find_gigatoken(engine: str, tokenizer: tiktoken.Encoding, folder: Path) -> Path | None:
+    """The vocabulary with which gigatoken encodes, written into `folder`; None means to encode with tiktoken.
+
+    Raises InputError if the engine "gigatoken" cannot be used here; "auto" prints why it is not.
+    """
+    if engine == "tiktoken" or tokenizer.name != "gpt2":
+        return None
+    if engine == "auto" and importlib.util.find_spec("gigatoken") is None:
+        return None
+    vocabulary = folder / "gpt2.tiktoken"
+    tokens = map(tokenizer.decode_single_token_bytes, range(tokenizer.eot_token))
+    lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+    vocabulary.write_bytes(b"".join(lines))
+    try:
+        load_gigatoken(vocabulary)
+        versions = {name: importlib.metadata.version(name) for name in COMPARED}
+        if versions == COMPARED:
+            return vocabulary
+        pair = " and ".join(f"{name} {version}" for name, version in versions.items())
+        problem = f"{pair} have not been compared with each other"
+    except Exception as error:  # anything a library built for another machine can raise
+        problem = f"gigatoken does not work here ({type(error).__name__}: {error})"
+    if engine == "gigatoken":
+        raise InputError(f"--engine gigatoken: {problem}; install it with: pip install -e '.[fast]'")
+    print(f"{problem}; encoding with tiktoken", file=sys.stderr)
+    return None
+
+
+def load_gigatoken(vocabulary: Path) -> Any:
+    """A gigatoken.Tokenizer for GPT-2 without special tokens, which it would recognize inside the text."""
+    import gigatoken
+
+    return gigatoken.Tokenizer.from_tiktoken(vocabulary, pretokenizer="gpt2", special_tokens={})
+
+
+class EnginesDisagree(Exception):
+    """gigatoken and tiktoken produced different tokens."""
+
+
+class GigatokenEncoder:
+    """An Encoder that uses gigatoken, and tiktoken for texts with a DIFFERING character.
+
+    The first 16 texts and every 512th after them are encoded with both libraries. Raises EnginesDisagree if
+    one of them gets different tokens.
+    """
+
+    RENEWAL_BYTES = 32_000_000  # of text, after which gigatoken's ever-growing cache of words is dropped
+
+    def __init__(self, tokenizer: tiktoken.Encoding, vocabulary: Path) -> None:
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self._texts, self._bytes = 0, self.RENEWAL_BYTES
+
+    def __call__(self, text: bytes) -> np.ndarray:
+        """Encode UTF-8 text."""
+        if not text.isascii() and DIFFERING.search(text.decode()):
+            return encode(self._tokenizer, text)
+        if self._bytes >= self.RENEWAL_BYTES:
+            self._gigatoken = None  # free the old one before the new one is loaded
+            self._gigatoken, self._bytes = load_gigatoken(self._vocabulary), 0
+        tokens = self._gigatoken.encode(text)
+        is_sampled = self._texts < 16 or self._texts % 512 == 0
+        if is_sampled and not np.array_equal(tokens, encode(self._tokenizer, text)):
+            raise EnginesDisagree(f"gigatoken and tiktoken encode the text {text[:40]!r}... differently")
+        self._texts += 1
+        self._bytes += len(text)
+        return tokens
+
+
+# ------------------------------------------------------------------------------------------------------------
 # In a worker
 # ------------------------------------------------------------------------------------------------------------
 
 
 def encode_shard(
-    number: int, shard: list[Piece], parts_dir: Path, settings: Settings, gigatoken: GigatokenEncoder | None
-) -> list[Part]:
-    """Encode a shard into parts: folders in `parts_dir`, which get their names once they are complete.
-
-    What an earlier run has finished is read, to find the next document, but not encoded again. Raises
-    InputError.
-    """
+    number: int, shard: list[Piece], parts_dir: Path, settings: Settings, vocabulary: Path | None
+) -> Part:
+    """Encode a shard into a folder in `parts_dir`, which gets its name once it is complete, unless an earlier
+    run has done so. `vocabulary` is gigatoken's, None to use tiktoken. Raises InputError."""
     key = [settings.identity(), *(piece.identity() for piece in shard)]
-    parts: list[Part] = []
-    stream = None
-    while not parts or not parts[-1].record["last"]:
-        folder = parts_dir / f"{number:06d}-{len(parts):04d}"
-        if record := finished_record(folder, key):
-            parts.append(Part(folder, record, resumed=True))
-            stream = None
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished = parts_dir / f"{folder.name}.{os.getpid()}"  # removed by the main process after any error
-        unfinished.mkdir()
-        rows, disagreement = sum(part.record["read"] for part in parts), ""
-        try:
-            stream = stream or encoded_jobs(shard, rows, settings, gigatoken)
-            record = write_part(stream, unfinished)
-        except EnginesDisagree as error:
-            disagreement, gigatoken = str(error), None
-            stream = encoded_jobs(shard, rows, settings, gigatoken)
-            record = write_part(stream, unfinished)
-        record |= {"key": key, "disagreement": disagreement, "sha256": _hashes(unfinished)}
-        (unfinished / "record.json").write_text(json.dumps(record), encoding="utf-8")
-        parts.append(Part(unfinished.rename(folder), record, resumed=False))
-    return parts
+    folder = parts_dir / f"{number:06d}"
+    if record := finished_record(folder, key):
+        return Part(folder, record, resumed=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished = parts_dir / f"{folder.name}.{os.getpid()}"  # removed by the main process after any error
+    unfinished.mkdir()
+    tokenizer = get_tokenizer(settings.tokenizer, settings.folder)
+    encoder = functools.partial(encode, tokenizer)
+    try:
+        fast = GigatokenEncoder(tokenizer, vocabulary) if vocabulary else encoder
+        record = write_part(shard, unfinished, fast, settings)
+    except EnginesDisagree as error:
+        print(f"\n{error}; encoding shard {number} with tiktoken", file=sys.stderr)
+        record = write_part(shard, unfinished, encoder, settings)
+    record |= {"key": key, "sha256": _hashes(unfinished)}
+    (unfinished / "record.json").write_text(json.dumps(record), encoding="utf-8")
+    return Part(unfinished.rename(folder), record, resumed=False)
 
 
 def finished_record(folder: Path, key: list[Any]) -> dict[str, Any] | None:
@@ -134,145 +208,40 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {name: fingerprint(folder / name)["sha256"] for name in PART_FILES}
 
 
-@dataclass
-class Job:
-    """Text to encode at once: short documents of about JOB_BYTES together, or a fragment of a long one."""
-
-    texts: list[bytes] = field(default_factory=list)
-    held_out: list[bool] = field(default_factory=list)  # for validation
-    hashes: list[bytes] = field(default_factory=list)
-    complete: bool = True  # False: the only document goes on in the next job
-    counts: Counter = field(default_factory=Counter)  # rows that were read, and what became of them
-    size: int = 0  # bytes of text
-    tokens: np.ndarray | None = None  # once encoded: with end-of-text after each document that is complete
-    lengths: np.ndarray | None = None  # the tokens of each document
-
-    def add(self, document: Text | None, split: str | None, settings: Settings) -> None:
-        """Add a document; a null or an empty one is only counted."""
-        self.counts["read"] += 1
-        if document is None or not document.content:
-            self.counts["null" if document is None else "empty"] += 1
-            return
-        self.counts["replaced"] += document.replaced
-        self.size += len(document.content)
-        self.texts.append(document.content)
-        self.held_out.append(is_held_out(document, split, settings))
-        self.hashes.append(hash_of(document))
-
-    def encode(self, encoder: Encoder, end_of_text: int) -> "Job":
-        """Make the tokens; returns the job itself."""
-        self.tokens = encoder(self.texts) if self.texts else np.zeros(0, np.uint16)
-        self.lengths = np.diff(np.flatnonzero(self.tokens == end_of_text), prepend=-1)
-        if not self.complete:
-            self.tokens, self.lengths = self.tokens[:-1], self.lengths - 1
-        return self
-
-
-def is_held_out(document: Iterable[bytes], split: str | None, settings: Settings) -> bool:
-    """Whether a document is for validation: by the source's own split or, where that is None, by its text."""
-    return split == "validation" if split else in_validation(document, settings.validation_fraction)
-
-
-def hash_of(document: Iterable[bytes]) -> bytes:
-    """Eight bytes, the same for equal documents, and hardly ever for others."""
-    digest = hashlib.blake2b(digest_size=8)
-    for fragment in document:
-        digest.update(fragment)
-    return digest.digest()
-
-
-def jobs_of(shard: list[Piece], skip: int, settings: Settings) -> Iterator[Job]:
-    """The jobs that a shard's documents make, without its first `skip` rows."""
-    column = settings.text_column
-    rows = ((document, piece.split) for piece in shard for document in read_documents(piece, column))
-    job = Job()
-    for document, split in itertools.islice(rows, skip, None):
-        if isinstance(document, LongText):
-            yield job
-            yield from jobs_of_long(document, split, settings)
-            job = Job()
-        else:
-            job.add(document, split, settings)
-            if job.size >= JOB_BYTES or job.counts["read"] == JOB_BYTES // 100:
-                yield job
-                job = Job()
-    yield job
-
-
-def jobs_of_long(document: LongText, split: str | None, settings: Settings) -> Iterator[Job]:
-    """The jobs that the fragments of a long document make."""
-    about = [is_held_out(document, split, settings)], [hash_of(document)]
-    fragments = iter(document)
-    fragment = next(fragments)
-    for following in fragments:
-        yield Job([fragment], *about, complete=False, size=len(fragment))
-        fragment = following
-    counts = Counter(read=1, replaced=document.replaced)
-    yield Job([fragment], *about, counts=counts, size=len(fragment))
-
-
-def encoded_jobs(
-    shard: list[Piece], skip: int, settings: Settings, gigatoken: GigatokenEncoder | None
-) -> Iterator[Job]:
-    """The same, encoded, in order; where there are more cores than shards, by several threads."""
-    encoder = gigatoken or tiktoken_encoder(settings.tokenizer, settings.folder)
-    end_of_text = get_tokenizer(settings.tokenizer, settings.folder).eot_token
-    threads = 1 if gigatoken else _threads
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: collections.deque[concurrent.futures.Future[Job]] = collections.deque()
-        for job in jobs_of(shard, skip, settings):
-            waiting.append(pool.submit(job.encode, encoder, end_of_text))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def write_part(stream: Iterator[Job], folder: Path) -> dict[str, Any]:
-    """Write encoded jobs of SHARD_BYTES into the files of a part; return what the record says of them."""
-    sizes = {split: np.zeros(3, np.int64) for split in SPLITS}
-    counts, begun, encoded = Counter(read=0, empty=0, null=0, replaced=0), 0, _encoded
+def write_part(shard: list[Piece], folder: Path, encoder: Encoder, settings: Settings) -> dict[str, Any]:
+    """Encode a shard's documents into the files of a part; return the sizes and counts for its record."""
+    end_of_text = np.array([get_tokenizer(settings.tokenizer, settings.folder).eot_token], "<u2")
+    sizes = {split: [0] * len(COUNTED) for split in SPLITS}
+    counts = Counter(empty=0, null=0, replaced=0)
+    rows = ((row, piece.split) for piece in shard for row in read_documents(piece, settings.text_column))
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context((folder / name).open("wb")) for name in PART_FILES}
-        for job in stream:
-            held_out = np.array(job.held_out, bool)
-            of_token, of_text = np.repeat(held_out, job.lengths), np.array([len(text) for text in job.texts])
-            for split, chosen in (("train", False), ("validation", True)):
-                tokens = job.tokens[of_token == chosen]
-                files[split].write(tokens.astype("<u2").tobytes())
-                ended = np.sum(held_out == chosen) if job.complete else 0
-                size = np.array([ended, len(tokens), of_text[held_out == chosen].sum()], np.int64)
-                sizes[split] += size
-                encoded += size
-            counts.update(job.counts)
-            if not job.complete:
-                begun += len(job.tokens)
+        files = {name: stack.enter_context((folder / name).open("wb", 1 << 20)) for name in PART_FILES}
+        for document, own_split in rows:
+            if document is None or document == Text(b""):
+                counts["null" if document is None else "empty"] += 1
                 continue
-            if begun:
-                job.lengths[0] += begun
-                begun = 0
-            files["lengths"].write(job.lengths.astype("<u4").tobytes())
-            files["hashes"].write(b"".join(job.hashes))
-            if sum(size[2] for size in sizes.values()) >= documents.SHARD_BYTES:
-                last = False
-                break
-        else:
-            last = True
-    return {split: size.tolist() for split, size in sizes.items()} | {**counts, "last": last}
+            digest, length, size = hashlib.blake2b(digest_size=8), 0, 0
+            split = SPLITS[is_held_out(document, own_split, settings)]
+            for fragment in document:
+                tokens = encoder(fragment)
+                files[split].write(tokens.astype("<u2").tobytes())
+                digest.update(fragment)
+                length, size = length + len(tokens), size + len(fragment)
+            files[split].write(end_of_text.tobytes())
+            files["lengths"].write(np.array([length + 1], "<u4").tobytes())
+            files["hashes"].write(digest.digest())
+            counts["replaced"] += document.replaced
+            sizes[split] = [sum(pair) for pair in zip(sizes[split], (1, length + 1, size), strict=True)]
+    return {**sizes, **counts}
 
 
-_encoded: np.ndarray  # the size of all that this worker has encoded, in memory that the main process reads
-_threads = 1  # that this worker encodes with
+def is_held_out(document: Iterable[bytes], own_split: str | None, settings: Settings) -> bool:
+    """Whether a document is for validation: by the source's own split or, where that is None, by its text."""
+    return own_split == "validation" if own_split else in_validation(document, settings.validation_fraction)
 
 
-def _start_worker(memory: Any, slots: Any, threads: int, folder: Path) -> None:
-    """Set up a worker process. It ends with the main process, which alone handles Ctrl-C.
-
-    Its temporary files are made in `folder`, on the disk that the tokens go to.
-    """
-    global _encoded, _threads
-    _threads, tempfile.tempdir = threads, str(folder)
-    _encoded = np.frombuffer(memory, np.int64).reshape(-1, 3)[slots.get()]
+def _start_worker() -> None:
+    """Set up a worker process: it ends with the main process, which alone handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -296,59 +265,20 @@ def sample_texts(pieces: list[Piece], settings: Settings) -> Iterator[str]:
     for piece in pieces:
         room = piece.size * share
         documents = filter(None, read_documents(piece, settings.text_column))
-        training = (each for each in documents if not is_held_out(each, piece.split, settings))
-        for text in itertools.chain.from_iterable(training):
-            yield text.decode()
-            room -= len(text)
+        training = (text for text in documents if not is_held_out(text, piece.split, settings))
+        for fragment in itertools.chain.from_iterable(training):
+            yield fragment.decode()
+            room -= len(fragment)
             if share < 1 and room <= 0:
                 break
 
 
-class Progress(tqdm):
-    """Bytes, documents, tokens, tokens/s and ETA: a bar on a terminal, else a line every 15 seconds."""
-
-    def __init__(self, expected: int, encoded: np.ndarray) -> None:
-        terminal = sys.stderr.isatty()
-        super().__init__(
-            total=expected,
-            desc="encoding",
-            unit="B",
-            unit_scale=True,
-            mininterval=0.1 if terminal else 15,
-            file=sys.stderr if terminal else io.StringIO(),
-        )
-        self.expected, self.encoded = expected, encoded  # bytes of text, roughly; the size of each worker's
-        self.next_line = math.inf if terminal else time.monotonic() + 15
-
-    @property
-    def tokens_per_second(self) -> float:
-        """The mean over all workers since the start."""
-        return self.encoded[:, 1].sum() / self.format_dict["elapsed"]
-
-    def show(self) -> None:
-        """Update the bar or, when it is time, print a line."""
-        documents, tokens, size = self.encoded.sum(axis=0).tolist()
-        self.total = max(self.expected, size)
-        done = f"{documents:,} documents, {tokens:,} tokens, {self.tokens_per_second:,.0f} tokens/s"
-        self.set_postfix_str(done, refresh=False)
-        self.update(size - self.n)
-        if time.monotonic() > self.next_line:
-            self.next_line = time.monotonic() + 15
-            print(self, file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
-def worker_pool(count: int, threads: int, folder: Path) -> Iterator[tuple[ProcessPoolExecutor, np.ndarray]]:
-    """A pool of workers with `threads` each, and the size of what each has encoded so far, shape (count, 3).
-
-    The workers end with any error. Raises RunError if one is killed.
-    """
-    memory, slots = CONTEXT.RawArray("q", 3 * count), CONTEXT.SimpleQueue()
-    for slot in range(count):
-        slots.put(slot)
-    with ProcessPoolExecutor(count, CONTEXT, _start_worker, (memory, slots, threads, folder)) as pool:
+def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of workers, which end with any error. Raises RunError if one is killed."""
+    with ProcessPoolExecutor(count, CONTEXT, _start_worker) as pool:
         try:
-            yield pool, np.frombuffer(memory, np.int64).reshape(-1, 3)
+            yield pool
         except BrokenProcessPool:
             raise RunError("a worker was killed, perhaps out of memory; try fewer --workers") from None
         except BaseException:
@@ -360,41 +290,28 @@ def worker_pool(count: int, threads: int, folder: Path) -> Iterator[tuple[Proces
 
 
 def encode_all(
-    shards: list[list[Piece]],
-    parts_dir: Path,
-    settings: Settings,
-    gigatoken: GigatokenEncoder | None,
-    workers: int,
+    shards: list[list[Piece]], parts_dir: Path, settings: Settings, vocabulary: Path | None, workers: int
 ) -> list[Part]:
-    """Encode all shards with a pool of workers, showing progress; returns the parts in the shards' order.
+    """Encode all shards with a pool of workers, showing progress; returns their parts in the shards' order.
 
     Raises InputError, and RunError if a worker is killed.
     """
-    tiktoken_encoder(settings.tokenizer, settings.folder)  # loaded here once for all forked workers
-    expected = [sum(piece.size for piece in shard) for shard in shards]
-    parts: dict[int, list[Part]] = {}
-    count = min(workers, len(shards))
-    with worker_pool(count, workers // count, parts_dir) as (pool, encoded):
+    sizes = [sum(piece.size for piece in shard) for shard in shards]
+    parts: dict[int, Part] = {}
+    started = time.monotonic()
+    with worker_pool(min(workers, len(shards))) as pool:
         # Largest first, so that no worker is left with a large one at the end.
-        order = sorted(range(len(shards)), key=lambda i: -expected[i])
-        jobs = {pool.submit(encode_shard, i, shards[i], parts_dir, settings, gigatoken): i for i in order}
-        waiting = set(jobs)
-        with Progress(sum(expected), encoded) as progress:
-            while waiting:
-                finished, waiting = concurrent.futures.wait(waiting, timeout=0.2)
-                for job in finished:
-                    number = jobs[job]
-                    parts[number] = job.result()
-                    fresh = [part for part in parts[number] if not part.resumed]
-                    done = sum(part.record[split][2] for part in fresh for split in SPLITS)
-                    progress.expected += done - expected[number]
-                    for reason in filter(None, (part.record["disagreement"] for part in fresh)):
-                        tqdm.write(f"{reason}; encoded shard {number} with tiktoken", sys.stderr)
-                progress.show()
-    found = [part for number in range(len(shards)) for part in parts[number]]
-    if kept := sum(part.resumed for part in found):
-        print(f"{kept} of {len(found)} shards were already encoded by an earlier run")
-    engine = "gigatoken" if gigatoken else "tiktoken"
-    tokens, speed = encoded[:, 1].sum(), progress.tokens_per_second
-    print(f"Encoded {tokens:,} tokens with {engine} at {speed:,.0f} tokens/s")
-    return found
+        order = sorted(range(len(shards)), key=lambda number: -sizes[number])
+        jobs = {pool.submit(encode_shard, i, shards[i], parts_dir, settings, vocabulary): i for i in order}
+        # Only now that the workers are forked: the bar has a thread.
+        with Progress(total=sum(sizes), desc="encoding", unit="B", unit_scale=True) as progress:
+            for job in concurrent.futures.as_completed(jobs):
+                number = jobs[job]
+                parts[number] = job.result()
+                progress.update(sizes[number])
+    if resumed := sum(part.resumed for part in parts.values()):
+        print(f"{resumed} of {len(parts)} shards were already encoded by an earlier run")
+    encoded = [part.record[split][1] for part in parts.values() if not part.resumed for split in SPLITS]
+    engine, speed = "gigatoken" if vocabulary else "tiktoken", sum(encoded) / (time.monotonic() - started)
+    print(f"Encoded {sum(encoded):,} tokens with {engine} at {speed:,.0f} tokens/s")
+    return [parts[number] for number in range(len(shards))]

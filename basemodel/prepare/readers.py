@@ -1,16 +1,15 @@
 """Reading: how files of each type are cut into pieces, and the documents in a piece."""
 
+import ast
 import contextlib
 import csv
-import glob
 import io
 import itertools
 import json
 import lzma
-import os
-import re
-import shutil
-import tempfile
+import random
+import sysconfig
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,33 +18,27 @@ from typing import Any
 from basemodel.common.errors import InputError
 from basemodel.common.files import DISK_FULL
 from basemodel.prepare import documents
-from basemodel.prepare.documents import LongText, Piece, Text
-from basemodel.prepare.formats import (
-    check_is_text,
-    compression,
-    file_type,
-    marked_encoding,
-    open_decompressed,
-    open_utf8,
-)
-from basemodel.prepare.python_docs import python_docs
+from basemodel.prepare.documents import LongText, Piece, Text, compression, open_decompressed, open_utf8
+
+# Most of what pyarrow raises is a ValueError, as are decoding errors.
+UNREADABLE = (OSError, EOFError, ValueError, NotImplementedError, RecursionError, lzma.LZMAError, csv.Error)
 
 
 def cut_into_pieces(path: Path, split: str | None, text_column: str) -> Iterator[Piece]:
     """Cut a file into pieces of about SHARD_BYTES where its format allows. Raises InputError."""
-    kind, size = file_type(path), path.stat().st_size
+    kind, size = documents.file_type(path), path.stat().st_size
     with readable(path):
-        if size == 0 and kind != "text":  # which is a document, though empty
+        if size == 0 and kind != "text":  # an empty .txt is a document, though an empty one
             return
         if kind in ("jsonl", "json", "csv", "text"):
-            check_is_text(path)
+            documents.check_is_text(path)
         if kind == "json" and _has_an_object_per_line(path):
             kind = "jsonl"
         if kind == "csv":
             _header(path, text_column)  # a misspelt column is an error before anything slow
         if kind == "parquet" and not compression(path):
             yield from _row_groups(Piece(path, kind, size, split=split), text_column)
-        elif kind == "jsonl" and not compression(path) and not _marked_encoding(path):
+        elif kind == "jsonl" and not compression(path) and not documents.marked_encoding(path):
             count = max(1, size // documents.SHARD_BYTES)
             cuts = [size * i // count for i in range(count + 1)]
             for start, stop in itertools.pairwise(cuts):
@@ -54,8 +47,11 @@ def cut_into_pieces(path: Path, split: str | None, text_column: str) -> Iterator
             yield Piece(path, kind, 3 * size if compression(path) else size, split=split)  # 3: a guess
 
 
-def read_documents(piece: Piece, text_column: str) -> "Iterator[Text | LongText | None]":
-    """The documents in a piece: rows of tables, JSON objects, a whole text file. Raises InputError."""
+def read_documents(piece: Piece, text_column: str) -> Iterator[Text | LongText | None]:
+    """The documents in a piece, None for a null: rows of tables, JSON objects, a whole text file.
+
+    Raises InputError.
+    """
     if piece.path is None:
         yield from map(Text.from_str, python_docs())
         return
@@ -70,32 +66,23 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    # What pyarrow and pandas raise are ValueErrors, as are decoding errors.
-    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
-        if getattr(error, "errno", None) in DISK_FULL:  # while decompressing
+    except UNREADABLE as error:
+        if getattr(error, "errno", None) in DISK_FULL:
             raise
         raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
 
 
-@contextlib.contextmanager
-def _decompressed(path: Path) -> Iterator[Path]:
-    """The file itself or, where a reader has to seek in it and cannot, a decompressed copy for a while."""
-    if compression(path) is None:
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="decompressed.") as folder:
-        plain = Path(folder, path.stem)
-        with open_decompressed(path) as file, plain.open("wb") as out:
-            shutil.copyfileobj(file, out)
-        yield plain
+def _open_text(path: Path) -> io.TextIOWrapper:
+    """Open a file to read its text; invalid UTF-8 becomes U+FFFD."""
+    return io.TextIOWrapper(open_utf8(path), "utf-8", errors="replace", newline="")
 
 
 def _whole_text(piece: Piece, _: str) -> Iterator[Text | LongText]:
     """A text file as one document."""
     with open_utf8(piece.path) as file:
         start = file.read(LongText.BLOCK)
-        short = not file.read(1)
-    yield Text.from_bytes(start) if short else LongText(piece.path)
+        is_short = not file.read(1)
+    yield Text.from_bytes(start) if is_short else LongText(piece.path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -103,8 +90,18 @@ def _whole_text(piece: Piece, _: str) -> Iterator[Text | LongText]:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def _open_table(path: Path) -> Any:
+    """Open a file for readers that seek in it: a pyarrow file, mapped or, if compressed, read into memory."""
+    import pyarrow
+
+    if compression(path) is None:
+        return pyarrow.memory_map(str(path))
+    with open_decompressed(path) as file:
+        return pyarrow.BufferReader(file.read())
+
+
 def _column_texts(column: Any) -> Iterator[Text | None]:
-    """The texts in a pyarrow array. Raises InputError if it is no text."""
+    """The texts in a pyarrow array."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(column.type):  # such as pandas' categories
@@ -131,14 +128,13 @@ def _parquet_file(path: Path, text_column: str) -> Iterator[Any]:
     """A pyarrow.parquet.ParquetFile with a text column of this name. Raises InputError."""
     import pyarrow.parquet
 
-    try:
-        # A small buffer instead of whole columns of a row group.
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-            _check_column(path, file.schema_arrow, text_column)
-            yield file
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: damaged or not a parquet file: {reason}") from None
+    # A small buffer instead of whole columns of a row group.
+    with (
+        _open_table(path) as source,
+        pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20) as file,
+    ):
+        _check_column(path, file.schema_arrow, text_column)
+        yield file
 
 
 def _row_groups(piece: Piece, text_column: str) -> Iterator[Piece]:
@@ -147,15 +143,14 @@ def _row_groups(piece: Piece, text_column: str) -> Iterator[Piece]:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
     start = size = 0
     for i, group in enumerate(groups):
-        columns = (group.column(j) for j in range(group.num_columns))
-        size += sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_column)
+        size += group.total_byte_size
         if size >= documents.SHARD_BYTES or i == len(groups) - 1:
             yield replace(piece, size=size, start=start, stop=i + 1)
             start, size = i + 1, 0
 
 
 def _parquet_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
-    with _decompressed(piece.path) as path, _parquet_file(path, text_column) as file:
+    with _parquet_file(piece.path, text_column) as file:
         groups = range(piece.start, min(piece.stop, file.metadata.num_row_groups))
         rows = sum(file.metadata.row_group(i).num_rows for i in groups)
         # About a megabyte at a time, to bound memory where documents are long.
@@ -168,7 +163,7 @@ def _arrow_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
     """The texts of an Arrow file, in the streaming format, as `datasets` saves, or the file format."""
     import pyarrow
 
-    with _decompressed(piece.path) as path, pyarrow.memory_map(str(path)) as file:
+    with _open_table(piece.path) as file:
         try:
             batches = reader = pyarrow.ipc.open_stream(file)
         except pyarrow.ArrowInvalid:
@@ -181,32 +176,19 @@ def _arrow_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
 
 
 def _csv_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
-    os.environ["USE_TORCH"] = "0"  # `datasets` would import it, 150 MB in each worker
-    import datasets
-
-    path = piece.path
-    with tempfile.TemporaryDirectory(prefix="csv.") as folder:
-        if compression(path) or _marked_encoding(path):
-            path = Path(folder, "plain.csv")
-            with open_utf8(piece.path) as file, path.open("wb") as out:
-                shutil.copyfileobj(file, out)
-        delimiter, columns = _header(path, text_column)
-        rows = datasets.load_dataset(
-            "csv",
-            data_files=glob.escape(str(path.resolve())),
-            split="train",
-            streaming=True,
-            cache_dir=folder,
-            sep=delimiter,
-            # All columns as they stand: with some of them left out, pandas drops what a row has too many.
-            features=datasets.Features({name: datasets.Value("string") for name in columns}),
-            keep_default_na=False,  # the word "null" is text
-            chunksize=500,  # rows in memory
-            encoding_errors="replace",
-        )
-        for table in rows.with_format("arrow").iter(1000):
-            for text in _column_texts(table[text_column]):
-                yield replace(text, replaced=text.content.count("\ufffd".encode())) if text else None
+    csv.field_size_limit(2**31 - 1)
+    delimiter, columns = _header(piece.path, text_column)
+    place = columns.index(text_column)
+    with _open_text(piece.path) as file:
+        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        for row in itertools.islice(rows, 1, None):
+            if row and len(row) != len(columns):
+                raise InputError(
+                    f"{piece.path}: the row that ends in line {rows.line_num} has {len(row)} cells, the "
+                    f"header {len(columns)}"
+                )
+            if row:
+                yield Text(row[place].encode(), replaced=row[place].count("\ufffd"))
 
 
 def _header(path: Path, text_column: str) -> tuple[str, list[str]]:
@@ -214,7 +196,7 @@ def _header(path: Path, text_column: str) -> tuple[str, list[str]]:
 
     Raises InputError if none of them is the text column.
     """
-    with io.TextIOWrapper(open_utf8(path), "utf-8", errors="replace", newline="") as file:
+    with _open_text(path) as file:
         line = file.readline(100_000)
     names = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in ",;\t"}
     for delimiter, columns in names.items():
@@ -228,11 +210,6 @@ def _header(path: Path, text_column: str) -> tuple[str, list[str]]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _marked_encoding(path: Path) -> str | None:
-    with open_decompressed(path) as file:
-        return marked_encoding(file.peek(4)[:4])
-
-
 def _has_an_object_per_line(path: Path) -> bool:
     with open_utf8(path) as file:
         line = file.readline(1 << 20)
@@ -243,14 +220,14 @@ def _has_an_object_per_line(path: Path) -> bool:
 
 
 def _text_of(value: Any, text_column: str) -> Text | None:
-    """The text in a JSON object, None for a null. Raises ValueError if there is none."""
+    """The text in a JSON object, None for a null. Raises ValueError if there is neither."""
     text = value.get(text_column, 0) if isinstance(value, dict) else 0
     if not isinstance(text, str | None):
         raise ValueError("no text")
     return None if text is None else Text.from_str(text)
 
 
-def _not_an_object(path: Path, place: str, text_column: str) -> InputError:
+def _no_text(path: Path, place: str, text_column: str) -> InputError:
     return InputError(f'{path}: {place} is not a JSON object with a string "{text_column}"')
 
 
@@ -262,7 +239,7 @@ def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
                 text = _text_of(json.loads(valid.content), text_column)
             except (ValueError, RecursionError):
                 number += sum(1 for _ in _lines(replace(piece, start=0, stop=piece.start)))
-                raise _not_an_object(piece.path, f"line {number}", text_column) from None
+                raise _no_text(piece.path, f"line {number}", text_column) from None
             if text is not None:
                 text.replaced += valid.replaced
             yield text
@@ -281,37 +258,14 @@ def _lines(piece: Piece) -> Iterator[bytes]:
 
 
 def _json_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
-    """The texts of a JSON array of objects, or of objects one after another."""
-    with io.TextIOWrapper(open_utf8(piece.path), "utf-8", errors="replace") as file:
-        values = _json_values(file)
-        for number in itertools.count(1):
-            try:
-                text = _text_of(next(values), text_column)
-            except StopIteration:
-                return
-            except (ValueError, RecursionError):
-                raise _not_an_object(piece.path, f"object {number}", text_column) from None
-            yield text
-
-
-def _json_values(file: io.TextIOBase) -> Iterator[Any]:
-    """The values in a JSON array, or one after another, a megabyte at a time. Raises ValueError."""
-    decoder, between, block = json.JSONDecoder(), re.compile(r"[\s,]*"), 1 << 20
-    buffer = file.read(block)
-    place = re.match(r"\s*\[?", buffer).end()
-    while True:
-        place = between.match(buffer, place).end()
+    """The texts of a JSON array of objects, or of one object, read into memory."""
+    with _open_text(piece.path) as file:
+        values = json.load(file)
+    for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
         try:
-            value, place = decoder.raw_decode(buffer, place)
+            yield _text_of(value, text_column)
         except ValueError:
-            more = file.read(max(block, len(buffer)))  # twice as much each time, for a long value
-            buffer, place = buffer[place:] + more, 0
-            if not more and buffer.strip() in ("", "]"):
-                return
-            if not more:
-                raise
-        else:
-            yield value
+            raise _no_text(piece.path, f"object {number}", text_column) from None
 
 
 READERS = {
@@ -322,3 +276,34 @@ READERS = {
     "json": _json_texts,
     "text": _whole_text,
 }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The Python documentation
+# ------------------------------------------------------------------------------------------------------------
+
+
+def python_docs() -> list[str]:
+    """The text that ships with Python: the language reference and the standard library's docstrings,
+    deduplicated, in an order that is fixed for each version of Python."""
+    from pydoc_data.topics import topics
+
+    documents = {text.strip() for text in topics.values()}
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if not {"test", "tests", "site-packages", "dist-packages"} & set(path.relative_to(library).parts):
+            documents |= set(_docstrings(path))
+    ordered = sorted(documents - {""})
+    random.Random(0).shuffle(ordered)
+    return ordered
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # invalid escapes in old modules
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):  # deliberately broken, like some of lib2to3's modules
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield (ast.get_docstring(node) or "").strip()

@@ -1,7 +1,6 @@
 """Where text comes from: files in a folder, or a data set on the Hub as the library `datasets` sees it."""
 
 import fnmatch
-import glob
 import os
 import re
 from collections import Counter
@@ -9,24 +8,27 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from basemodel.common.errors import InputError
 from basemodel.common.names import require_repo_id
 from basemodel.data.hub import download, download_files, reason
-from basemodel.prepare.documents import PYTHON_DOCS
+from basemodel.prepare.assemble import NANOGPT_FILES
+from basemodel.prepare.documents import KNOWN_TYPES, PYTHON_DOCS, TYPES, file_type
 from basemodel.prepare.encoding import CONTEXT
-from basemodel.prepare.formats import KNOWN, TYPES, file_type
-from basemodel.prepare.nanogpt import BINS
 
-VALIDATION = re.compile(r"(?<![a-z])(validation|valid|val|dev)(?![a-z])")  # what `datasets` takes for that
-# What a data set's folder has beside its tables.
+# The words by which the library `datasets` recognizes a split.
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+# Files that describe a data set's tables and lie beside them.
 DESCRIPTIONS = ("readme.md", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
 class Request:
-    """The text that was asked for, in the words of the command line."""
+    """The text that was asked for, by the names of the command line."""
 
     source: str
     name: str | None = None  # a configuration of a Hub data set
@@ -37,57 +39,47 @@ class Request:
 
 @dataclass
 class Source:
-    """The files to read in order, each with the split it belongs to or, for its text to decide, None."""
+    """The files to read in order, each with its split, or None where the text of each document decides."""
 
     files: list[tuple[Path, str | None]]
-    skipped: Counter[str] = field(default_factory=Counter)  # why -> how many
+    skipped: Counter[str] = field(default_factory=Counter)  # reason -> number of files
     commit: str | None = None  # of a Hub data set
-    bins: Path | None = None  # a folder of nanoGPT's, which holds tokens
+    nanogpt: Path | None = None  # a folder of nanoGPT's, which holds tokens
     is_python_docs: bool = False
 
 
 def find_source(request: Request, leave_out: Iterable[Path]) -> Callable[[], Source]:
-    """Look where the text is, without reading it; the result fetches what has to be fetched.
+    """Locate the text without reading it; the function returned downloads it if need be.
 
-    `leave_out` are folders in which no text is looked for. Raises InputError.
+    The folders `leave_out` are not searched. Raises InputError.
     """
     path = Path(request.source)
     if request.source == PYTHON_DOCS:
         return lambda: Source([], is_python_docs=True)
-    if (path / BINS["train"]).is_file():
-        return lambda: Source([(path / name, split) for split, name in BINS.items()], bins=path)
+    if (path / NANOGPT_FILES["train"]).is_file():
+        return lambda: Source([(path / name, split) for split, name in NANOGPT_FILES.items()], nanogpt=path)
     if path.exists() or not _may_be_on_hub(request.source):
         for option in ("name", "revision"):
             if getattr(request, option) is not None:
                 raise InputError(f"--{option} is for a data set on the Hub; {path} is a folder or file here")
-        found = find_files(path, request, leave_out)
-        return lambda: found
+        source = find_files(path, request, leave_out)
+        return lambda: source
     require_repo_id(request.source)
     if request.files is not None:
         return lambda: _fetch_matching(request)
-    files, commit = in_another_process(resolve_on_hub, request)
+    with ProcessPoolExecutor(1, CONTEXT) as pool:  # `datasets` is 90 MB that forked workers would carry along
+        files, commit = pool.submit(resolve_on_hub, request).result()
     return lambda: _fetch(request.source, files, commit)
-
-
-def in_another_process(function: Callable, *arguments: Any) -> Any:
-    """Call a function that imports `datasets`: 90 MB that forked workers need not carry with them."""
-    with ProcessPoolExecutor(1, CONTEXT) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Here
-# ------------------------------------------------------------------------------------------------------------
 
 
 def find_files(source: Path, request: Request, leave_out: Iterable[Path] = ()) -> Source:
     """The text files in a folder, recursively and sorted by path, or the file itself. Raises InputError.
 
-    Hidden files and folders are skipped, and what describes a data set's tables.
+    Hidden files and folders are skipped, and files that describe a data set's tables.
     """
     if source.is_file():
         if file_type(source) is None:
-            raise InputError(f"{source}: unknown file type; known are {KNOWN}")
+            raise InputError(f"{source}: unknown file type; known are {KNOWN_TYPES}")
         return Source([(source, None)])
     if not source.is_dir():
         raise InputError(
@@ -124,43 +116,31 @@ def _walk(source: Path, leave_out: set[Path]) -> tuple[list[Path], Counter[str]]
     return sorted(paths), skipped
 
 
-def _in_splits(source: Path, paths: list[Path], skipped: Counter[str], wanted: str) -> Source:
-    """The files with the splits that `datasets` sees in their names, provided that it finds one for each."""
-    names = {path: path.relative_to(source).as_posix() for path in paths}
-    if wanted != "train" or any(VALIDATION.search(name.lower()) for name in names.values()):
-        splits = in_another_process(splits_by_name, source)
-        split_of = {Path(file): split for split, files in splits.items() for file in files}
-        if (
-            wanted != "validation"
-            and {wanted, "validation"} <= set(splits)
-            and all(path.absolute() in split_of for path in paths)
-        ):
-            splits_in_order = [(path, split_of[path.absolute()]) for path in paths]
-            others = (split for _, split in splits_in_order if split not in (wanted, "validation"))
-            skipped += Counter(f"of the split '{split}'" for split in others)
-            as_named = {wanted: "train", "validation": "validation"}
-            return Source([(p, as_named[s]) for p, s in splits_in_order if s in as_named], skipped)
-        if wanted != "train":
+def _in_splits(source: Path, paths: list[Path], skipped: Counter[str], train_split: str) -> Source:
+    """The files of the split to train on and of the one for validation, if every file's path names a split;
+    otherwise all files, for the text of each document to decide. Raises InputError if `train_split` is not
+    "train" and there is no such split."""
+    splits = {path: named_split(path.relative_to(source).as_posix(), train_split) for path in paths}
+    names = set(splits.values())
+    if None in names or train_split not in names:
+        if train_split != "train":
             raise InputError(
-                f"{source}: the names of its files and folders tell no split '{wanted}' and another for "
-                "validation; leave --split out to read them all"
+                f"{source}: the paths of its files do not tell which belong to the split '{train_split}'; "
+                "leave --split out to read them all"
             )
-    return Source([(path, None) for path in paths], skipped)
+        return Source([(path, None) for path in paths], skipped)
+    has_validation = "validation" in names - {train_split}
+    role = {"validation": "validation", train_split: "train" if has_validation else None}
+    skipped += Counter(f"of the split '{split}'" for split in splits.values() if split not in role)
+    return Source([(path, role[split]) for path, split in splits.items() if split in role], skipped)
 
 
-def splits_by_name(folder: Path) -> dict[str, list[str]]:
-    """The files of each split, as `datasets` finds them by the names of files and folders."""
-    os.environ["USE_TORCH"] = "0"
-    from datasets.data_files import DataFilesDict, get_data_patterns
-
-    base = glob.escape(str(folder.absolute()))
-    found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
-    return {str(split): list(files) for split, files in found.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# On the Hub
-# ------------------------------------------------------------------------------------------------------------
+def named_split(path: str, train_split: str) -> str | None:
+    """The split that a file's path names, such as validation for data/val-00000-of-00001.parquet."""
+    words = re.findall("[a-z]+", path.lower())
+    if train_split not in SPLIT_WORDS and train_split in path:
+        return train_split
+    return next((split for word in words[::-1] for split in SPLIT_WORDS if word in SPLIT_WORDS[split]), None)
 
 
 def _may_be_on_hub(source: str) -> bool:
@@ -180,41 +160,25 @@ def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], str]
     try:
         builder = datasets.load_dataset_builder(request.source, request.name, revision=request.revision)
     except Exception as error:  # network, proxy, Hub and `datasets` have errors of many types
-        raise _why_not(request, error) from None
-    found = {str(split): files for split, files in (builder.config.data_files or {}).items()}
-    if request.split not in found:
-        raise InputError(f"{request.source}: has no split '{request.split}'; --split is one of {list(found)}")
-    validation = next((name for name in found if VALIDATION.fullmatch(name) and name != request.split), None)
+        raise InputError(
+            f"{request.source}: no such file or folder here, and the Hub did not provide it ({reason(error)})"
+            "; check --name, --revision and the network; a private or gated data set needs: hf auth login"
+        ) from None
+    splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
+    if request.split not in splits:
+        raise InputError(
+            f"{request.source}: has no split '{request.split}'; --split is one of {list(splits)}"
+        )
+    held_out = [name for name in SPLIT_WORDS["validation"] if name in splits and name != request.split][:1]
     files = []
-    for split in filter(None, (request.split, validation)):
-        for url in found[split]:
+    for split in (request.split, *held_out):
+        role = "validation" if split in held_out else "train" if held_out else None
+        for url in splits[split]:
             commit, _, name = url.removeprefix(f"hf://datasets/{request.source}@").partition("/")
             if file_type(Path(name)) is None:
-                raise InputError(f"{request.source}: {name} is of no known file type; known are {KNOWN}")
-            files.append((name, None if validation is None else "train" if split != validation else split))
+                raise InputError(f"{request.source}: {name} has an unknown type; known are {KNOWN_TYPES}")
+            files.append((name, role))
     return files, commit
-
-
-def _why_not(request: Request, error: Exception) -> InputError:
-    """What `datasets` raised, as one line that says what to do."""
-    import datasets
-
-    dataset, message = request.source, str(error)
-    if "gated dataset" in message:
-        page = f"{datasets.config.HF_ENDPOINT}/datasets/{dataset}"
-        return InputError(f"{dataset}: is gated; accept its terms at {page} and log in with: hf auth login")
-    if "doesn't exist on the Hub" in message:
-        return InputError(
-            f"{dataset}: no such file or folder here, and no such data set on the Hub; if it is private, log "
-            "in with: hf auth login"
-        )
-    if "Config name is missing" in message or "BuilderConfig" in message:
-        names = datasets.get_dataset_config_names(dataset, revision=request.revision)
-        return InputError(f"{dataset}: has several configurations; --name is one of {', '.join(names)}")
-    return InputError(
-        f"{dataset}: no such file or folder here, and the Hub did not provide it ({reason(error)}); check "
-        "the name, --revision and the network"
-    )
 
 
 def _fetch(dataset: str, files: list[tuple[str, str | None]], commit: str) -> Source:
@@ -224,8 +188,8 @@ def _fetch(dataset: str, files: list[tuple[str, str | None]], commit: str) -> So
 
 def _fetch_matching(request: Request) -> Source:
     paths, commit = download(request.source, request.files, request.revision)
-    known = [path for path in paths if file_type(path)]
-    if not known:
-        raise InputError(f"{request.source}: has no {KNOWN} files that match --files '{request.files}'")
-    skipped = Counter(path.suffix.lower() or "no suffix" for path in paths if path not in known)
-    return Source([(path, None) for path in known], skipped, commit)
+    texts = [path for path in paths if file_type(path)]
+    if not texts:
+        raise InputError(f"{request.source}: has no {KNOWN_TYPES} files that match --files '{request.files}'")
+    skipped = Counter(path.suffix.lower() or "no suffix" for path in paths if not file_type(path))
+    return Source([(path, None) for path in texts], skipped, commit)

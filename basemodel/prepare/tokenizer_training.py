@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from basemodel.common.errors import InputError
-from basemodel.data.tokenizer_json import END_OF_TEXT
+from basemodel.data.tokenizer import END_OF_TEXT
 
-FEWEST_TOKENS = 256 + 1 + 1  # the bytes, end-of-text and one merge
+MIN_TOKENS = 256 + 1 + 1  # the bytes, end-of-text and one merge
 
 
 def require_tokenizers() -> None:

@@ -12,12 +12,11 @@ import torch
 
 from basemodel.common.errors import InputError, RunError
 from basemodel.common.json_config import read_json_object
-from basemodel.data.tokenizer_json import byte_characters, merges
+from basemodel.data.tokenizer import byte_characters, merges
 from basemodel.evaluation.measurements import headlines, read_task_results, read_test_loss
 from basemodel.model.config import GPTConfig
-from basemodel.model.hf_format import gelu_name
-from basemodel.model.weight_files import folder_of
-from basemodel.model.weights import save_tensors, to_huggingface
+from basemodel.model.hf_format import gelu_name, to_huggingface
+from basemodel.model.weights import folder_of, save_tensors
 from basemodel.training.config import optimizer_in_words
 from checkpointing import META_FILE
 from gpt import GPTModel
@@ -110,7 +109,7 @@ def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, li
 
     config, dataset, checkpoint = model.config, "local/", folder_of(weights)
     facts = {
-        "Parameters": f"{model.parameter_count():,}",
+        "Parameters": f"{model.config.parameter_count:,}",
         "Shape": f"{config.n_layers} layers of {config.emb_dim}, {config.n_heads} heads, context "
         f"{config.context_length:,}, vocabulary {config.vocab_size:,} ({config.tokenizer}), "
         f"{'tied' if config.tie_weights else 'untied'}, QKV bias {'on' if config.qkv_bias else 'off'}, "

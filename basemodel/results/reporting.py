@@ -17,6 +17,7 @@ from basemodel.common.names import CHART, STATUS
 from basemodel.common.progress import LINE_SECONDS
 from basemodel.common.terminal import one_line
 from basemodel.planning import machines
+from basemodel.planning.estimate import slower_than_planned
 from basemodel.results import run_chart
 from basemodel.results.samples import continue_prompts, keep_samples, require_tokenizer
 from basemodel.results.trackers import Trackers, require_packages
@@ -26,7 +27,7 @@ from basemodel.training.run_folder import read_metrics, read_status
 from gpt import GPTModel
 
 STATUS_SECONDS = 5.0  # between updates of status.json
-ENOUGH_STEPS = 100  # to know the speed
+ENOUGH_STEPS = 100  # after which the speed is compared with the estimate
 
 
 def check_reporting(run: Run) -> None:
@@ -122,6 +123,9 @@ class StatusFile:
             "expected_cost_usd": clock.cost(eta),
             "checkpoint": self.checkpoint,
             "device": self._device,
+            "device_gib": machines.device_memory_gib(),
+            "processes": run.plan.processes,
+            "microbatch_size": run.plan.microbatch_size,
             "pid": os.getpid(),
             "launchers": run.launchers,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -165,8 +169,8 @@ class ProgressLine:
 class Reporter:
     """Everything that the first process reports about a run, and when."""
 
-    def __init__(self, run: Run, clock: Clock, step: int, device_name: str) -> None:
-        self.run, self.clock, self.device_name = run, clock, device_name
+    def __init__(self, run: Run, clock: Clock, step: int, device_name: str, *, compiled: bool) -> None:
+        self.run, self.clock, self._device, self._compiled = run, clock, device_name, compiled
         self.metrics = MetricsLog(run, step, say)
         self.status = StatusFile(run, clock, device_name)
         self.progress = ProgressLine(run, clock, step)
@@ -191,6 +195,10 @@ class Reporter:
         self.log(step, values | speed)
         self.progress.show(step, loss, self.status.mfu(average))
         self.status.refresh(step)
+        if self.clock.steps == ENOUGH_STEPS:
+            warning = slower_than_planned(self.run, self._device, average, compiled=self._compiled)
+            if warning:
+                say(warning)
 
     def flush(self) -> None:
         """Write what is pending to metrics.jsonl."""
@@ -266,7 +274,7 @@ def complete_status(run: Run, last: dict[str, Any], checkpoint: str) -> None:
     the meta.json of its last checkpoint."""
     if read_status(run.directory).get("status") != "finished":
         step = last["global_step"]
-        reporter = Reporter(run, Clock(run, step, last["seconds"]), step, last["device"])
+        reporter = Reporter(run, Clock(run, step, last["seconds"]), step, last["device"], compiled=True)
         reporter.status.loss, reporter.status.checkpoint = last["train_loss"], checkpoint
         reporter.chart(final=True)
         reporter.close("finished", step)

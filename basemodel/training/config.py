@@ -53,7 +53,7 @@ class TrainConfig:
     )
     learning_rate: float = key("peak learning rate of AdamW", 0.0004, above=0)
     muon_learning_rate: float = key("peak learning rate of Muon", 0.02, above=0)
-    muon_momentum: float = key("momentum of Muon; use less for short runs", 0.95, least=0, below=1)
+    muon_momentum: float = key("momentum of Muon; lower it for short runs", 0.95, least=0, below=1)
     embedding_learning_rate: float | None = key(
         "peak learning rate of the token embedding; null: learning_rate", None, above=0
     )
@@ -83,7 +83,7 @@ class TrainConfig:
         "auto",
     )
     compile: bool | Literal["auto"] = key("whether to use torch.compile; auto: only on CUDA", "auto")
-    deterministic: bool = key("whether runs are reproducible to the bit on CUDA too, but slower", False)
+    deterministic: bool = key("true: bit-for-bit reproducible on CUDA too, but slower", False)
     # Validation, checkpoints and reports
     validation_interval: int | None = key("global steps between validations; null: never", None, above=0)
     validation_batches: int = key("microbatches per validation, in total over all processes", 0, least=0)
@@ -94,7 +94,7 @@ class TrainConfig:
         "number of newest checkpoints to keep, in addition to the best; null: keep all", None, above=0
     )
     random_seed: int = key("seed for weights, dropout and shuffling", 42, least=0, below=2**63)
-    usd_per_hour: float | None = key("hourly price of the machine; null: report no cost", None, above=0)
+    usd_per_hour: float | None = key("hourly price of the machine in dollars; null: no cost", None, above=0)
     max_hours: float | None = key(
         "hours after which the run ends, with its schedule completed; null: no limit", None, above=0
     )

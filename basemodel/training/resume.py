@@ -92,8 +92,8 @@ def set_earlier_results_aside(run: Run) -> None:
 
 def check_space(run: Run, step: int) -> None:
     """Raise InputError if the disk has no room for the checkpoints still to be written after step `step`."""
-    size = checkpointing.size_in_bytes(run.model_config, run.config.optimizer)
-    checkpointing.require_space(run.checkpoints, run.saves_from(step), run.config.keep_checkpoints, size)
+    to_come, keep = run.saves_from(step), run.config.keep_checkpoints
+    checkpointing.require_space(run.checkpoints, to_come, keep, run.checkpoint_bytes)
 
 
 def rng_state(device: torch.device) -> dict[str, str]:

@@ -84,6 +84,12 @@ class Run:
         return self.directory / CHECKPOINTS
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """The size of a checkpoint: float32 weights with two moments each, or one where Muon updates them."""
+        with_one = self.model_config.hidden_parameters if self.config.optimizer == "muon" else 0
+        return 4 * (3 * self.model_config.parameter_count - with_one)
+
+    @property
     def metrics(self) -> Path:
         """The log of this run's steps."""
         return self.directory / METRICS
