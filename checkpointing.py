@@ -3,12 +3,12 @@
     checkpoints/20261121Z101500-iteration-617/
         model.safetensors        every parameter, float32
         optimizer.safetensors    every optimizer tensor, named PARAMETER.STATE
-        tokenizer.json           of a data set that has one of its own
+        tokenizer.json           the data set's own tokenizer, if it has one
         meta.json                progress and configs; size and SHA-256 of the other files; a digest of itself
-    checkpoints/latest, best     relative links, a convenience; what is valid is decided by meta.json
+    checkpoints/latest, best     relative links for convenience; meta.json decides what is valid
 
-A checkpoint is written to a temporary folder, fsynced, and renamed. So after a crash it is complete or
-absent. Training copies its tensors to host memory and goes on while a thread writes them.
+A checkpoint is written to a temporary folder, fsynced and renamed, so after a crash it is either complete or
+absent. Training copies the tensors to host memory and continues while a thread writes them.
 """
 
 import hashlib
@@ -62,8 +62,8 @@ class Saver:
     """
 
     def __init__(self, folder: Path, keep: int | None, log: Path, tokenizer: bytes | None = None) -> None:
-        """Keep the newest `keep` checkpoints in `folder` and the best; None: all. `log` is fsynced before
-        each save, so that it is never behind a checkpoint. `tokenizer` is a tokenizer.json to save too."""
+        """Keep the best and the newest `keep` checkpoints in `folder`; None: all. `log` is fsynced before
+        each save, so that it is never behind a checkpoint. `tokenizer` is a tokenizer.json to include."""
         self.folder, self.keep, self.log, self.tokenizer = folder, keep, log, tokenizer
         self.saved: str | None = None  # name of the last checkpoint on disk
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
@@ -85,15 +85,15 @@ class Saver:
             torch.accelerator.synchronize()
 
     def write(self, meta: dict[str, Any]) -> None:
-        """Start writing what was copied, then updating the links (`best` if `meta` says so), then pruning."""
+        """Start writing the copies, then updating the links (`best` if `meta` says so), then pruning."""
         self._job = self._thread.submit(self._write, *self._copied, meta)
 
     def busy(self, seconds: float | None = None) -> bool:
-        """Whether a save is still in progress after waiting for it, up to `seconds` if given."""
+        """Wait for the save in progress, at most `seconds` if given; return whether it still is."""
         return bool(wait([self._job], seconds).not_done)
 
     def check(self) -> None:
-        """Raise the error of the last save, if it has finished with one."""
+        """Raise the error of the last save, if it has failed."""
         if self._job.done():
             self.finish()
 
@@ -113,7 +113,7 @@ class Saver:
 
 
 def _copy_to_host(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in the buffers of the save before, pinned so that CUDA copies asynchronously."""
+    """Copy into the buffers of the previous save, which are pinned so that CUDA copies asynchronously."""
     copies = {}
     for name, tensor in tensors.items():
         if (buffer := buffers.get(name)) is None:
@@ -132,12 +132,12 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint of CPU tensors into `folder`, durably, and return its path.
 
-    `meta` must have `global_step`; `tokenizer` is the content of tokenizer.json. Raises RunError if that
-    fails, for example on a full disk; then the folder is as it was before.
+    `meta` must have `global_step`; `tokenizer` is the content of tokenizer.json. Raises RunError if writing
+    fails, for example because the disk is full, and leaves the folder as it was.
     """
     now = datetime.now(UTC)
     while (path := folder / f"{now:%Y%m%dZ%H%M%S}-iteration-{meta['global_step']}").exists():
-        now += timedelta(seconds=1)  # the new one sorts after what was saved in the same second and step
+        now += timedelta(seconds=1)  # sorts after a checkpoint of the same second and step
     temporary = folder / (TEMPORARY_PREFIX + path.name)
     try:
         if not folder.exists():
@@ -161,9 +161,9 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         size = sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values())
         raise RunError(
-            f"the checkpoint of step {meta['global_step']} could not be saved: {error}; it takes "
-            f"{_in_words(size)}, {_in_words(_free_space(folder))} are free in {folder}; free some and go on "
-            f"from {_names(list_checkpoints(folder)[-1:])} with --resume"
+            f"could not save the checkpoint of step {meta['global_step']}: {error}; it takes "
+            f"{_formatted(size)}, and {_formatted(_free_space(folder))} is free in {folder}; free some "
+            f"space, then continue from {_names(list_checkpoints(folder)[-1:])} with --resume"
         ) from error
     return path
 
@@ -174,18 +174,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     missing = REQUIRED_META - meta.keys()
     if missing:
         raise InputError(
-            f"{path / META_FILE}: not a checkpoint's meta.json: it lacks {', '.join(sorted(missing))}"
+            f"{path / META_FILE}: not a checkpoint's meta.json: missing {', '.join(sorted(missing))}"
         )
     digest = meta.pop("digest", None)
     if digest != _digest(meta):
-        raise InputError(f"{path / META_FILE}: damaged (its own digest differs)")
+        raise InputError(f"{path / META_FILE}: damaged (its digest does not match)")
     for name in (MODEL_FILE, OPTIMIZER_FILE, *(meta["files"].keys() & {TOKENIZER_FILE})):
         try:
             actual = fingerprint(path / name)
         except OSError:
             raise InputError(f"{path / name}: missing or unreadable") from None
         if actual != meta["files"].get(name):
-            raise InputError(f"{path / name}: damaged (its size or SHA-256 is not meta.json's)")
+            raise InputError(f"{path / name}: damaged (its size or SHA-256 differs from meta.json)")
     model, optimizer = (safetensors.torch.load_file(path / name) for name in (MODEL_FILE, OPTIMIZER_FILE))
     return Checkpoint(path, model, optimizer, meta)
 
@@ -193,24 +193,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def newest_checkpoint(
     folder: Path, say: Callable[[str], None], *, only_best: bool = False
 ) -> Checkpoint | None:
-    """The newest valid checkpoint in `folder`, or None; `say` is told about each invalid one.
+    """The newest valid checkpoint in `folder`, or None; each invalid one is reported to `say`.
 
-    With `only_best`, the newest of those that were the best when they were saved.
+    With `only_best`, the newest that was the best when it was saved.
     """
     for path in reversed(list_checkpoints(folder)):
         try:
             if not only_best or read_json_object(path / META_FILE).get("is_best"):
                 return load_checkpoint(path)
         except InputError as error:
-            say(f"Passing over {path.name}: {error}")
+            say(f"Skipping {path.name}: {error}")
     return None
 
 
 def named_checkpoint(folder: Path, name: str, say: Callable[[str], None]) -> Checkpoint:
     """The checkpoint that a user named: `latest`, `best` or a folder's name. Raises InputError.
 
-    Where a link is broken, `say` is told, and the link means the newest valid checkpoint, or the newest of
-    those that were the best.
+    A broken link is reported to `say`, and stands for the newest valid checkpoint (`latest`) or the newest
+    that was the best (`best`).
     """
     if name not in LINKS:
         return load_checkpoint(require_named(folder, name))
@@ -219,13 +219,13 @@ def named_checkpoint(folder: Path, name: str, say: Callable[[str], None]) -> Che
         if not link.is_symlink():
             raise InputError(f"{link}: no such link")
         if str(link.readlink()) in LINKS:
-            raise InputError(f"{link}: points to no checkpoint")
+            raise InputError(f"{link}: does not point to a checkpoint")
         return load_checkpoint(require_named(folder, str(link.readlink())))
     except InputError as error:
-        say(f"Passing over {name}: {error}")
+        say(f"Skipping {name}: {error}")
     checkpoint = newest_checkpoint(folder, say, only_best=name == "best")
     if checkpoint is None:
-        raise InputError(f"{folder}: has no good checkpoint; start without '{name}'")
+        raise InputError(f"{folder}: no valid checkpoint; start without '{name}'")
     return checkpoint
 
 
@@ -238,15 +238,15 @@ def require_named(folder: Path, name: str) -> Path:
     if name in LINKS:
         return folder / name
     if (folder / name).is_symlink():
-        raise InputError(f"{folder / name}: is a link; name the checkpoint's own folder")
+        raise InputError(f"{folder / name}: is a link; name the checkpoint folder itself")
     if not (folder / name).is_dir():
-        have = _names(list_checkpoints(folder))
-        raise InputError(f"{folder / name}: no such checkpoint; there are: {have}")
+        available = _names(list_checkpoints(folder))
+        raise InputError(f"{folder / name}: no such checkpoint; available: {available}")
     return folder / name
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first, without links and anything else there."""
+    """The checkpoints in `folder`, oldest first, ignoring links and anything else."""
     checkpoints = [
         path
         for path in folder.glob("*-iteration-*")
@@ -271,14 +271,14 @@ def point_link(folder: Path, name: str, target: Path) -> None:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, the last one saved as best, and the target of `best`."""
+    """Delete all checkpoints but the newest `keep`, the last one saved as best, and the target of `best`."""
     paths = list_checkpoints(folder)
     keepers = {*paths[-keep:], *[path for path in paths if _was_best(path)][-1:]}
     if (folder / "best").is_symlink():
         keepers.add(folder / (folder / "best").readlink())
     for path in paths:
         if path not in keepers:
-            # Renamed first: a half-deleted checkpoint must not look like one.
+            # Renamed first: a half-deleted checkpoint must not look valid.
             shutil.rmtree(path.rename(folder / (TEMPORARY_PREFIX + path.name)))
 
 
@@ -290,7 +290,7 @@ def _was_best(path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed saves left in a locked run's checkpoints/, and nothing else."""
+    """Remove what interrupted saves left in a locked run's checkpoints/, and nothing else."""
     for path in folder.glob(TEMPORARY_PREFIX + "*"):
         name = path.name.removeprefix(TEMPORARY_PREFIX)
         if path.is_symlink() and name in LINKS:
@@ -304,17 +304,17 @@ def require_space(folder: Path, to_come: int, keep: int | None, size: int) -> No
 
     With `keep`, at most `keep` + 2 exist at a time: the newest, the best, and the one being written.
     """
-    here = len(list_checkpoints(folder))
-    checkpoints = to_come if keep is None else max(1, min(to_come, keep + 2 - here))
+    existing = len(list_checkpoints(folder))
+    checkpoints = to_come if keep is None else max(1, min(to_come, keep + 2 - existing))
     needed, free = checkpoints * size, _free_space(folder)
     if needed > free:
         raise InputError(
-            f"{folder}: {checkpoints} checkpoints take {_in_words(needed)}, only {_in_words(free)} are free; "
-            "free some, or set keep_checkpoints or a larger checkpoint_interval in train.json"
+            f"{folder}: {checkpoints} checkpoints take {_formatted(needed)}, but only {_formatted(free)} is "
+            "free; free some space, or set keep_checkpoints or a larger checkpoint_interval in train.json"
         )
 
 
-def _in_words(size: int) -> str:
+def _formatted(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
 
 
@@ -335,7 +335,7 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 def load_optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Load what `optimizer_tensors` returned. Raises InputError if a tensor belongs to no parameter.
+    """Load what `optimizer_tensors` returned. Raises InputError for a tensor that belongs to no parameter.
 
     A parameter whose state comes from another kind of optimizer starts with fresh state.
     """
@@ -353,7 +353,7 @@ def load_optimizer_tensors(
     if saved:
         name, own_state = next(iter(saved.items()))
         first = f"{name}.{next(iter(own_state))}"
-        raise InputError(f"the optimizer has no place for '{first}'; it is configured differently")
+        raise InputError(f"the optimizer has no parameter for '{first}'; it is configured differently")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 

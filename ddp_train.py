@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Train a GPT-2-class base model. A run is two JSON files, runs/RUN/model.json and runs/RUN/train.json; their
-keys are those of GPTConfig (basemodel/model/config.py) and TrainConfig (basemodel/training/config.py).
+"""Train a GPT-2-class base model, on one device or on many with DDP.
 
-    python ddp_train.py demo datasets                 one process, on the GPU if there is one, else on the CPU
-    python ddp_train.py demo datasets --resume        continue from the newest valid checkpoint
-    python ddp_train.py demo datasets --plan          say what the run would do, and what it would cost
-    python ddp_train.py original --plan --on all      which machine to rent: what each would take and cost
-    python ddp_train.py original -f                   find the largest microbatch that fits
-    torchrun --nproc_per_node=8 ddp_train.py 8xh100m80 datasets       the eight GPUs of one machine
+    python ddp_train.py demo datasets               one process, on the GPU or, without one, on the CPU
+    python ddp_train.py demo datasets --resume      continue from the newest valid checkpoint
+    python ddp_train.py demo datasets --plan        print what the run would do and cost, then exit
+    python ddp_train.py original --plan --on all    compare time and cost on machines for rent
+    python ddp_train.py original -f                 find the largest microbatch that fits
+    torchrun --nproc_per_node=8 ddp_train.py 8xh100m80 datasets       eight GPUs on one machine
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 ddp_train.py ...
 
-Read it from top to bottom: the learner takes one training step, the trainer loops over steps, the command
-puts both together. The model is in gpt.py, checkpoints are in checkpointing.py, the rest is in basemodel/.
+A run is two files in runs/RUN/, model.json and train.json; their keys are in basemodel/model/config.py and
+basemodel/training/config.py. Read this script from top to bottom: the learner takes one training step, the
+trainer loops over steps, and the command puts the two together. The model is in gpt.py, checkpoints are in
+checkpointing.py, the rest is in basemodel/.
 """
 
 import dataclasses
@@ -38,8 +39,8 @@ from basemodel.training.config import TrainConfig
 from basemodel.training.run import Run, prepare_run
 from gpt import GPTConfig, GPTModel
 
-# A run gives up after this many non-finite steps in a row. In fp16 they are normal at first: the loss scale
-# starts at 2^16, and each one halves it. In bf16 and fp32, which need no scale, they mean divergence.
+# Give up after this many non-finite steps in a row. fp16 runs start with a few: the loss scale starts at 2^16
+# and each skipped step halves it. In bf16 and fp32, which have no loss scale, they mean divergence.
 MOST_SKIPPED_IN_A_ROW = 16
 
 # ------------------------------------------------------------------------------------------------------------
@@ -48,14 +49,14 @@ MOST_SKIPPED_IN_A_ROW = 16
 
 
 class Learner:
-    """A new model and what a training step needs: loss, optimizer, gradient averaging, loss scaling."""
+    """A new model and everything that trains it: loss, optimizer, gradient averaging, loss scaling."""
 
     def __init__(
         self, config: TrainConfig, model_config: GPTConfig, world: processes.World, *, any_size: bool = False
     ) -> None:
-        """`any_size`: compile for any microbatch, not for the config's alone."""
+        """`any_size`: compile for any microbatch size, not only the config's."""
         self.config, self.world = config, world
-        # DDP sends gradients from its buckets, where they stay. A single process frees them after each step.
+        # DDP keeps gradients in its buckets for good; a single process frees them after each step.
         self.keeps_gradients = world.size > 1
         self.precision = backend.choose_precision(config, world.device)
         backend.set_up_arithmetic(self.precision, deterministic=config.deterministic)
@@ -71,21 +72,21 @@ class Learner:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
 
     def _wrapped_in_ddp(self) -> nn.Module:
-        """The loss module; with several processes, DDP's wrapper, whose backward pass averages gradients."""
+        """The loss module; with several processes, wrapped in DDP, whose backward pass averages gradients."""
         if self.world.size == 1:
             return self.loss_module
         device_ids = None if self.world.device.type == "cpu" else [self.world.local_rank]
         wrapper = DistributedDataParallel(
             self.loss_module, device_ids=device_ids, gradient_as_bucket_view=True
         )
-        # The first pass lets DDP rebuild its buckets, the second moves gradients there. Both change how sums
-        # of three or more processes round, so a resumed run must do it before its first step too.
+        # The first pass makes DDP rebuild its buckets, the second moves gradients there. Both change how sums
+        # over three or more processes round, so a resumed run must do the same before its first step.
         self._warm_up(wrapper)
         self._warm_up(wrapper)
         return wrapper
 
     def _warm_up(self, module: nn.Module) -> None:
-        """One pass without an update, to trigger compilation and what DDP does in its first passes."""
+        """Run one pass without an update, to trigger compilation and DDP's one-time setup."""
         size = self.config.microbatch_size, self.model.config.context_length + 1
         try:
             with backend.autocast(self.precision, self.world.device):
@@ -94,15 +95,15 @@ class Learner:
             self.model.zero_grad(set_to_none=not self.keeps_gradients)
 
     def train_step(self, microbatches: list[Tensor], learning_rate: float, *, stop: bool = False) -> Tensor:
-        """One optimizer step over this process's share of the global batch, sequences of (B, T + 1) each.
+        """Take an optimizer step on this process's share of the global batch: microbatches of (B, T + 1).
 
-        Returns the fields of StepResult as a tensor of shape (4,) on the device. A step whose loss or
-        gradient is not finite on one process is skipped on all. No host synchronization except in `step_if`.
+        Returns the fields of StepResult as a tensor of shape (4,) on the device. A step with a non-finite
+        loss or gradient on any process is skipped on all. No host synchronization except in `step_if`.
         """
         loss = self._accumulate_gradients(microbatches)
         grad_norm = self._clip_gradients()
         stops = torch.full_like(loss, float(stop))
-        # Both in one all-reduce: tiny ones cost latency only.
+        # One all-reduce for both: at this size only latency counts.
         loss, stops = self.world.all_reduce(torch.stack([loss / self.world.size, stops]))
         finite = loss.isfinite() & grad_norm.isfinite()
         optimizer.set_learning_rate(self.optimizer, learning_rate)
@@ -113,8 +114,8 @@ class Learner:
     def _accumulate_gradients(self, microbatches: list[Tensor]) -> Tensor:
         """Accumulate gradients over the microbatches; return this process's mean loss.
 
-        Each loss is a mean, divided by the number of microbatches; in the last backward pass DDP all-reduces
-        the gradients to their average over the processes. So they are those of the global batch's mean loss.
+        Each microbatch's mean loss is divided by the number of microbatches, and DDP averages the gradients
+        over the processes in the last backward pass, so they are those of the global batch's mean loss.
         """
         mean_loss = torch.zeros((), device=self.world.device)
         loss_scale = self.scaler.scale(torch.ones_like(mean_loss)) if self.scaler.is_enabled() else None
@@ -138,9 +139,9 @@ class Learner:
         return grad_norm
 
     def validate(self, sequences: Sequences, stop: stopping.StopSignal) -> float | None:
-        """Mean loss over the first validation_batches microbatches, shared out over the processes.
+        """The mean loss over the first validation_batches microbatches, divided among the processes.
 
-        Returns None if any process is asked to stop before it finishes.
+        Returns None if any process is asked to stop before the end.
         """
         config, world = self.config, self.world
         total = torch.zeros((), device=world.device)
@@ -150,7 +151,7 @@ class Learner:
             if (index := first + world.rank) < config.validation_batches:
                 microbatch = sequences.read(index * config.microbatch_size, config.microbatch_size)
                 total += self.validation_loss(to_device(microbatch, world.device))
-        # Not all_reduce: on a GPU it would wait without end for a process that has died or hangs.
+        # Not all_reduce: on a GPU it would wait forever for a process that has died or hangs.
         return sum(world.all_gather(total.item())) / config.validation_batches
 
     @torch.no_grad()
@@ -170,12 +171,12 @@ class Learner:
 
 @dataclasses.dataclass
 class Progress:
-    """The progress of a run: what a checkpoint's meta.json keeps besides configs and random states."""
+    """How far a run has come, as each checkpoint's meta.json records it."""
 
     global_step: int = 0  # finished optimizer steps
     settled: bool = False  # the validation and checkpoint due after this step are done
-    skipped: int = 0  # steps in a row, up to this one, that were not finite
-    seconds: float = 0.0  # of training, over all resumed parts
+    skipped: int = 0  # consecutive non-finite steps, up to this one
+    seconds: float = 0.0  # of training, including before a resume
     best_loss: float | None = None
     train_loss: float | None = None  # mean over the steps between the last two checkpoints
     val_loss: float | None = None  # of the last validation
@@ -202,20 +203,20 @@ class Trainer:
         """
         run, progress, world = self.run, self.progress, self.world
         self.clock = budget.Clock(run, progress.global_step, progress.seconds)
-        # The others wait: a tracker may take long to reach its server.
+        # The other processes wait, because a tracker may take long to reach its server.
         self.reporter = world.agree(self._make_reporter, on=world.is_first) or NoReporter()
         self.saver = checkpointing.Saver(
             run.checkpoints, run.config.keep_checkpoints, run.metrics, run.data.tokenizer
         )
         with stopping.StopSignal() as stop:
             finished = self._train_and_report_failure(stop)
-            # torchrun ends the other processes as soon as one exits, so none may before everything is saved.
+            # torchrun ends the other processes as soon as one exits, so all wait until everything is saved.
             world.all_gather(None)
             if not finished:
                 self.reporter.close("preempted", progress.global_step)
                 self.reporter.say(
-                    f"Stopped by a signal after step {progress.global_step:,}, with a checkpoint; --resume "
-                    "continues from there"
+                    f"Stopped by a signal after step {progress.global_step:,} and saved a checkpoint; "
+                    "--resume continues from there"
                 )
                 return stop.exit_status
         self.reporter.finish(progress.global_step, progress.train_loss, progress.val_loss)
@@ -226,7 +227,7 @@ class Trainer:
         return Reporter(self.run, self.clock, step, self.world.device_name, compiled=compiled)
 
     def _train_and_report_failure(self, stop: stopping.StopSignal) -> bool:
-        """Train and save, also after a signal. Returns False if one arrived before all work was done."""
+        """Train and save, even after a signal. Returns False if one arrived before all work was done."""
         steps = pending.PendingSteps(self.world.device)
         try:
             with self.saver:
@@ -246,12 +247,12 @@ class Trainer:
         return finished
 
     def _loop(self, stop: stopping.StopSignal, steps: pending.PendingSteps) -> bool:
-        """The training loop: read, step, log, stop if asked to, validate and save where due.
+        """The training loop: read, step, log, stop if asked to, validate and save when due.
 
         Returns False if a signal arrived before all work was done.
         """
         run, progress = self.run, self.progress
-        # Before the first step, and where a stop left it undone.
+        # Before the first step, and after a stop that left it undone.
         if not progress.settled and not self._validate_and_save(stop):
             return False
         steps.restart_clock()
@@ -284,13 +285,13 @@ class Trainer:
         return True
 
     def _read(self, first: int, count: int) -> Tensor:
-        """The microbatch of `count` sequences from number `first` on, (B, T + 1), on the device."""
+        """Read a microbatch of `count` sequences, from number `first` on, as (B, T + 1) on the device."""
         return to_device(self.run.data.train.read(first, count), self.world.device)
 
     def _log(self, results: list[tuple[int, pending.StepResult, float]]) -> None:
-        """Log finished steps, each with its result and its seconds.
+        """Log finished steps, given as (step, result, seconds).
 
-        Raises Diverged after too many steps in a row whose loss or gradient is not finite.
+        Raises Diverged after too many non-finite steps in a row.
         """
         for step, result, seconds in results:
             speed, rate = self.clock.count(step, seconds), self.run.learning_rate_at(step - 1)
@@ -301,16 +302,16 @@ class Trainer:
             self.progress.skipped = 0 if result.finite else self.progress.skipped + 1
             if not result.finite:
                 loss, norm = result.loss, result.grad_norm
-                problem = f"the training loss is {loss}, the gradient norm {norm} at step {step}"
+                problem = f"the training loss is {loss} and the gradient norm {norm} at step {step}"
                 if self.progress.skipped >= MOST_SKIPPED_IN_A_ROW:
-                    raise Diverged(f"{problem}, and {self.progress.skipped} steps in a row were skipped")
-                self.reporter.say(f"Skipped: {problem}; the weights are unchanged")
+                    raise Diverged(f"{problem}; {self.progress.skipped} steps in a row were skipped")
+                self.reporter.say(f"Skipped the update: {problem}")
 
     def _validate_and_save(self, stop: stopping.StopSignal) -> bool:
-        """Validate, sample and save where that is due after this step, and redraw the chart.
+        """Validate, sample and save, each if due after this step, and redraw the chart.
 
-        Returns False if a signal arrives during validation; the resumed run then repeats it, and decides as
-        an uninterrupted run would.
+        Returns False if a signal arrives during validation. The resumed run repeats the validation, so that
+        it picks the same best checkpoint as an uninterrupted run.
         """
         run, progress, world = self.run, self.progress, self.world
         step = progress.global_step
@@ -321,7 +322,7 @@ class Trainer:
         progress.settled = True
         if run.saves_after(step):
             self._save()
-        if step < run.plan.steps:  # the last is drawn as the run finishes
+        if step < run.plan.steps:  # the final chart is drawn when the run finishes
             self.reporter.chart()
         return True
 
@@ -344,10 +345,10 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------------
 
     def _save(self, *, scheduled: bool = True) -> None:
-        """Start saving a checkpoint. `latest` will point to it; so will `best`, if it is the best so far.
+        """Start saving a checkpoint. `latest` will point to it, and so will `best` if it is the best so far.
 
-        One saved because of a stop is never marked best and leaves recent_losses alone, so that a resumed run
-        picks the same best checkpoint as an uninterrupted one.
+        A checkpoint of an early stop is never marked best and leaves recent_losses alone, so that a resumed
+        run picks the same best checkpoint as an uninterrupted one.
         """
         model, step = self.learner.model, self.progress.global_step
         with self.clock.pause("checkpoint"):
@@ -365,13 +366,13 @@ class Trainer:
         self.saver.write(self._meta() | {"is_best": is_best, "rng": rng})
 
     def _await_save(self) -> None:
-        """Wait on all processes for the save in progress, however long it takes, so that none of them times
-        out waiting for the first; a process that dies or hangs meanwhile is noticed."""
+        """Make all processes wait for the save in progress, however long it takes, so that none times out
+        waiting for the first. A process that dies or hangs meanwhile is noticed."""
         while self.world.any(self.saver.busy(0.3)):
             pass
 
     def _give_up(self, reason: str) -> None:
-        """Report that the main thread hangs, from another one. What is being saved is saved first."""
+        """Finish the save in progress and report, from another thread, that the main thread hangs."""
         self.saver.busy()
         self.reporter.close("failed", self.progress.global_step, error=reason)
 
@@ -410,16 +411,19 @@ class Trainer:
         }
 
     def restore(self, checkpoint: checkpointing.Checkpoint | None) -> None:
-        """Continue from a checkpoint, which only the first process holds, on all processes."""
+        """Continue on all processes from a checkpoint that only the first one has loaded."""
         learner, world = self.learner, self.world
         meta = resume.restore_tensors(learner.model, learner.optimizer, checkpoint, world)
-        if learner.scaler.is_enabled() and meta["scaler"]:  # empty where it was trained in another precision
+        if learner.scaler.is_enabled() and meta["scaler"]:  # empty if it was trained in another precision
             learner.scaler.load_state_dict(meta["scaler"])
         self.progress = Progress(**{field.name: meta[field.name] for field in dataclasses.fields(Progress)})
         self.budget.resume(meta)
         changes = [resume.set_rng_state(meta, world, self.run.config.random_seed)]
         if meta["precision"] != learner.precision:
-            changes.append(f"Saved in {meta['precision']}, resumed in {learner.precision}: rounding differs")
+            changes.append(
+                f"The checkpoint was trained in {meta['precision']}, this run uses {learner.precision}: "
+                "rounding will differ"
+            )
         if world.is_first:
             say(f"Resuming after step {self.progress.global_step:,}, from {checkpoint.path.name}")
             for change in filter(None, changes):
@@ -439,26 +443,26 @@ class Trainer:
     "--resume",
     "resume_newest",
     is_flag=True,
-    help="Continue from the newest valid checkpoint; start afresh if there is none.",
+    help="Continue from the newest valid checkpoint; start from scratch if there is none.",
 )
 @click.option("-f", "--find-max-microbatch-size", is_flag=True, help="Find the largest microbatch that fits.")
-@click.option("--plan", "only_plan", is_flag=True, help="Print what the run would do, and exit.")
+@click.option("--plan", "only_plan", is_flag=True, help="Print what the run would do and cost, then exit.")
 @plan_options
 @click.option(
     "--runs-dir",
     type=click.Path(path_type=Path),
     default=Path(__file__).parent / "runs",
-    help="Folder of the runs.  [default: runs/ beside this script]",
+    help="Folder that holds the runs.  [default: runs/ beside this script]",
 )
 @click.option(
-    "--allow-config-change", is_flag=True, help="Continue although the configs or the data set have changed."
+    "--allow-config-change", is_flag=True, help="Continue even if the configs or the data set have changed."
 )
 @click.option(
     "--collective-timeout",
     type=click.FloatRange(min=1),
     default=600,
     show_default=True,
-    help="Seconds that processes wait for one another in a step before they give up.",
+    help="Seconds that processes wait for one another in a step before giving up.",
 )
 def main(
     run_name: str,
@@ -475,20 +479,19 @@ def main(
     budget_usd: float | None,
     machines: Path | None,
 ) -> int:
-    """Train the run RUN, a folder of runs/ with model.json and train.json, on a data set kept in
-    DATASETS_DIR.
+    """Train RUN, a folder in runs/ with a model.json and a train.json, on a data set in DATASETS_DIR.
 
-    With CHECKPOINT (latest, best, or a checkpoint folder's name), continue from there.
+    With CHECKPOINT (latest, best, or the name of a checkpoint folder), continue from that checkpoint.
     """
     run = Run.read(runs_dir, run_name)
     if find_max_microbatch_size and only_plan:
-        raise InputError("give either -f or --plan")
+        raise InputError("use either -f or --plan, not both")
     if checkpoint and resume_newest:
-        raise InputError("give either a checkpoint's name or --resume, which finds the newest")
+        raise InputError("use either a checkpoint's name or --resume, not both")
     elsewhere = Elsewhere(on, budget_usd, machines)
     plans_elsewhere = elsewhere.is_asked(only_plan)
     if not datasets_dir and not find_max_microbatch_size and not plans_elsewhere:
-        raise InputError("DATASETS_DIR is missing: the folder of the data sets")
+        raise InputError("DATASETS_DIR is missing: the folder that holds the data sets")
     with processes.joined_world(collective_timeout) as world:
         if find_max_microbatch_size:
             size = microbatch.find_max_microbatch(run, world, Learner)
@@ -513,16 +516,16 @@ def main(
 
 
 def make_trainer(run: Run, world: processes.World, name: str | None, allow_change: bool) -> Trainer | None:
-    """The trainer to start with: from a named checkpoint, from the "newest" valid one, or from scratch.
+    """Make the trainer, continuing from a named checkpoint or the "newest" valid one, or from scratch.
 
-    None if the checkpoint is from the last step: nothing is left to do.
+    Returns None if the checkpoint is that of the last step, so that nothing is left to do.
     """
     checkpoint = world.agree(lambda: resume.find_checkpoint(run, name, allow_change), on=world.is_first)
     meta = checkpoint.meta if checkpoint else {}
     step, ended = world.broadcast((meta.get("global_step"), bool(meta) and budget.has_ended(run, meta)))
     if ended:
         if world.is_first:
-            print(f"{run.name} is finished: {checkpoint.path.name} is from the last of {step:,} steps")
+            print(f"{run.name} is finished: {checkpoint.path.name} already has all {step:,} steps")
             complete_status(run, meta, checkpoint.path.name)
         return None
     if world.is_first:

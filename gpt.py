@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from basemodel.model.config import GPTConfig as GPTConfig
 from basemodel.model.masks import AttentionMask, Cache
 
-RESIDUAL_PROJECTIONS = "att.out_proj", "ff.layers.2"  # what a block adds to the residual stream
+RESIDUAL_PROJECTIONS = "att.out_proj", "ff.layers.2"  # their outputs are added to the residual stream
 
 
 class LayerNorm(nn.Module):
@@ -32,25 +32,25 @@ class LayerNorm(nn.Module):
 
 
 def linear_together(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """The outputs of several linear layers side by side, (..., outputs of all)."""
+    """Apply several linear layers to `x` and concatenate their outputs along the last dimension."""
     if x.shape[-2] == 1:
-        # One token's products take less time than to copy the weights would.
+        # For a single token, separate products cost less than copying the weights.
         return torch.cat([layer(x) for layer in layers], dim=-1)
-    # One matrix product in place of three: fewer, larger ones are faster.
+    # One large matrix product is faster than several small ones.
     bias = torch.cat([layer.bias for layer in layers]) if layers[0].bias is not None else None
     return F.linear(x, torch.cat([layer.weight for layer in layers]), bias)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, dropout: float) -> Tensor:
-    """Attention of queries (B, H, T, D) to keys and values (B, H, S, D); causal where `mask` is None."""
+    """Attention of queries (B, H, T, D) to keys and values (B, H, S, D); causal if `mask` is None."""
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask)
-    how = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None}
+    options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None}
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 256:
         # On CPUs the backward pass of short bf16 attention takes three times as long as in float32.
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
-    return F.scaled_dot_product_attention(q, k, v, **how)
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+    return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 class Attention(nn.Module):
@@ -65,7 +65,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
 
     def forward(self, x: Tensor, mask: AttentionMask | None = None, cache: Cache | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C). `mask`: which tokens each token attends to, if not all before it."""
+        """(B, T, C) -> (B, T, C). `mask` says which tokens each token attends to; None: causal."""
         B, T, C = x.shape
         qkv = linear_together(x, self.W_query, self.W_key, self.W_value)  # (B, T, 3C)
         qkv = qkv.view(B, T, 3, self.n_heads, C // self.n_heads)
@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers, the hidden one four times as wide, with the tanh form of GELU."""
+    """Two linear layers with a hidden width of 4C, and the tanh form of GELU between them."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention, then pre-norm feed-forward, each with dropout before it is added back."""
+    """Pre-norm attention, then pre-norm feed-forward, each with dropout before the residual addition."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -139,9 +139,9 @@ class GPTModel(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / scale)
 
     def _init_zero(self) -> None:
-        """PyTorch's weights, but the projections that add to the residual stream zero, so that each block
-        begins as the identity (Zhang et al. 2019, Fixup), and positions normal(0, 0.02): as large as the
-        tokens, with normal(0, 1), they drown them at first."""
+        """PyTorch's defaults, but the projections that add to the residual stream are zero, so that each
+        block starts as the identity (Zhang et al. 2019, Fixup), and positions are normal(0, 0.02): the
+        default normal(0, 1), as large as the tokens, would drown these out at first."""
         for name, module in self.trf_blocks.named_modules():
             if name.endswith(RESIDUAL_PROJECTIONS):
                 nn.init.zeros_(module.weight)
@@ -159,9 +159,9 @@ class GPTModel(nn.Module):
         mask: AttentionMask | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Map tokens (B, T) to what the head reads, (B, T, C).
+        """Map tokens (B, T) to the input of the head, (B, T, C).
 
-        `positions`, (B, T) or (T,), are 0 to T - 1 by default; `mask` and `cache` are for attention.
+        `positions`, (B, T) or (T,), are 0 to T - 1 by default; `mask` and `cache` go to attention.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -171,7 +171,7 @@ class GPTModel(nn.Module):
         return self.final_norm(x)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters by name, each once: of two tied tensors the embedding."""
+        """The parameters by name, each once; tied weights appear as the embedding."""
         return {name: p.detach() for name, p in self.named_parameters()}
 
     @classmethod

@@ -62,7 +62,7 @@ CONFIGS = {
     "schedules at odds": (
         {},
         {"schedule_learning_rate": True, "lr_schedule": "wsd"},
-        'lr_schedule "wsd" contradicts "schedule_learning_rate": true, which means "cosine"; drop one',
+        'lr_schedule "wsd" contradicts "schedule_learning_rate": true, which means "cosine"; remove one',
     ),
     "schedule too long": (
         {},
@@ -72,12 +72,12 @@ CONFIGS = {
     "half of an odd batch": (
         {},
         {"microbatch_size": 1, "global_batch_size": 1, "half_batch_percent": 30},
-        "half_batch_percent halves what a process reads in a step, 1 x 1 sequences; make that even",
+        "half_batch_percent halves the 1 x 1 sequences that a process reads in a step; make their number",
     ),
     "quarters of an odd length": (
         {"context_length": 18},
         {"short_sequence_percent": 30},
-        "short_sequence_percent cuts sequences into 4 parts; make context_length 18 a multiple of that",
+        "short_sequence_percent cuts sequences into 4 parts; make context_length a multiple of 4, not 18",
     ),
     "no warm-up": ({}, {"lr_schedule": "constant", "warmup_period_percent": 5}, 'constant" has no warm-up'),
     "Muon's rate": ({}, {"muon_learning_rate": 0}, "muon_learning_rate must be more than 0, not 0"),
@@ -104,7 +104,7 @@ CONFIGS = {
     "documents without an end": (
         {},
         {"document_masking": True},
-        "document_masking needs the end-of-text token, 50256, which a vocab_size of 64 leaves out",
+        "document_masking needs the end-of-text token, 50256, which is not in a vocabulary of 64 tokens",
     ),
     "amp and precision": ({}, {"use_amp": False, "precision": "bf16"}, "contradicts"),
     "no batches": ({}, {"validation_interval": 5}, "validation_batches must be at least 1"),
@@ -118,12 +118,12 @@ CONFIGS = {
     "at odds": (
         {},
         {"gradient_accumulation_steps": 3},
-        "gradient_accumulation_steps 4 or global_batch_size 6 works",
+        "use gradient_accumulation_steps 4 or global_batch_size 6",
     ),
     "too few tokens": (
         {},
         {"min_train_tokens": 10_000},
-        "has 249 sequences of 16 tokens in 1 epochs after start_train_token 0, the run needs 632",
+        "has 249 sequences of 16 tokens in 1 epochs after start_train_token 0, but the run needs 632",
     ),
     "epochs it would take": (
         {},
@@ -167,7 +167,7 @@ def test_malformed_json(tmp_path: Path, text: str, message: str) -> None:
 
 def test_missing_run_and_missing_file(sandbox: Sandbox) -> None:
     sandbox.write_run("other")
-    assert refused_run(sandbox).endswith("no such run; there are: other")
+    assert refused_run(sandbox).endswith("no such run; available: other")
     (sandbox.run_dir("other") / "train.json").unlink()
     assert refused_run(sandbox, run="other").endswith("train.json: no such file")
 
@@ -290,10 +290,10 @@ def test_checkpoint_of_another_batch(sandbox: Sandbox) -> None:
 
 def test_checkpoint_that_is_not_there(sandbox: Sandbox) -> None:
     sandbox.write_run(train={"checkpoint_interval": 4})
-    assert "has no good checkpoint; start without 'latest'" in refused(*sandbox.command("tiny", "latest"))
+    assert "no valid checkpoint; start without 'latest'" in refused(*sandbox.command("tiny", "latest"))
     sandbox.train()
     names = ", ".join(path.name for path in sandbox.checkpoints())
-    assert f"nonsense: no such checkpoint; there are: {names}" in refused_run(sandbox, "nonsense")
+    assert f"nonsense: no such checkpoint; available: {names}" in refused_run(sandbox, "nonsense")
 
 
 def test_more_processes_than_divide_the_batch() -> None:

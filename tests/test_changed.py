@@ -55,14 +55,14 @@ def test_other_data_or_configs_under_a_resumed_run_are_refused_unless_allowed(sa
     done = run_script(*sandbox.command("tiny", "--resume"))
     assert done.returncode == 2
     for part in (
-        "train.json: learning_rate was 0.01, is 0.02",
-        "train.safetensors of test/tokens had the SHA-256",
+        "train.json: learning_rate was 0.01, now 0.02",
+        "the SHA-256 of train.safetensors in test/tokens was",
         "--allow-config-change",
     ):
         assert part in done.stderr
     assert len(sandbox.checkpoints()) == 1
     said = sandbox.train("tiny", "--resume", "--allow-config-change")
-    assert "Going on, as allowed, although train.json: learning_rate was 0.01, is 0.02; train.safeten" in said
+    assert "despite changes, as requested: train.json: learning_rate was 0.01, now 0.02; the SHA-256" in said
     assert sandbox.metrics(key="learning_rate") == [0.01] * 4 + [0.02] * 4
 
 
@@ -90,7 +90,7 @@ def test_a_run_goes_on_with_what_it_was_trained_with(tmp_path: Path, file: str, 
     if key in FREE:
         check_resumable("x", meta, run, None)
         return
-    with pytest.raises(InputError, match=rf'another run: {file}: {key} was "something else", is '):
+    with pytest.raises(InputError, match=rf'another run: {file}: {key} was "something else", now '):
         check_resumable("x", meta, run, None)
     said: list[str] = []
     check_resumable("x", meta, run, said.append)
@@ -120,7 +120,7 @@ def test_an_allowed_change_of_optimizer_keeps_the_weights_and_begins_its_state_a
     shutil.rmtree(sandbox.checkpoints()[-1])
     sandbox.write_run(train={"checkpoint_interval": 4, "optimizer": after})
     said = sandbox.train("tiny", "--resume", "--allow-config-change")
-    assert f'optimizer was "{before}", is "{after}"' in said
+    assert f'optimizer was "{before}", now "{after}"' in said
     assert "Resuming after step 4" in said
     state = load_file(sandbox.checkpoints()[-1] / "optimizer.safetensors")
     of_matrices = {key.rsplit(".", 1)[1] for key in state if ".ff.layers.0.weight." in key}
@@ -134,7 +134,7 @@ def test_a_checkpoint_behind_the_end_that_a_changed_config_has_is_refused(sandbo
     sandbox.write_run(train={"checkpoint_interval": 6, "min_train_tokens": 4 * 8 * 16})
     done = run_script(*sandbox.command("tiny", "--resume", "--allow-config-change"))
     assert done.returncode == 2
-    assert "is beyond the run's end, 4 steps; raise min_train_tokens, or name an earlier" in done.stderr
+    assert "is past the run's last step, 4; raise min_train_tokens, or name an earlier" in done.stderr
 
 
 def test_links_in_names_lead_nowhere(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_links_in_names_lead_nowhere(sandbox: Sandbox, tmp_path: Path) -> None:
     for command, message in (
         (("linked",), "linked: is a link that points outside"),
         (("run",), "datasets/test/tokens: is a link that points outside"),
-        (("run", "mine"), "mine: is a link; name the checkpoint's own folder"),
+        (("run", "mine"), "mine: is a link; name the checkpoint folder itself"),
     ):
         done = run_script(*sandbox.command(*command))
         assert done.returncode == 2 and message in done.stderr, done.stderr

@@ -55,7 +55,7 @@ def test_processes_on_gpus_speak_nccl_each_with_its_own_device(two_gpus: list[An
 
 def test_more_processes_than_gpus_are_refused(two_gpus: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(InputError, match="3 processes on a node with 2 devices; --nproc_per_node=2"):
+    with pytest.raises(InputError, match="3 processes on a node with 2 devices; use --nproc_per_node=2"):
         processes.join_world()
 
 
@@ -229,7 +229,7 @@ def test_errors_of_nccl_are_one_line() -> None:
     nccl = dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:77, unhandled system error")
     for error in (nccl, dist.DistNetworkError("connection reset")):
         with (
-            pytest.raises(RunError, match="another training process died or hung; start again with"),
+            pytest.raises(RunError, match="another training process died or hung; restart with"),
             processes.lost_processes_explained(),
         ):
             raise error
@@ -267,5 +267,5 @@ def test_the_search_compiles_for_all_sizes_at_once_and_then_for_the_one_found(
     sandbox.write_run(train={**validation, **batch, "compile": True})
     said = sandbox.train("tiny", "-f", before=OUT_OF_CUDA_MEMORY)
     assert said.splitlines()[-1] == "Max microbatch size was 13"
-    assert re.findall(r"microbatch 13: fits, .* GiB left", said)[1:], "once more, as a run compiles it"
+    assert re.findall(r"microbatch 13: fits, .* GiB free", said)[1:], "once more, as a run compiles it"
     assert said.count("compiled") <= 2 * 2 * 3

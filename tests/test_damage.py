@@ -107,7 +107,7 @@ def test_a_link_that_leads_nowhere_is_passed_over(tmp_path: Path, link: str, tar
     assert found.path.parent == folder
     # With `latest` pointing at `best` and the other way round, the newest is meant, or the last best.
     assert found.meta["global_step"] == {"latest": 3, "best": 2}[link]
-    assert any(line.startswith(f"Passing over {link}: ") for line in said)
+    assert any(line.startswith(f"Skipping {link}: ") for line in said)
 
 
 def test_strangers_are_left_alone_and_leftovers_are_not(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tmp_path: Pat
     training = Training(sandbox, "full", patch=patch)
     assert training.wait()[0] == 1
     said = training.log.read_text()
-    assert "Error: the checkpoint of step 10 could not be saved: " in said
+    assert "Error: could not save the checkpoint of step 10: " in said
     assert "it takes 0.4 MB, " in said and "go on from" in said
     assert sandbox.status("full")["status"] == "failed"
     (left,) = sandbox.checkpoints("full")
@@ -231,7 +231,7 @@ def test_a_file_system_of_2_mb_runs_full(tmp_path: Path) -> None:
     sandbox = make_sandbox(tmp_path)
     refused = on_small_disk(sandbox, {}, other=False)
     assert refused.returncode == 2, refused.stderr
-    error = "8 checkpoints take 2.9 MB, only 2.1 MB are free; free some, or set keep_checkpoints"
+    error = "8 checkpoints take 2.9 MB, but only 2.1 MB is free; free some space, or set keep_checkpoints"
     assert error in refused.stderr
     many = {"keep_checkpoints": 1, "epochs": 40, "min_train_tokens": 500 * 8 * 16}
     full = on_small_disk(sandbox, many, other=True)
@@ -268,7 +268,7 @@ def test_a_chart_that_cannot_be_drawn_is_a_warning(tmp_path: Path) -> None:
 
     (sandbox.run_dir("run") / "training-run-chart.png.incomplete").mkdir()
     said = train(sandbox, "run", patch=patch)
-    assert "Warning: the chart could not be drawn: IsADirectoryError" in said
+    assert "Warning: could not draw the chart: IsADirectoryError" in said
     assert "Training complete" in said
 
 
@@ -303,7 +303,8 @@ def test_a_non_finite_loss_on_one_process_skips_the_step_on_all(tmp_path: Path) 
     # The first two passes let DDP build its buckets; each of the first ten steps is one more.
     for run, ranks in (("one", (1,)), ("all", (0, 1))):
         said = train(sandbox, run, patch=poison(ranks, lambda number: number == 2 + 7))
-        assert said.count("Skipped: the training loss is nan, the gradient norm nan at step 7;") == 1
+        problem = "the training loss is nan and the gradient norm nan at step 7"
+        assert said.count(f"Skipped the update: {problem}") == 1
     assert_same_end(sandbox, "one", "all")
     assert sandbox.metrics("one", "train_loss")[6] is None
 
@@ -318,7 +319,7 @@ def test_too_many_skipped_steps_end_the_run_and_are_counted_over_a_resume(tmp_pa
     training = Training(sandbox, "run", "--resume", patch=poison((1,), lambda number: number > 2))
     assert training.wait() == [1, 1]
     said = training.log.read_text()
-    assert "at step 22, and 16 steps in a row were skipped" in said
+    assert "at step 22; 16 steps in a row were skipped" in said
     newest = checkpointing.list_checkpoints(sandbox.run_dir("run") / "checkpoints")[-1]
     assert f"the last checkpoint is {newest.name}" in said
     good = checkpointing.load_checkpoint(newest)

@@ -117,5 +117,5 @@ def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch: pytest.Monk
         "without torch.compile, which failed: RuntimeError: no C++ compiler found" in capsys.readouterr().out
     )
     assert torch.isfinite(loss(torch.randint(64, (2, 17))))
-    with pytest.raises(RunError, match='"compile": "auto" or false trains without'):
+    with pytest.raises(RunError, match='set "compile" to "auto" or false'):
         compile_if_configured(loss, dataclasses.replace(config, compile=True), ALONE, broken)

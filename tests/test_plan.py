@@ -249,7 +249,7 @@ def test_a_run_ends_in_time_with_its_schedule_finished(sandbox: Sandbox) -> None
     assert sandbox.meta()["global_step"] == steps
 
     again = sandbox.train("tiny", "--resume")
-    assert f"is from the last of {steps} steps" in again
+    assert f"already has all {steps} steps" in again
     sandbox.write_run(train=LONG | budget | {"max_usd": 2.0})
     (out,) = sandbox.launch("tiny", "--resume", processes=1, before=CLOCK)
     assert out.returncode == 0, out.stderr

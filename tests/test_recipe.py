@@ -215,10 +215,10 @@ def test_token_embedding_and_head_have_rates_of_their_own(kind: str, tie_weights
 
 def test_a_recipe_can_be_said_of_new_checkpoints_and_of_those_older_than_its_keys() -> None:
     new = dataclasses.asdict(config(**MUON))
-    of_matrices = "muon, learning rate 0.01, of the hidden matrices 0.02 with momentum 0.95"
+    of_matrices = "muon, learning rate 0.01, hidden matrices 0.02 (momentum 0.95)"
     assert optimizer_in_words(new).startswith(f"{of_matrices}, warm-up 10%, linear to zero over the last 60%")
     own = config(embedding_learning_rate=0.3, head_learning_rate=0.004)
-    said = "adamw, learning rate 0.01, of the token embedding 0.3, of the head 0.004, constant"
+    said = "adamw, learning rate 0.01, token embedding 0.3, head 0.004, constant"
     assert optimizer_in_words(dataclasses.asdict(own)).startswith(said)
     old = dataclasses.asdict(config(warmup_period_percent=5)) | {"schedule_learning_rate": True}
     muon = {key: value for key, value in new.items() if key != "muon_momentum"}

@@ -126,7 +126,7 @@ def test_the_other_processes_wait_and_a_failure_is_a_warning(sandbox: Sandbox) -
             ["1", "a"],
             "the prompt 'a' has tokens outside the model's vocabulary of 64",
         ),
-        ({}, [], "sample_prompts must have at least one prompt where sample_interval is set"),
+        ({}, [], "sample_prompts must have at least one prompt when sample_interval is set"),
     ],
 )
 def test_prompts_that_cannot_be_encoded_end_a_run_before_it_begins(

@@ -140,7 +140,7 @@ def test_the_search_for_a_microbatch_stops_for_a_signal(tmp_path: Path) -> None:
     training.signal(signal.SIGTERM, rank=1)
     assert training.wait() == [1, 1]
     said = training.log.read_text()
-    assert "Error: stopped by a signal; the largest microbatch that fit so far is" in said
+    assert "Error: stopped by a signal; the largest microbatch that fit so far was" in said
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_an_error_of_the_first_process_is_an_error_of_all_and_said_once(tmp_path
     sandbox = make_sandbox(tmp_path, "loud", "usual")
     training = Training(sandbox, "loud", "nonsense", patch=shout_at_once)
     assert training.wait() == [2, 2]
-    assert training.log.read_text().count("nonsense: no such checkpoint; there are: none") == 2
+    assert training.log.read_text().count("nonsense: no such checkpoint; available: none") == 2
     # torchrun ends the other processes of a node as soon as the first has left: till then they are silent.
     training = Training(sandbox, "usual", "nonsense")
     assert training.wait(rank=0) == [2]
@@ -256,7 +256,7 @@ def test_when_a_gpu_hangs_all_end_at_the_timeout(tmp_path: Path, whole: Path) ->
     sandbox.run_dir("whole").symlink_to(whole)
     training = Training(sandbox, "run", "--collective-timeout", "2", patch=hung_device)
     assert training.wait(30) == [1, 1]
-    line = "Error: another training process died or hung; start again with --resume, or"
+    line = "Error: another training process died or hung; restart with --resume, or"
     assert training.log.read_text().count(line) == 2
     assert sandbox.status("run")["status"] == "failed" and "died or hung" in sandbox.status("run")["error"]
     assert "Resuming after step 5" in train(sandbox, "run", "--resume")

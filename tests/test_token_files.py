@@ -176,14 +176,14 @@ def test_a_data_set_that_is_cut_otherwise_is_another_unless_allowed(sandbox: San
     shutil.rmtree(sandbox.checkpoints()[-1])
     cut(sandbox.datasets / "test/tokens", 1000)
     error = refused(*sandbox.command("tiny", "--resume"))
-    names = "in train.safetensors, are now in train-00001-of-00002.safetensors"
+    names = "in train.safetensors and are now in train-00001-of-00002.safetensors"
     changed = f"the train tokens of test/tokens were {names}"
-    assert f"-iteration-4 belongs to another run: {changed}; undo that" in error
+    assert f"-iteration-4 belongs to another run: {changed}; undo the changes" in error
     # Without validation until now, there is nothing to compare with.
     cut(sandbox.datasets / "test/tokens", 1000, split="validation")
     sandbox.write_run(train=VALIDATE)
     said = sandbox.train("tiny", "--resume", "--allow-config-change")
-    assert f"Going on, as allowed, although {changed}\n" in said
+    assert f"Continuing despite changes, as requested: {changed}\n" in said
     assert_same_tensors(expected, sandbox.final_tensors())
 
 

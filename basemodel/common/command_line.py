@@ -1,4 +1,4 @@
-"""Command-line plumbing of all scripts: one-line errors, exit statuses, checks of names and paths."""
+"""Command-line plumbing for all scripts: one-line errors, exit statuses, checks of names and paths."""
 
 import os
 import re
@@ -12,18 +12,18 @@ import click
 from basemodel.common.errors import InputError, RunError
 
 # Seconds that a torchrun process other than the node's first waits before it prints an error. All processes
-# usually hit the same error; the first one prints it, and torchrun then ends the others. A process that is
-# still alive after that hit it alone.
+# usually hit the same error; the first one prints it, and torchrun then ends the others. A process that
+# is still alive after that is the only one that hit the error.
 SILENCE_SECONDS = 5.0
 
 
 def run_command(command: click.Command, *, abruptly: bool = False) -> NoReturn:
     """Run a click command and exit with its status.
 
-    That is what the command returns (None means 0), 2 for wrong usage, configs or data, and 1 for a failure
-    while running. Errors that the user can fix are one line on standard error, `Error: ...`; any other
-    exception is a bug and keeps its traceback. `abruptly`: skip Python's own exit, which the threads of a
-    process group can block or abort after other processes have died.
+    The status is what the command returns (None means 0), 2 for wrong usage, configs or data, and 1 for a
+    failure while running. Errors that the user can fix print one line on standard error, `Error: ...`; any
+    other exception is a bug and keeps its traceback. `abruptly`: skip Python's normal exit, which the threads
+    of a process group can block or abort after other processes have died.
     """
     try:
         status = command.main(standalone_mode=False) or 0
@@ -40,7 +40,7 @@ def run_command(command: click.Command, *, abruptly: bool = False) -> NoReturn:
 
 
 def say_error(message: str, status: int) -> int:
-    """Print an error's line, late where the node's first process may print the same; return `status`."""
+    """Print an error, delayed if the node's first process may print the same one; return `status`."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SILENCE_SECONDS)
     print("Error: " + " ".join(message.split()), file=sys.stderr, flush=True)
@@ -48,12 +48,12 @@ def say_error(message: str, status: int) -> int:
 
 
 class FileSize(click.ParamType):
-    """A file's size with a decimal unit, as disks and the Hub count: 500kB, 1.5MB or 40GB."""
+    """A file size with a decimal unit, as disks and the Hub count: 500kB, 1.5MB or 40GB."""
 
     name = "size"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The size in bytes, at least 1,000: less has no room for a file's header and a sequence."""
+        """The size in bytes, at least 1,000: fewer could not hold a file's header and a sequence."""
         match = re.fullmatch(r"(\d+\.?\d*) ?([kmg])b", value.strip(), re.IGNORECASE)
         size = round(float(match[1]) * 1000 ** " kmg".index(match[2].lower())) if match else 0
         if size < 1000:
@@ -62,7 +62,7 @@ class FileSize(click.ParamType):
 
 
 def require_file_path(path: Path) -> None:
-    """Raise InputError unless a file can be written to `path`, as far as folders go."""
+    """Raise InputError if `path` is a folder or its parent folder does not exist."""
     if not path.parent.is_dir():
         raise InputError(f"{path}: no such folder: {path.parent}")
     if path.is_dir():

@@ -1,9 +1,9 @@
-"""The two errors that a user can do something about."""
+"""The two kinds of errors that a user can fix."""
 
 
 class InputError(ValueError):
-    """Something a user gave (an option, a config, a data set) is wrong. One line: the thing and the fix."""
+    """The user's input (an option, a config, a data set) is wrong. One line names it and the fix."""
 
 
 class RunError(RuntimeError):
-    """A run failed while it was running, for a reason that one line can say."""
+    """A run failed while running. One line names the reason and the fix."""

@@ -1,4 +1,4 @@
-"""Files that are hashed, fsynced, locked and replaced atomically."""
+"""Hashing, fsyncing, locking and atomically replacing files."""
 
 import errno
 import fcntl
@@ -28,7 +28,7 @@ def sync(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
-    """Replace a file atomically: readers see the old text or the new; `durable`: after a power cut too."""
+    """Replace a file atomically: readers see the old text or the new; `durable`: even after a power cut."""
     temporary = path.with_name(path.name + ".incomplete")
     temporary.write_text(text, encoding="utf-8")
     if durable:
@@ -41,8 +41,8 @@ def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
 def lock(path: Path, patience: float = 0.0, on_wait: Callable[[], None] | None = None) -> bool:
     """Lock a file or folder for the life of this process; False if the file system has no locks.
 
-    While another process holds the lock, `on_wait` is called once and the lock is tried again for
-    `patience` seconds. Raises BlockingIOError if it is still held then.
+    If another process holds the lock, call `on_wait` once and keep trying for `patience` seconds. Raises
+    BlockingIOError if the lock is still held then.
     """
     handle, deadline = os.open(path, os.O_RDONLY), time.monotonic() + patience
     while True:

@@ -1,4 +1,4 @@
-"""JSON files read into frozen dataclasses, strictly: errors name the file, the key and the fix."""
+"""Reading JSON files strictly into frozen dataclasses; errors name the file, the key and the fix."""
 
 import dataclasses
 import difflib
@@ -17,7 +17,7 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a key may have; a bound that is None does not apply."""
+    """The range of values that a key may have; None: no such bound."""
 
     least: float | None = None
     above: float | None = None
@@ -40,7 +40,7 @@ class Range:
 
 
 def key(meaning: str, default: Any = dataclasses.MISSING, **bounds: float) -> Any:
-    """A field of a config: what it means, its default if it is not required, and the bounds of its Range."""
+    """A config's field: its meaning, its default unless it is required, and the bounds of its Range."""
     return dataclasses.field(
         default=default, metadata={"meaning": meaning, "range": Range(**bounds) if bounds else None}
     )
@@ -60,17 +60,16 @@ def check_ranges(config: Any) -> None:
 def read_config(config_class: type[Config], path: Path) -> Config:
     """Read a JSON object from `path` into the dataclass `config_class`.
 
-    Raises InputError, naming the file and the key, for a missing or malformed file, a key that the class does
-    not know (with the nearest that it does), a required key left out, a wrong type, or a value that the class
-    refuses.
+    Raises InputError, naming the file and the key, for a missing or malformed file, an unknown key (with the
+    nearest known one), a missing required key, a wrong type, or a value that the class rejects.
     """
     return checked_config(config_class, read_json_object(path), path)
 
 
 def checked_config(config_class: type[Config], values: dict[str, Any], source: Path | str) -> Config:
-    """The dataclass of a JSON object's values, checked as in `read_config`; errors name their `source`.
+    """Make a config from a JSON object's values, checked as in `read_config`; errors name the `source`.
 
-    A class with `from_old_keys` gets its say first: it rewrites what older versions called otherwise.
+    A class with `from_old_keys` first rewrites keys that older versions named differently.
     """
     try:
         values = _without_old_keys(config_class, values)
@@ -90,7 +89,7 @@ def checked_config(config_class: type[Config], values: dict[str, Any], source: P
 
 
 def with_defaults(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a config that an older version may have written, with today's keys and all defaults."""
+    """The values of a config that an older version may have written, with current keys and all defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
     return defaults | _without_old_keys(config_class, values)
 
@@ -107,11 +106,11 @@ def require_known(key: str, known: Iterable[str], source: Path | str) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read one JSON object, refusing repeated keys and NaN. Raises InputError, naming the place."""
+    """Read a file with one JSON object, rejecting repeated keys and NaN. Raises InputError with its path."""
 
     def object_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
-        if len(set(keys)) < len(keys):  # counted only then: a tokenizer has tens of thousands
+        if len(set(keys)) < len(keys):  # counted only then: a tokenizer.json has tens of thousands
             key = next(key for key in keys if keys.count(key) > 1)
             raise InputError(f"{path}: the key '{key}' appears twice; keep one")
         return dict(pairs)
@@ -138,7 +137,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint`, or raise InputError. An integer passes for a float."""
+    """Return `value` as the type `hint`, or raise InputError. An integer counts as a float."""
     for option in (
         typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     ):
@@ -163,7 +162,7 @@ def _checked(key: str, value: Any, hint: Any) -> Any:
 
 
 def described(hint: Any) -> str:
-    """Say a type hint as a user of JSON would."""
+    """Describe a type hint in the terms of JSON."""
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(json.dumps(choice) for choice in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:

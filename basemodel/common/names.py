@@ -1,4 +1,4 @@
-"""Names of files and folders, and which names a user may give."""
+"""The names of files and folders, and checks of names that a user gives."""
 
 import re
 from pathlib import Path
@@ -27,11 +27,11 @@ def require_plain_name(name: str, what: str) -> str:
 def require_inside(folder: Path, path: Path) -> None:
     """Raise InputError if `path` resolves, through links, to a place outside `folder`."""
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"{path}: is a link that points outside {folder}; give the folder itself")
+        raise InputError(f"{path}: is a link that points outside {folder}; use the folder itself")
 
 
 def require_repo_id(repo_id: str, what: str = "dataset") -> None:
-    """Raise InputError unless `repo_id`, of a `what` on the Hub, is OWNER/NAME, with plain names."""
+    """Raise InputError unless `repo_id`, which names a `what` on the Hub, is OWNER/NAME, both plain names."""
     owner, slash, name = repo_id.partition("/")
     if not slash:
         raise InputError(f"{what} must be OWNER/NAME, not '{repo_id}'")

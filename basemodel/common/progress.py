@@ -1,15 +1,15 @@
-"""Progress that is readable on a terminal and in a log."""
+"""A progress bar that is readable on a terminal and in a log."""
 
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
-LINE_SECONDS = 15.0  # between two lines where there is no terminal
+LINE_SECONDS = 15.0  # between lines when there is no terminal
 
 
 class Progress(tqdm):
-    """tqdm's bar on standard error if that is a terminal; elsewhere a plain line every LINE_SECONDS."""
+    """tqdm's bar if standard error is a terminal, else a plain line every LINE_SECONDS."""
 
     def __init__(self, iterable: Any = None, **options: Any) -> None:
         self.on_terminal = sys.stderr.isatty()

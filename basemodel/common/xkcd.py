@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def xkcd_chart(path: Path, size: tuple[float, float]) -> "Iterator[Figure]":
-    """A figure of `size` inches in xkcd style, in an installed font, then saved as a PNG, atomically."""
+    """Yield an xkcd-style figure of `size` inches in an installed font, then save it atomically as a PNG."""
     import matplotlib  # imported here because it takes half a second
 
     matplotlib.use("Agg")

@@ -1,11 +1,11 @@
-"""The training loss: the head and its cross-entropy in chunks, so that all logits never exist at once.
+"""The training loss: the head and cross-entropy in chunks, so that the full logits never exist at once.
 
-The logits of one GPT-2 small sequence take 200 MB in float32, and their gradient as much again: more than all
+The logits of one GPT-2 small sequence take 200 MB in float32, and so does their gradient: more than all the
 activations of the twelve blocks. They are needed only briefly, because the gradient of the mean cross-entropy
 with respect to the logits, (softmax - one-hot) / N, follows from the logits alone. So the forward pass
 computes a chunk of logits, derives the loss and the gradients of features and head weights from it, and drops
-it; the backward pass only scales those gradients. (The idea is that of Cut Cross-Entropy, Wijmans et al.
-2024, and of Liger Kernel, Hsu et al. 2024, in plain PyTorch.)
+it; the backward pass only scales those gradients. (The idea comes from Cut Cross-Entropy, Wijmans et al.
+2024, and Liger Kernel, Hsu et al. 2024, in plain PyTorch.)
 """
 
 import math
@@ -20,13 +20,9 @@ from basemodel.model.masks import within_documents
 from gpt import GPTModel
 
 IGNORED = -100  # targets of this value are ignored, as in F.cross_entropy
-
-
 # Logits per chunk, in elements. More on accelerators, where accumulating the weight's gradient, once per
 # chunk, must stay cheap relative to the matrix products.
 CHUNK_LOGITS = {"cpu": 1 << 24}
-
-
 DEFAULT_CHUNK_LOGITS = 1 << 28
 
 
@@ -44,18 +40,19 @@ class NextTokenLoss(nn.Module):
         self._chunk: ChunkFunction = chunk_loss_and_gradients
 
     def compile(self, *, any_size: bool = False) -> None:
-        """Compile, at their next call, each block and the loss of a chunk; `any_size`: for all batch sizes.
+        """Compile each block and the loss of a chunk at their next call; `any_size`: for all batch sizes.
 
-        One graph of all blocks would hold back every gradient until its backward pass has ended, and DDP
-        could not all-reduce those of the last blocks meanwhile. Equal blocks are compiled once.
+        A single graph of all blocks would hold back every gradient until its backward pass ends, so that DDP
+        could not all-reduce those of the last blocks meanwhile. Identical blocks are compiled once.
         """
-        import torch._dynamo.config  # here, because these take as long as all of torch
+        # Imported here because these take seconds.
+        import torch._dynamo.config
         import torch._functorch.config
 
-        # On a CPU keep 60% of the activations and recompute the cheap ones: as fast, in a tenth less memory.
+        # On a CPU keep 60% of the activations and recompute the cheap ones: as fast with 10% less memory.
         on_cpu = self.model.out_head.weight.device.type == "cpu"
         torch._functorch.config.activation_memory_budget = 0.6 if on_cpu else 1.0
-        dynamic = None if any_size else False  # None: as a second size comes
+        dynamic = None if any_size else False  # None: from the second size on
         torch._dynamo.config.optimize_ddp = False  # it would cut graphs at buckets; blocks are small enough
         for block in self.model.trf_blocks:
             block.compile(dynamic=dynamic)
@@ -86,7 +83,7 @@ class NextTokenLoss(nn.Module):
     def _features(self, tokens: Tensor) -> Tensor:
         if not self.document_masking:
             return self.model.features(tokens)
-        # FlexAttention skips what is masked, where it is compiled for a GPU; it knows no dropout.
+        # FlexAttention skips masked blocks when compiled for a GPU; it does not support dropout.
         flex = tokens.device.type == "cuda" and self.is_compiled and self.model.config.drop_rate == 0
         return document_features(self.model, tokens, flex=flex)
 
@@ -136,19 +133,19 @@ def chunked_cross_entropy(
     loss_scale: Tensor | None = None,
     chunks: Chunks = Chunks(),  # noqa: B008
 ) -> Tensor:
-    """`F.cross_entropy(features @ weight.T, targets)` of features (N, C), weight (V, C), targets (N,).
+    """`F.cross_entropy(features @ weight.T, targets)` for features (N, C), weight (V, C), targets (N,).
 
-    Equal to it up to rounding, in value and in both gradients, with products in autocast's precision. For
-    fp16, `loss_scale`, by which the caller will multiply the loss, scales the gradients where they are
-    computed: what the products round to zero, no later scaling brings back. The backward pass may run only
-    once, because it scales the gradients in place.
+    The value and both gradients are equal up to rounding, with products in autocast's precision. For fp16,
+    `loss_scale`, by which the caller will multiply the loss, scales the gradients as they are computed,
+    because no later scaling recovers what has been rounded to zero. The backward pass may run only once,
+    because it scales the gradients in place.
     """
     if torch.is_autocast_enabled(features.device.type):
         features = features.to(torch.get_autocast_dtype(features.device.type))
     tokens = chunks.tokens
     if tokens is None:  # equal chunks, because compiled code is specialized for a size
-        most = CHUNK_LOGITS.get(features.device.type, DEFAULT_CHUNK_LOGITS)
-        tokens = math.ceil(len(features) / math.ceil(len(features) * len(weight) / most))
+        limit = CHUNK_LOGITS.get(features.device.type, DEFAULT_CHUNK_LOGITS)
+        tokens = math.ceil(len(features) / math.ceil(len(features) * len(weight) / limit))
     gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
     chunks = chunks._replace(tokens=tokens, gradients=gradients)
     return _ChunkedCrossEntropy.apply(features, weight, targets, loss_scale, chunks)
@@ -161,7 +158,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         vocab_size, count = weight.shape[0], (targets != IGNORED).sum()
         factor = None if loss_scale is None else loss_scale / count
-        # GPUs multiply in tiles, so there the copy for the products is padded to a multiple of 64 rows.
+        # GPUs multiply in tiles, so for them the copy used in products is padded to a multiple of 64 rows.
         padding = -vocab_size % 64 if features.device.type == "cuda" else 0
         padded = F.pad(weight.to(features.dtype), (0, 0, 0, padding))
         loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
@@ -180,7 +177,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     torch.mm(gradient.T, chunk, out=product)
                     weight_gradient += product[:vocab_size]
         if chunks.gradients:
-            # The gradients are those of the loss times this.
+            # The saved gradients are those of the loss times this.
             multiple = count if loss_scale is None else loss_scale
             ctx.save_for_backward(features_gradient, weight_gradient, multiple)
         return loss / count

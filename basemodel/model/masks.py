@@ -1,4 +1,4 @@
-"""What attention looks at, and how it is computed: masks, the key-value cache, and kernels tuned for CPUs.
+"""What attention looks at: masks and the key-value cache.
 
 Shapes: B sequences, T new tokens of S in all, H heads of D = C / H.
 """
@@ -12,7 +12,7 @@ AttentionMask = Tensor | BlockMask
 
 
 def within_documents(tokens: Tensor, end_of_text: int, *, flex: bool) -> tuple[Tensor, AttentionMask | None]:
-    """For tokens (B, T) that attend to their own document alone: their positions in it (B, T), and the mask.
+    """The positions (B, T) of tokens (B, T) in their document, and a mask that confines attention to it.
 
     As a target, end-of-text closes a document; as an input, it starts the next one, whose first token is
     predicted from it. So no document's loss depends on another document.
@@ -30,9 +30,9 @@ def within_documents(tokens: Tensor, end_of_text: int, *, flex: bool) -> tuple[T
 
 
 class Cache:
-    """Keys and values of the tokens read so far, so that only new tokens cost work.
+    """Keys and values of the tokens read so far, so that only new tokens are computed.
 
-    Room for `size` tokens a row; the first `padding` (B,) of each row are padding and not attended.
+    It holds `size` tokens per row; the first `padding` (B,) of each row are padding and get no attention.
     """
 
     def __init__(self, padding: Tensor, size: int) -> None:
@@ -40,8 +40,8 @@ class Cache:
         self.layers: dict[nn.Module, Tensor] = {}  # keys and values, (2, B, H, size, D)
 
     def read_on(self, count: int) -> tuple[Tensor, Tensor]:
-        """Count `count` more tokens a row as read. Return their positions (B, T), and which of all S tokens
-        each of them attends to, (B, 1, T, S)."""
+        """Count `count` more tokens per row as read. Returns their positions (B, T) and their mask over all S
+        tokens, (B, 1, T, S)."""
         self.length += count
         columns = torch.arange(self.length, device=self.padding.device)
         new, first = columns[-count:, None], self.padding[:, None, None]
@@ -55,8 +55,3 @@ class Cache:
             self.layers[layer] = new.new_empty(*new.shape[:3], self.size, new.shape[4])
         self.layers[layer][:, :, :, self.length - new.shape[3] : self.length] = new
         return self.layers[layer][:, :, :, : self.length]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Kernels: PyTorch's formulas, computed in less time
-# ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Memory of the device and the host: how much is used, how it is freed, and how running out shows."""
+"""Device and host memory: measuring it, freeing it, and recognizing when it has run out."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ from basemodel.common.errors import RunError
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU, tell glibc to keep large freed blocks for the next step, not to return them to the system.
+    """On a CPU, make glibc keep large freed blocks for the next step instead of returning them to the OS.
 
     A CPU step that allocates its gigabytes again pays for the page faults; keeping the blocks nearly doubles
     its speed. Memory left over from compilation is returned first. Does nothing without glibc.
@@ -22,7 +22,7 @@ def keep_freed_memory(device: torch.device) -> None:
     libc = ctypes.CDLL(None)
     if device.type == "cpu" and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets its own mapping
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
@@ -30,8 +30,8 @@ def peak_memory(device: torch.device) -> float:
     """Peak memory of this process in GiB: on CUDA since `release_memory`, on a CPU since it started."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (2**30 if sys.platform == "darwin" else 2**20)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def release_memory(device: torch.device) -> None:
@@ -44,7 +44,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def headroom(device: torch.device) -> float:
-    """GiB that were left at the peak on CUDA; on a CPU what is left now, for all processes together."""
+    """GiB that were free at the peak on CUDA; on a CPU, GiB free now, for all processes together."""
     if device.type != "cuda":
         return _free_host_memory() / 2**30
     free, _ = torch.cuda.mem_get_info(device)
@@ -52,28 +52,28 @@ def headroom(device: torch.device) -> float:
 
 
 def _free_host_memory() -> int:
-    """Bytes, by what Linux says and a container's own limit; without them all the memory there is."""
+    """Free bytes, by Linux's count and the container's limit; without either, the machine's total memory."""
     free = 1024 * _kilobytes("/proc/meminfo", "MemAvailable")
     group = Path("/sys/fs/cgroup")
-    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()).isdigit():
-        free = min(free, int(most) - int((group / "memory.current").read_text()))
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()).isdigit():
+        free = min(free, int(limit) - int((group / "memory.current").read_text()))
     return free or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def limit_host_memory(processes: int) -> None:
     """Limit this process to its share of the memory that is free now.
 
-    Without a limit Linux does not refuse an allocation, it kills the process that made it.
+    Without a limit, Linux does not refuse an allocation but kills the process that made it.
     """
-    held = 1024 * _kilobytes("/proc/self/status", "VmData")
-    limit = held + int(0.95 * _free_host_memory() / processes)
+    in_use = 1024 * _kilobytes("/proc/self/status", "VmData")
+    limit = in_use + int(0.95 * _free_host_memory() / processes)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if soft == resource.RLIM_INFINITY or limit < soft:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def _kilobytes(path: str, key: str) -> int:
-    """A figure of one of Linux's files, 0 where there is none."""
+    """A value from one of Linux's /proc files; 0 if there is none."""
     lines = Path(path).read_text().splitlines() if Path(path).exists() else []
     return next((int(line.split()[1]) for line in lines if line.startswith(key + ":")), 0)
 

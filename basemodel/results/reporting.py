@@ -26,7 +26,7 @@ from basemodel.training.run import Run
 from basemodel.training.run_folder import read_metrics, read_status
 from gpt import GPTModel
 
-STATUS_SECONDS = 5.0  # between two updates of status.json
+STATUS_SECONDS = 5.0  # between updates of status.json
 ENOUGH_STEPS = 100  # after which the speed is compared with the estimate
 
 
@@ -37,12 +37,12 @@ def check_reporting(run: Run) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl, a line per step; trackers get the same values."""
+    """Writes metrics.jsonl, a line per step, and sends the same values to the trackers."""
 
     def __init__(self, run: Run, step: int, say: Callable[[str], None]) -> None:
         """Continue after `step` steps; lines of later steps, which will be repeated, are dropped."""
         self._run, self._begun_at = run, step
-        self._line: dict[str, Any] = {}  # of the newest step; more values may come
+        self._line: dict[str, Any] = {}  # of the newest step; more values may follow
         self._file = self._open()
         self._trackers = Trackers(run, step, say)
 
@@ -60,19 +60,19 @@ class MetricsLog:
         self._line |= values
 
     def flush(self) -> None:
-        """Write the line. Raises RunError if that fails, for example on a full disk."""
+        """Write the line. Raises RunError if writing fails, for example because the disk is full."""
         if not self._line:
             return
         line, self._line, path = self._line, {}, self._run.metrics
         finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
         try:
             self._file.write((json.dumps(finite) + "\n").encode())
-            # A signal came between this step and the validation after it: merge the two lines.
+            # A signal arrived between this step and its validation: merge the two lines.
             if line["step"] == self._begun_at:
                 self._file.close()
                 self._file = self._open()
         except OSError as error:
-            raise RunError(f"{path} could not be written: {error}; make room, then --resume") from error
+            raise RunError(f"could not write {path}: {error}; free some space, then --resume") from error
         self._trackers.log(finite)
 
     def close(self, status: str) -> None:
@@ -83,7 +83,7 @@ class MetricsLog:
 
 
 class StatusFile:
-    """status.json: how far the run is, how fast, and at what cost."""
+    """status.json: how far the run has come, how fast, and at what cost."""
 
     def __init__(self, run: Run, clock: Clock, device_name: str) -> None:
         self._run, self._clock, self._device = run, clock, device_name
@@ -93,7 +93,7 @@ class StatusFile:
         self._written = 0.0
 
     def mfu(self, tokens_per_second: float | None) -> dict[str, float]:
-        """Model FLOPs utilization, a share of the devices' peak rate, as `mfu`; empty if that is unknown."""
+        """Model FLOPs utilization as {"mfu": share of the peak}; empty if the devices' peak is unknown."""
         if self._peak is None or tokens_per_second is None:
             return {}
         flops = tokens_per_second * self._run.model_config.flops_per_token
@@ -134,15 +134,15 @@ class StatusFile:
         try:
             replace_text(run.directory / STATUS, json.dumps(values, indent=1))
         except OSError as error:
-            say(f"Warning: {STATUS} could not be written: {error}")
+            say(f"Warning: could not write {STATUS}: {error}")
 
 
 class ProgressLine:
-    """Loss, speed, MFU and cost: behind a bar on a terminal, elsewhere as a line every LINE_SECONDS."""
+    """Loss, speed, MFU and cost: next to a bar on a terminal, else as a line every LINE_SECONDS."""
 
     def __init__(self, run: Run, clock: Clock, step: int) -> None:
         self._run, self._clock, self._printed = run, clock, 0.0
-        options = {"unit": "step", "disable": None, "dynamic_ncols": True}  # None: unless on a terminal
+        options = {"unit": "step", "disable": None, "dynamic_ncols": True}  # None: if not a terminal
         self._bar = tqdm(total=run.plan.steps, initial=step, **options)
 
     def show(self, step: int, loss: float, mfu: dict[str, float]) -> None:
@@ -167,7 +167,7 @@ class ProgressLine:
 
 
 class Reporter:
-    """Everything that the first process reports of a run, and when."""
+    """Everything that the first process reports about a run, and when."""
 
     def __init__(self, run: Run, clock: Clock, step: int, device_name: str, *, compiled: bool) -> None:
         self.run, self.clock, self._device, self._compiled = run, clock, device_name, compiled
@@ -205,11 +205,11 @@ class Reporter:
         self.metrics.flush()
 
     def saved(self, checkpoint: str | None) -> None:
-        """Take note of the last checkpoint on disk."""
+        """Note the name of the last checkpoint on disk."""
         self.status.checkpoint = checkpoint
 
     def sample(self, model: GPTModel, step: int) -> None:
-        """Continue the run's prompts, show and keep the samples; a failure never stops training."""
+        """Continue the run's prompts, show and save the samples; a failure never stops training."""
         try:
             samples = continue_prompts(self.run, model, step)
             keep_samples(self.run, step, samples)
@@ -222,8 +222,8 @@ class Reporter:
     def chart(self, *, final: bool = False) -> None:
         """Redraw the chart; a failure never stops training.
 
-        Before the last time, only when there are steps to draw and drawing takes less than 1% of the time
-        since the last one.
+        Unless `final`, draw only if there are steps to draw and drawing takes less than 1% of the time since
+        the last chart.
         """
         idle = time.monotonic() - self._last_chart
         due = self.clock.steps > 0 and idle > 100 * self.clock.pauses["chart"]
@@ -234,11 +234,11 @@ class Reporter:
             try:
                 run_chart.draw_chart(self.run.metrics, self.run.directory / CHART, self.run.name)
             except Exception as error:
-                say(f"Warning: the chart could not be drawn: {type(error).__name__}: {error}")
+                say(f"Warning: could not draw the chart: {type(error).__name__}: {error}")
         self._last_chart = time.monotonic()
 
     def finish(self, step: int, train_loss: float | None, val_loss: float | None) -> None:
-        """Draw the chart, write the last status, and say how the run ended."""
+        """Draw the chart, write the final status, and print how the run ended."""
         self.chart(final=True)
         seconds, tokens = self.clock.seconds(), self.run.plan.tokens(step)
         self.close("finished", step)
@@ -249,7 +249,7 @@ class Reporter:
             say(f"Final {name} loss: " + ("not measured" if loss is None else f"{loss:.3f}"))
 
     def close(self, status: str, step: int, **more: Any) -> None:
-        """Write the last status and close the progress line and the files."""
+        """Write the final status and close the progress line and the files."""
         self.metrics.flush()
         self.status.write(status, step, **more)
         self.progress.close()
@@ -270,8 +270,8 @@ def say(line: str) -> None:
 
 
 def complete_status(run: Run, last: dict[str, Any], checkpoint: str) -> None:
-    """Draw the chart and write the status of a run that was killed just before it could; `last` is the
-    meta.json of its last checkpoint."""
+    """Draw the chart and write the status for a run that was killed just before it did so itself; `last` is
+    the meta.json of its last checkpoint."""
     if read_status(run.directory).get("status") != "finished":
         step = last["global_step"]
         reporter = Reporter(run, Clock(run, step, last["seconds"]), step, last["device"], compiled=True)

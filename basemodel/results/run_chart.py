@@ -1,4 +1,4 @@
-"""Charts in xkcd style."""
+"""The chart of a training run, in xkcd style."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from basemodel.training.run_folder import read_metrics
 def draw_chart(metrics: Path, chart: Path, title: str) -> None:
     """Draw loss, learning rate and gradient norm over the steps of a metrics.jsonl as a PNG.
 
-    Steps are drawn in at most 200 bins: the mean of each and, for the loss, the band between the extremes.
+    Steps are grouped into at most 200 bins, drawn as means and, for the loss, a band from min to max.
     """
     lines = read_metrics(metrics)
     trained = [line for line in lines if "train_loss" in line]

@@ -1,6 +1,6 @@
-"""What a model in training says: samples.jsonl.
+"""Samples from a model in training: samples.jsonl.
 
-What needs tiktoken is imported where it is used: a run without samples does without it.
+tiktoken is imported only where it is used, because a run without samples does not need it.
 """
 
 import json
@@ -11,14 +11,14 @@ from basemodel.training.run import Run
 from basemodel.training.run_folder import read_samples
 from gpt import GPTModel
 
-# As `test_smoke.py --tokens 50 --seed RANDOM_SEED` with the run's prompts samples from a checkpoint.
+# The same samples as `test_smoke.py --tokens 50 --seed RANDOM_SEED` draws from a checkpoint.
 SAMPLE_TOKENS = 50
 TEMPERATURE, TOP_K = 1.0, 25
 
 
 def require_tokenizer(run: Run) -> None:
-    """Raise InputError if the run's prompts cannot be encoded. The data set's own tokenizer encodes anything,
-    and `open_data` requires it."""
+    """Raise InputError if the run's prompts cannot be encoded. A data set's own tokenizer encodes anything,
+    and `open_data` checks that it exists."""
     shape = run.model_config
     if run.config.sample_interval is not None and shape.tokenizer != "dataset":
         from basemodel.data.tokenizer import get_tokenizer
@@ -28,10 +28,10 @@ def require_tokenizer(run: Run) -> None:
 
 
 def continue_prompts(run: Run, model: GPTModel, step: int) -> list[dict[str, Any]]:
-    """What the run's model says after `step` steps: the lines of samples.jsonl, one per prompt.
+    """Continue the run's prompts after `step` steps; return the lines of samples.jsonl, one per prompt.
 
-    Training does not notice: the modules that compute are others, never compiled and never in training mode,
-    with the same weights; and the random numbers come from a generator of their own.
+    Training is not affected: a twin with the same weights, never compiled and never in training mode, does
+    the computing, and the random numbers come from a separate generator.
     """
     from basemodel.data.tokenizer import get_tokenizer
     from basemodel.model.generation import Sampling, continuations, random_generator

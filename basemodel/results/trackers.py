@@ -1,7 +1,7 @@
 """The values of metrics.jsonl in TensorBoard, Weights & Biases and Trackio (extra [log]).
 
-None of them is a reason to stop training. One that fails is left out with a warning; when the run is resumed,
-W&B and Trackio get what they have missed from metrics.jsonl.
+A tracker that fails never stops training: it is dropped with a warning. When the run is resumed, W&B and
+Trackio catch up from metrics.jsonl.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ def require_packages(names: Iterable[str]) -> None:
     """Raise InputError for a tracker whose package is not installed."""
     for name in names:
         package = importlib.util.find_spec(name)
-        if package is None or package.origin is None:  # a folder of that name is not the package
+        if package is None or package.origin is None:  # a folder with that name is not the package
             raise InputError(
-                f"report_to: {name} is not installed; pip install -e '.[log]' brings it, or leave it out"
+                f"report_to: {name} is not installed; pip install -e '.[log]', or remove it from report_to"
             )
 
 
 class Tracker(Protocol):
-    """Where values go; `last` is the last step it already has, from before the run was resumed."""
+    """A destination of values; `last` is the last step that it has from before the run was resumed."""
 
     last: int
 
@@ -46,7 +46,7 @@ class Tracker(Protocol):
         """Send the values of a step."""
 
     def close(self, *, failed: bool) -> None:
-        """Send what is still on its way."""
+        """Send what is still pending."""
 
 
 class TensorBoard:
@@ -57,10 +57,10 @@ class TensorBoard:
 
         folder = run.directory / "tensorboard"
         self.last = step - 1 if folder.exists() else -1
-        self._writer = SummaryWriter(folder, purge_step=self.last + 1)  # hides what is repeated
+        self._writer = SummaryWriter(folder, purge_step=self.last + 1)  # hides steps that will be repeated
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write the values of a step to disk: a checkpoint of a later step must not outlive them."""
+        """Write the values of a step to disk, so that no later checkpoint outlives them."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -71,10 +71,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One W&B run; without credentials or where WANDB_MODE says so offline, in the run's folder wandb/.
+    """One W&B run; offline, in the run's folder wandb/, without credentials or if WANDB_MODE says so.
 
-    Each start of an offline run makes a folder of its own, with all values from the first step on, so that
-    `wandb sync` of the last one uploads the whole run.
+    Each start of an offline run creates a new folder with all values from the first step on, so that
+    `wandb sync` of the newest one uploads the whole run.
     """
 
     def __init__(self, run: Run, step: int) -> None:
@@ -82,7 +82,7 @@ class WeightsAndBiases:
 
         mode = None
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
-            mode = "offline"  # instead of asking for a key, which nobody may be there to give
+            mode = "offline"  # instead of prompting for a key when nobody may be there
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.name,
@@ -107,7 +107,7 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """One Trackio run, in its local database, or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says."""
+    """One Trackio run, in its local database or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL points."""
 
     def __init__(self, run: Run, step: int) -> None:
         import trackio
@@ -138,7 +138,7 @@ TRACKERS: dict[str, Callable[[Run, int], Tracker]] = {
 
 
 def run_id(folder: Path) -> str:
-    """What a run is called at its trackers: the same after it is resumed, another once it starts afresh."""
+    """A run's id in its trackers: the same after a resume, a new one after a start from scratch."""
     path = folder / "trackers.json"
     if not path.exists():
         replace_text(path, json.dumps({"id": secrets.token_hex(4)}), durable=True)
@@ -146,35 +146,35 @@ def run_id(folder: Path) -> str:
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """The run's two JSON files, with their defaults."""
+    """The values of the run's two JSON files, including defaults."""
     return dataclasses.asdict(run.model_config) | dataclasses.asdict(run.config)
 
 
 class Trackers:
-    """The trackers that report_to names. Each step's values go to each of them once, whatever happens.
+    """The trackers named in report_to. Each receives the values of each step once, whatever happens.
 
-    A resumed run adds to the line of the step where it was stopped, and trackers cannot take a step twice. So
-    a line waits until the next one begins.
+    A resumed run adds to the line of the step where it stopped, and trackers cannot take a step twice, so a
+    line waits until the next one begins.
     """
 
     def __init__(self, run: Run, step: int, say: Callable[[str], None]) -> None:
-        """`run` goes on after `step` steps, and its metrics.jsonl ends there; `say` is told of failures."""
+        """`run` continues after `step` steps, where its metrics.jsonl ends; `say` reports failures."""
         self._say, self._waiting = say, Line()
         self._trackers: dict[str, Tracker] = {}
         for name in run.config.report_to:
-            with self._left_out_if_it_fails(name):
+            with self._dropped_on_failure(name):
                 self._trackers[name] = TRACKERS[name](run, step)
         for line in read_metrics(run.metrics) if self._trackers else []:
             self.log(line)
 
     def log(self, line: Line) -> None:
-        """Take a line of metrics.jsonl, or more for the line before."""
+        """Take a line of metrics.jsonl, or more values for the previous line."""
         if self._waiting.get("step") != line["step"]:
             self._send()
         self._waiting |= line
 
     def close(self, status: str) -> None:
-        """Send what is left and wait for it, for a while. What was "preempted" may have more for its line."""
+        """Send what is pending and wait for a while. A "preempted" run may still add to its last line."""
         if status != "preempted":
             self._send()
         threads, deadline = ThreadPoolExecutor(len(TRACKERS)), time.monotonic() + CLOSE_SECONDS
@@ -183,7 +183,7 @@ class Trackers:
             for name, tracker in self._trackers.items()
         }
         for name, task in closing.items():
-            with self._left_out_if_it_fails(name):
+            with self._dropped_on_failure(name):
                 task.result(deadline - time.monotonic())
 
     def _send(self) -> None:
@@ -191,14 +191,14 @@ class Trackers:
         values = {key: value for key, value in line.items() if key != "step" and value is not None}
         for name, tracker in list(self._trackers.items()):
             if line and line["step"] > tracker.last:
-                with self._left_out_if_it_fails(name):
+                with self._dropped_on_failure(name):
                     tracker.log(line["step"], values)
 
     @contextmanager
-    def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
+    def _dropped_on_failure(self, name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             self._trackers.pop(name, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self._say(f"Warning: {name} gets no more values ({reason}); metrics.jsonl keeps them")
+            self._say(f"Warning: {name} gets no more values ({reason}); metrics.jsonl still does")

@@ -24,7 +24,7 @@ def choose_precision(config: TrainConfig, device: torch.device) -> str:
 
 
 def _has_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies matrices in bf16; a CPU without such instructions is slow at it."""
+    """Whether the hardware multiplies matrices in bf16; a CPU without the instructions does so slowly."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
@@ -35,30 +35,30 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def set_up_arithmetic(precision: str, *, deterministic: bool) -> None:
-    """Set how PyTorch multiplies float32 matrices, and whether it avoids kernels that add in varying order.
+    """Set the precision of float32 matrix products, and whether only deterministic kernels are allowed.
 
-    Call it before the first matrix product, because cuBLAS reads its setting then. An operation without a
-    deterministic kernel raises RuntimeError.
+    Call it before the first matrix product, which is when cuBLAS reads its setting. If `deterministic`, an
+    operation without a deterministic kernel raises RuntimeError.
     """
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and only helps to find bugs
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and only helps find bugs
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 
 def seed_weights(seed: int) -> None:
-    """Seed the generators alike on all processes, so that all start with the same weights."""
+    """Seed the generators identically on all processes, so that all start with the same weights."""
     torch.manual_seed(seed)
 
 
 def seed_dropout(seed: int, rank: int) -> None:
-    """Seed the generators apart, so that each process drops other activations."""
+    """Seed the generators differently on each process, so that dropout masks differ."""
     torch.manual_seed(seed + 1 + rank)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context for forward passes, in which fp16 and bf16 runs multiply matrices in half precision."""
+    """The context of forward passes: in fp16 and bf16 runs it multiplies matrices in half precision."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
@@ -73,19 +73,19 @@ def compile_if_configured(
 ) -> None:
     """Compile the loss if the config says so and `warm_up`, a pass through it, succeeds.
 
-    If that fails, "auto" says why and goes on uncompiled, and `true` raises RunError.
+    If it fails, "auto" reports why and continues uncompiled, and `true` raises RunError.
     """
     if not config.compiles_on(world.device.type):
         return
     if world.device.type == "cpu" and world.local_size > 1:
-        # Processes that write the same compiled library at the same time corrupt it.
-        own = Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{world.local_rank}"
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own))
+        # Processes that write the same compiled library concurrently corrupt it.
+        cache = Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{world.local_rank}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     loss.compile(any_size=any_size)
     problem = None
     try:
         warm_up(loss)
-    except Exception as error:  # compilers fail in many ways, but before training starts
+    except Exception as error:  # compilers fail in many ways, but only before training starts
         if is_out_of_memory(error):
             raise
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -93,7 +93,7 @@ def compile_if_configured(
     if problem is None:
         return
     if config.compile is True:
-        raise RunError(f'torch.compile failed ({problem}); "compile": "auto" or false trains without')
+        raise RunError(f'torch.compile failed ({problem}); set "compile" to "auto" or false')
     loss.uncompile()
     if world.is_first:
         tqdm.write(f"Training without torch.compile, which failed: {problem}")

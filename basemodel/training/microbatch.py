@@ -1,6 +1,6 @@
 """The search for the largest microbatch that fits (`-f`).
 
-Real training steps on random tokens, at sizes that double until one runs out of memory, then bisect.
+It takes real training steps on random tokens, doubling the size until memory runs out, then bisecting.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ Learner = Any  # ddp_train.py's, which this package does not import
 
 
 class Rehearsal(World):
-    """One process with the buffers of several, which never waits for one that ran out of memory."""
+    """One process with the buffers of several, which never waits for another that ran out of memory."""
 
     def broadcast_shards(self, shares: list[list[Tensor]]) -> None:
-        """Allocate what sharing out the updates of `shares` takes."""
+        """Allocate the buffers that broadcasting `shares` takes."""
         _ = [torch.cat([tensor.flatten() for tensor in share]) for share in shares]
 
 
 def rehearsal_of(world: World) -> World:
-    """The world in which to try sizes: without communication, but with its buffers."""
+    """The world in which to try sizes: without communication, but with the buffers it takes."""
     if world.size == 1:
         return world
     return Rehearsal(0, world.local_rank, 1, world.local_size, world.device, control=None)
@@ -41,7 +41,7 @@ def find_max_microbatch(run: Run, world: World, make_learner: Callable[..., Lear
 
     Takes real steps, but without all-reduce. Raises RunError if not even 1 fits, or when asked to stop.
     """
-    # The first collective allocates its buffers before anything is measured.
+    # Run a collective first, so that its buffers are allocated before anything is measured.
     world.all_reduce(torch.zeros(1, device=world.device))
     if world.device.type == "cpu":
         memory.limit_host_memory(world.local_size)
@@ -51,7 +51,7 @@ def find_max_microbatch(run: Run, world: World, make_learner: Callable[..., Lear
     learner.keeps_gradients = world.size > 1
     with StopSignal() as stop:
         size = largest_that_fits(lambda size: rehearse(learner, size), world, stop)
-    if learner.loss_module.is_compiled:  # until now for any size, but a run compiles for its own
+    if learner.loss_module.is_compiled:  # for any size so far, but a run compiles for one
         torch.compiler.reset()
         learner.loss_module.compile()
         while size > 1 and not fits(lambda size: rehearse(learner, size), size, world):
@@ -70,7 +70,7 @@ def largest_that_fits(try_size: Callable[[int], str], world: World, stop: StopSi
         size = (fitting + too_large) // 2 if too_large else max(1, 2 * fitting)
         fitting, too_large = (size, too_large) if fits(try_size, size, world) else (fitting, size)
         if world.any(stop):
-            raise RunError(f"stopped by a signal; the largest microbatch that fit so far is {fitting}")
+            raise RunError(f"stopped by a signal; the largest microbatch that fit so far was {fitting}")
     if fitting == 0:
         raise RunError(
             "not even a microbatch of 1 fits; try a smaller model, a shorter context_length or fewer "
@@ -94,12 +94,12 @@ def fits(try_size: Callable[[int], str], size: int, world: World) -> bool:
 
 
 def rehearse(learner: Learner, size: int) -> str:
-    """Let a Learner take two steps with microbatches of `size`, validate one; describe memory and speed."""
+    """Take two steps with microbatches of `size` and validate one; describe memory use and speed."""
     config, shape, device = learner.config, learner.model.config, learner.world.device
-    learner.optimizer.zero_grad()  # left by a size that did not fit
+    learner.optimizer.zero_grad()  # left over from a size that did not fit
     memory.release_memory(device)
     tokens = torch.randint(shape.vocab_size, (size, shape.context_length + 1)).to(device)
-    # With accumulation, gradients exist beside the activations of the second microbatch.
+    # With accumulation, the second microbatch's activations coexist with the first one's gradients.
     microbatches = [tokens] * (2 if config.may_accumulate else 1)
     for _ in range(2):
         start = time.perf_counter()
@@ -107,5 +107,5 @@ def rehearse(learner: Learner, size: int) -> str:
     speed = len(microbatches) * size * shape.context_length / (time.perf_counter() - start)
     if config.validation_interval is not None:
         learner.validation_loss(tokens)
-    peak, left = memory.peak_memory(device), memory.headroom(device)
-    return f"{peak:.2f} GiB, {speed:,.0f} tokens/s per process, {left:.1f} GiB left"
+    peak, free = memory.peak_memory(device), memory.headroom(device)
+    return f"{peak:.2f} GiB, {speed:,.0f} tokens/s per process, {free:.1f} GiB free"

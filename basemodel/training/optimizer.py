@@ -21,13 +21,13 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest.
 
-    Another optimizer goes here, and into TrainConfig.optimizer. Its groups need an `lr_scale`, and its step
-    must change nothing on the device where `found_inf` is 1 (see Muon), because the host never waits for it.
+    To add an optimizer, add it here and to TrainConfig.optimizer. Its groups need an `lr_scale`, and its step
+    must change nothing if `found_inf` is 1 (see Muon), a value on the device that the host never waits for.
     Weight decay applies to everything, or only to matrices that are not embeddings.
     """
     hidden = [p for p in model.trf_blocks.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
     adamw = torch.optim.AdamW(
-        adamw_groups(model, config, apart={id(parameter) for parameter in hidden}),
+        adamw_groups(model, config, excluded={id(parameter) for parameter in hidden}),
         lr=config.learning_rate,
         betas=config.betas,
         fused=True,  # so that it can skip a step without the host
@@ -38,18 +38,18 @@ def make_optimizer(
     return MuonWithAdamW(muon, adamw)
 
 
-def adamw_groups(model: GPTModel, config: TrainConfig, apart: set[int]) -> list[dict[str, Any]]:
-    """The parameters whose ids are not in `apart`, grouped by learning rate and weight decay.
+def adamw_groups(model: GPTModel, config: TrainConfig, excluded: set[int]) -> list[dict[str, Any]]:
+    """The parameters whose ids are not in `excluded`, grouped by learning rate and weight decay.
 
-    The token embedding and the head have rates of their own where the config gives them; tied, they have the
-    embedding's. A token's row gets a gradient only where the token occurs, so it wants a far higher rate.
+    The config may set separate rates for the token embedding and the head; tied, both have the embedding's.
+    A token's row gets a gradient only when the token occurs, so it needs a far higher rate.
     """
     embeddings = {id(model.tok_emb.weight), id(model.pos_emb.weight)}
     rates = {id(model.out_head.weight): config.head_learning_rate}
     rates[id(model.tok_emb.weight)] = config.embedding_learning_rate  # last, because it may be the head too
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        if id(parameter) not in apart:
+        if id(parameter) not in excluded:
             decays = config.decay_all_parameters or (parameter.dim() == 2 and id(parameter) not in embeddings)
             rate = rates.get(id(parameter)) or config.learning_rate
             groups.setdefault((rate, config.weight_decay if decays else 0.0), []).append(parameter)
@@ -60,11 +60,11 @@ def adamw_groups(model: GPTModel, config: TrainConfig, apart: set[int]) -> list[
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, faster: it updates a matrix by its orthogonalized momentum (Jordan et al. 2024).
+    """A faster torch.optim.Muon, which updates matrices by orthogonalized momentum (Jordan et al. 2024).
 
-    Orthogonalizing takes fifteen small matrix products per matrix. Here matrices of one shape are multiplied
-    as a batch, in `dtype`, and each process updates a share of the matrices and broadcasts them. All
-    processes keep the momentum of all matrices, so that the first one can save it.
+    Orthogonalizing takes fifteen small matrix products per matrix. Here matrices of the same shape are
+    batched, in `dtype`, and each process updates its share of the matrices and broadcasts them. Every process
+    keeps the momentum of all matrices, so that the first one can save it.
     """
 
     found_inf: Tensor | None = None  # set by `step_if`
@@ -94,11 +94,11 @@ class Muon(torch.optim.Muon):
                 state["momentum_buffer"] = torch.zeros_like(matrix)
             momentum = state["momentum_buffer"]
             momentum.lerp_(matrix.grad.where(finite, momentum), 1 - group["momentum"])
-        of_one_size: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for matrix in self.shares[self.world.rank]:
-            of_one_size.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
-        for alike in of_one_size.values():
-            for matrix, update in zip(alike, self._updates(alike, group), strict=True):
+            by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
+        for matrices in by_shape.values():
+            for matrix, update in zip(matrices, self._updates(matrices, group), strict=True):
                 # Larger steps for tall matrices: torch's "original" adjustment.
                 rate = group["lr"] * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
                 updated = matrix.mul(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
@@ -136,7 +136,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def step(self, closure: None = None) -> None:
         """Update all parameters."""
-        # Loading a checkpoint replaces the groups and the state that the two share with this one.
+        # Loading a checkpoint replaces the groups and state that both share with this optimizer.
         self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
         self._muon.state = self._adamw.state = self.state
         self._muon.found_inf = self._adamw.found_inf = self.found_inf
@@ -145,13 +145,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def share_out(items: list[nn.Parameter], costs: list[int], shares: int) -> list[list[nn.Parameter]]:
-    """Divide items into `shares` lists of similar cost: the most expensive first, to the least loaded."""
+    """Divide items into `shares` lists of similar cost: each, the costliest first, goes to the lightest."""
     lists: list[list[nn.Parameter]] = [[] for _ in range(shares)]
     loads = [0] * shares
     for index in sorted(range(len(items)), key=lambda index: -costs[index]):
-        least = loads.index(min(loads))
-        lists[least].append(items[index])
-        loads[least] += costs[index]
+        lightest = loads.index(min(loads))
+        lists[lightest].append(items[index])
+        loads[lightest] += costs[index]
     return lists
 
 
@@ -164,8 +164,8 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     """Create an optimizer's state now, by a step that changes nothing, instead of in the first training step.
 
-    So the state does not fragment the memory that each step allocates and frees, and too little memory shows
-    at once.
+    This keeps the state from fragmenting the memory that each step allocates and frees, and shows a lack of
+    memory immediately.
     """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -182,11 +182,11 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def step_if(finite: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Step the optimizer, or skip the step if it is not `finite`. The device decides.
+    """Step the optimizer, or skip the step if it is not `finite`; the device decides.
 
-    In fp16 the scaler skips the step if the gradients, which every process has alike, are not finite.
+    In fp16 the scaler skips the step if the gradients, identical on all processes, are not finite.
     """
-    if scaler.is_enabled():  # it has checked the gradients itself, and lowers its scale
+    if scaler.is_enabled():  # it has checked the gradients itself, and adapts its scale
         scaler.step(optimizer)
         scaler.update()
     else:

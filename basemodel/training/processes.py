@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 
 START_SECONDS = 600.0  # how long processes wait for one another to start
 DIED_OR_HUNG = (
-    "another training process died or hung; start again with --resume, or have torchrun do so with "
+    "another training process died or hung; restart with --resume, or let torchrun restart the run with "
     "--max-restarts=3"
 )
 LAUNCH_ADVICE = "launch with torchrun, or `unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE` for one process"
@@ -68,9 +68,9 @@ class World:
         return values
 
     def launchers(self) -> tuple[str, ...]:
-        """A name of each torchrun launcher that started processes, one per node, unique to the launch."""
-        # torchrun has none, and the run id is often "none". But each launcher makes a folder of its own,
-        # under a random name, where its processes report errors: FOLDER/attempt_0/0/error.json
+        """The names of the torchrun launchers of this run, one per node, each unique to its launch."""
+        # torchrun provides none, and the run id is often "none". But each launcher creates a folder with a
+        # random name, where its processes report errors: FOLDER/attempt_0/0/error.json
         file = os.environ.get("TORCHELASTIC_ERROR_FILE")
         names = {"/".join(Path(path).parts[-5:-3]) for path in self.all_gather(file) if path}
         return tuple(sorted(names))
@@ -110,7 +110,7 @@ class World:
         return tensors
 
     def any(self, flag: object) -> bool:
-        """Whether `flag` is true on any process. Communicates on the CPU; the device goes on working."""
+        """Whether `flag` is true on any process. Communicates on the CPU while the device keeps working."""
         if self.control is None:
             return bool(flag)
         flags = torch.tensor(bool(flag), dtype=torch.int32)
@@ -143,7 +143,7 @@ class World:
 
 @contextmanager
 def joined_world(collective_timeout: float) -> Iterator[World]:
-    """The world of this process, whose group is left at the end; collectives time out after so many seconds.
+    """Join the process group, then leave it; collectives time out after `collective_timeout` seconds.
 
     A collective in which another process has died or hung raises RunError.
     """
@@ -156,7 +156,7 @@ def joined_world(collective_timeout: float) -> Iterator[World]:
 def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     """Choose this process's device and join the process group; collectives time out after `timeout`.
 
-    Raises InputError if the node has fewer devices than processes, or for wrong environment variables.
+    Raises InputError if the node has fewer devices than processes, or environment variables are wrong.
     """
     rank, local_rank, size, local_size = place_in_the_world()
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -168,7 +168,7 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
         count = torch.accelerator.device_count()
         if local_size > count:
             raise InputError(
-                f"{local_size} processes on a node with {count} devices; --nproc_per_node={count}"
+                f"{local_size} processes on a node with {count} devices; use --nproc_per_node={count}"
             )
         if local_rank >= count:
             raise InputError(f"LOCAL_RANK is {local_rank} on a node with {count} devices; {LAUNCH_ADVICE}")
@@ -176,7 +176,7 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
         torch.accelerator.set_device_index(local_rank)
     if size == 1:
         return World(rank, local_rank, size, local_size, device, control=None)
-    # NCCL's own timeout aborts the process without a word, so the watchdog of a step comes first.
+    # NCCL's own timeout aborts the process without a message, so the watchdog must come first.
     dist.init_process_group(
         dist.get_default_backend_for_device(device),
         store=store_of_these_processes(rank, size),
@@ -191,9 +191,9 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
 
 
 def place_in_the_world() -> tuple[int, int, int, int]:
-    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; by default those of a single process.
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; the defaults are those of a single process.
 
-    Raises InputError if a shell or a scheduler has left variables that no launcher would set.
+    Raises InputError for values that no launcher would set, as left behind by a shell or a scheduler.
     """
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     values = {name: os.environ.get(name, default) for name, default in defaults.items()}
@@ -215,24 +215,24 @@ def store_of_these_processes(rank: int, size: int) -> dist.Store:
     When torchrun restarts processes, its store still has the addresses of the dead ones, and new processes
     would wait for them forever (pytorch issues 135712 and 167288). So each process publishes a random id, the
     first one publishes the list of all ids until every process has seen its own in it, and a hash of that
-    list becomes the prefix. Raises RunError if not all processes are there within START_SECONDS.
+    list becomes the prefix. Raises RunError if not all processes have started within START_SECONDS.
     """
     late = f"process {rank} of {size} waited {START_SECONDS:.0f} s for the others to start"
-    deadline, mine = time.monotonic() + START_SECONDS, uuid.uuid4().hex
+    deadline, own_id = time.monotonic() + START_SECONDS, uuid.uuid4().hex
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
-        store.set(f"member/{rank}", mine)
-        while (left := deadline - time.monotonic()) > 0.01:
-            store.set_timeout(timedelta(seconds=left))
+        store.set(f"member/{rank}", own_id)
+        while (remaining := deadline - time.monotonic()) > 0.01:
+            store.set_timeout(timedelta(seconds=remaining))
             if rank == 0:
-                store.wait([f"member/{other}" for other in range(size)])  # for all at once, not for each
+                store.wait([f"member/{other}" for other in range(size)])  # one timeout for all of them
                 store.set("members", " ".join(store.get(f"member/{other}").decode() for other in range(size)))
             members = store.get("members").decode()
-            if mine in members.split():
-                round_ = hashlib.sha256(members.encode()).hexdigest()
-                store.set(f"{round_}/present/{rank}", "")
-                if store.check([f"{round_}/present/{other}" for other in range(size)]):
-                    return dist.PrefixStore(round_, store)
+            if own_id in members.split():
+                generation = hashlib.sha256(members.encode()).hexdigest()
+                store.set(f"{generation}/present/{rank}", "")
+                if store.check([f"{generation}/present/{other}" for other in range(size)]):
+                    return dist.PrefixStore(generation, store)
             time.sleep(0.01)
     except dist.DistError as error:
         raise RunError(late) from error

@@ -1,4 +1,4 @@
-"""Resuming: whether a run is to continue, whether it may, and what makes it the same run."""
+"""Resuming: whether a run should continue, whether it may, and what makes it the same run."""
 
 import base64
 import dataclasses
@@ -26,8 +26,8 @@ from basemodel.training.processes import World
 from basemodel.training.run import Run
 from gpt import GPTModel
 
-# Keys of train.json that may change when a run goes on: they say how the same work is split, kept, checked or
-# shown.
+# Keys of train.json that may change when a run resumes: they say how the same work is split, saved, checked
+# or shown.
 FREE_ON_RESUME = {
     "microbatch_size",
     "gradient_accumulation_steps",
@@ -51,14 +51,14 @@ def advice_after_divergence(run: Run) -> str:
     """What to do about a run that has diverged."""
     last = checkpointing.list_checkpoints(run.checkpoints)[-1:]
     where = f"the last checkpoint is {last[0].name}" if last else "there is no checkpoint yet"
-    return f"{where}; a lower learning_rate, a warm-up or clipping_max_norm may help"
+    return f"{where}; try a lower learning_rate, a warm-up or clipping_max_norm"
 
 
 def was_started_before(run: Run) -> bool:
-    """Whether torchrun starts the run's processes again: after a failure, or because a node joined or left.
+    """Whether torchrun has restarted the run's processes, after a failure or because a node joined or left.
 
-    TORCHELASTIC_RESTART_COUNT counts the failures that this node's launcher has seen, and nothing else. But
-    at least one launcher stays whenever processes are started again, and status.json names the last ones.
+    TORCHELASTIC_RESTART_COUNT counts only the failures that this node's launcher has seen. But at least one
+    launcher survives every restart, and status.json names the previous ones.
     """
     known = run_folder.read_status(run.directory).get("launchers") or []
     failed_before = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -66,7 +66,7 @@ def was_started_before(run: Run) -> bool:
 
 
 def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpointing.Checkpoint | None:
-    """The checkpoint to continue from, checked to be this run's; None if there is none."""
+    """The checkpoint to continue from, after a check that it is this run's; None if there is none."""
     if name is None:
         return None
     if name == "newest":
@@ -78,14 +78,14 @@ def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpoin
     check_resumable(checkpoint.path.name, checkpoint.meta, run, tqdm.write if allow_change else None)
     if checkpoint.meta["global_step"] > run.plan.steps:
         raise InputError(
-            f"{checkpoint.path.name} is beyond the run's end, {run.plan.steps:,} steps; raise "
+            f"{checkpoint.path.name} is past the run's last step, {run.plan.steps:,}; raise "
             "min_train_tokens, or name an earlier checkpoint"
         )
     return checkpoint
 
 
 def set_earlier_results_aside(run: Run) -> None:
-    """Move the results of an earlier training, if there are any, into a new subfolder, and say so."""
+    """Move the results of an earlier training run, if any, into a new subfolder, and say so."""
     if aside := run_folder.set_earlier_results_aside(run.directory):
         print(f"Starting from scratch; earlier results are now in {aside} (--resume would have continued)")
 
@@ -110,7 +110,7 @@ def restore_tensors(
     checkpoint: checkpointing.Checkpoint | None,
     world: World,
 ) -> dict[str, Any]:
-    """Load a checkpoint's tensors, which only the first process holds, on all processes; return its meta."""
+    """Load on all processes a checkpoint that only the first one holds; return its meta."""
     meta, source = world.broadcast((checkpoint.meta, str(checkpoint.path)) if checkpoint else None)
     load_tensors(model, world.broadcast_tensors(checkpoint.model if checkpoint else {}), source)
     tensors = world.broadcast_tensors(checkpoint.optimizer if checkpoint else {})
@@ -119,17 +119,17 @@ def restore_tensors(
 
 
 def set_rng_state(meta: dict[str, Any], world: World, seed: int) -> str:
-    """Restore what `rng_state` returned on each process; return what to tell the user, if anything.
+    """Restore the `rng_state` of each process; return a message for the user, or an empty string.
 
-    On another type of device, or another number of processes, dropout masks will differ.
+    With another type of device or number of processes, dropout masks will differ.
     """
     states = meta["rng"]
     if len(states) != world.size:
         fresh = np.random.SeedSequence((seed, meta["global_step"], world.rank))
         torch.manual_seed(int(fresh.generate_state(1)[0]))
         return (
-            f"Saved by {len(states)} processes, resumed by {world.size}: the data continue exactly where "
-            "they were; dropout masks differ"
+            f"The number of processes changed from {len(states)} to {world.size}: same data order, different "
+            "dropout masks"
         )
     for name, text in states[world.rank].items():
         state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
@@ -142,7 +142,7 @@ def set_rng_state(meta: dict[str, Any], world: World, seed: int) -> str:
 
 @functools.cache
 def provenance() -> dict[str, Any]:
-    """The versions of what computes, and this code's commit, None where that is not known."""
+    """The versions of Python and its packages, and this code's commit (None if unknown)."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -153,21 +153,21 @@ def provenance() -> dict[str, Any]:
 
 
 def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[str], None] | None) -> None:
-    """Raise InputError, naming the keys, if going on from checkpoint `name` would not continue the same run.
+    """Raise InputError, naming the changes, unless checkpoint `name` belongs to the same run.
 
-    With `allow`, changes to the configs or the data are only reported to it. Another global batch would read
-    other data, and is always refused.
+    With `allow`, changes to the configs or the data are only reported to it. A different global batch would
+    read different data, so it is always refused.
     """
     changed = _changed_keys(MODEL_JSON, meta["model_config"], run.model_config)
     changed += _changed_keys(TRAIN_JSON, meta["train_config"], run.config)
     changed += _changed_data(meta.get("data", {}), run)
     if changed and allow is None:
         raise InputError(
-            f"{name} belongs to another run: {'; '.join(changed)}; undo that, start from scratch, or "
+            f"{name} belongs to another run: {'; '.join(changed)}; undo the changes, start from scratch, or "
             "continue anyway with --allow-config-change"
         )
     if changed:
-        allow(f"Going on, as allowed, although {'; '.join(changed)}")
+        allow(f"Continuing despite changes, as requested: {'; '.join(changed)}")
     if meta["global_batch"] != run.plan.global_batch:
         raise InputError(
             f"{name} was trained with global batches of {meta['global_batch']} sequences, not "
@@ -176,9 +176,9 @@ def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[
     seen, step = meta["sequences_seen"], meta["global_step"]
     if seen != run.plan.sequences(step):
         raise InputError(
-            f"{name} had read {seen:,} sequences after {step:,} steps, this run would have read "
-            f"{run.plan.sequences(step):,}; half_batch_percent x min_train_tokens must come to as many "
-            "tokens as before"
+            f"{name} had read {seen:,} sequences after {step:,} steps, but this run would have read "
+            f"{run.plan.sequences(step):,}; half_batch_percent x min_train_tokens must come to the same "
+            "number of tokens as before"
         )
 
 
@@ -187,20 +187,20 @@ def _changed_data(theirs: dict[str, dict[str, Any]], run: Run) -> list[str]:
     for split in run.config.splits:
         before, now = (whole_set(files, split, dataset) for files in (theirs, run.files))
         if before and now and before != now:  # without validation before, there is nothing to compare
-            changed.append(f"the {split} tokens of {dataset} were in {before[-1]}, are now in {now[-1]}")
+            changed.append(f"the {split} tokens of {dataset} were in {before[-1]} and are now in {now[-1]}")
     for name in sorted(run.files.keys() & theirs.keys()):
         before, now = theirs[name]["sha256"], run.files[name]["sha256"]
         if before != now:
-            changed.append(f"{name} of {dataset} had the SHA-256 {before[:12]}..., has {now[:12]}...")
+            changed.append(f"the SHA-256 of {name} in {dataset} was {before[:12]}..., now {now[:12]}...")
     return changed
 
 
 def _changed_keys(file: str, theirs: dict[str, Any], config: Any) -> list[str]:
-    # A key that the checkpoint's version did not know had the effect of its default. Tuples become lists.
+    # A key that the checkpoint's version did not have acts as its default. Tuples become lists.
     theirs = with_defaults(type(config), theirs)
     theirs, ours = json.loads(json.dumps((theirs, dataclasses.asdict(config)), default=str))
     return [
-        f"{file}: {key} was {json.dumps(theirs[key])}, is {json.dumps(ours[key])}"
+        f"{file}: {key} was {json.dumps(theirs[key])}, now {json.dumps(ours[key])}"
         for key in ours
         if key not in FREE_ON_RESUME and theirs[key] != ours[key]
     ]

@@ -1,4 +1,4 @@
-"""A run: two JSON files, and what follows from them and the data."""
+"""A run: its two JSON files, and the plan that follows from them and the data."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,12 +30,12 @@ from basemodel.training.schedule import BatchPlan, learning_rate_at, plan_batche
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run trains on and is validated on."""
+    """The data that a run trains and validates on."""
 
     train: Sequences
     validation: Sequences | None
     model_config: GPTConfig  # with the data set's end-of-text token
-    tokenizer: bytes | None  # the content of its tokenizer.json, if it has one of its own
+    tokenizer: bytes | None  # the content of the data set's tokenizer.json, if it has one
     folder: Path
 
 
@@ -43,7 +43,7 @@ class RunData:
 class Run:
     """What is trained, on which data, and where the results go.
 
-    While it trains, only a budget changes it: the number of steps of its plan.
+    During training only a budget changes it, by adjusting the number of steps in its plan.
     """
 
     directory: Path
@@ -52,7 +52,7 @@ class Run:
     plan: BatchPlan | None = None  # None until the number of processes and the data are known
     data: RunData | None = None  # None until the data are here
     files: dict[str, dict[str, Any]] | None = None  # the data's files: size, SHA-256, revision
-    launchers: tuple[str, ...] = ()  # of its processes: one per node under torchrun
+    launchers: tuple[str, ...] = ()  # names of torchrun's launchers, one per node
 
     @classmethod
     def read(cls, runs_dir: Path, name: str) -> Self:
@@ -63,8 +63,8 @@ class Run:
         config = read_config(TrainConfig, folder / TRAIN_JSON)
         if config.document_masking and model_config.end_of_text >= model_config.vocab_size:
             raise InputError(
-                f"document_masking needs the end-of-text token, {model_config.end_of_text}, which a "
-                f"vocab_size of {model_config.vocab_size} leaves out"
+                f"document_masking needs the end-of-text token, {model_config.end_of_text}, which is not in "
+                f"a vocabulary of {model_config.vocab_size} tokens; raise vocab_size"
             )
         if config.head_learning_rate is not None and model_config.tie_weights:
             raise InputError(
@@ -96,7 +96,7 @@ class Run:
 
     @property
     def samples(self) -> Path:
-        """What the model said at some of this run's steps."""
+        """The texts that the model generated during this run."""
         return self.directory / SAMPLES
 
     @property
@@ -105,7 +105,7 @@ class Run:
         return self.config.checkpoint_interval or self.config.validation_interval
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of step `step`, from 0. Its schedule counts whole batches."""
+        """The learning rate of step `step` (from 0). The schedule counts full global batches."""
         return learning_rate_at(self.plan.batches(step), self.plan.batches(self.plan.steps), self.config)
 
     def validates_after(self, step: int) -> bool:
@@ -128,7 +128,7 @@ class Run:
         return self.validates_after(step) or self.samples_after(step) or self.saves_after(step)
 
     def saves_from(self, step: int) -> int:
-        """How many checkpoints are due after step `step`."""
+        """The number of checkpoints due after step `step`."""
         return _times_due(self.checkpoint_interval, step, self.plan.steps)
 
     @property
@@ -146,9 +146,9 @@ def _times_due(interval: int | None, after: int, last: int) -> int:
 
 
 def prepare_run(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, *, resume: bool) -> Run:
-    """Lock the run's folder, download missing data, once per node, and check every token the run will use.
+    """Lock the run's folder, download missing data once per node, and check every token the run will use.
 
-    Returns the run with its data and its plan. Raises InputError at once if `checkpoint` does not exist.
+    Returns the run with its data and plan. Raises InputError, before a download, without the `checkpoint`.
     """
     config, model_config = run.config, run.model_config
     config.accumulation_for(world.size)  # raises an error here, not after a download
@@ -190,10 +190,10 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
     if config.validation_interval is None:
         return RunData(train, None, model, tokenizer, folder)
     validation = sequences("validation", config.start_val_token)
-    most = validation.count // config.microbatch_size
-    if config.validation_batches > most:
+    available = validation.count // config.microbatch_size
+    if config.validation_batches > available:
         raise InputError(
-            f"{validation.tokens}: too short: its {validation.tokens.count} tokens fill {most} "
+            f"{validation.tokens}: too short: its {validation.tokens.count} tokens fill {available} "
             f"validation batches of {config.microbatch_size} x {model.context_length} after start_val_token "
             f"{config.start_val_token}, not {config.validation_batches}"
         )
@@ -203,14 +203,14 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
 def check_tokens(
     data: RunData, train: int, validation: int, vocab_size: int, *, share: tuple[int, int]
 ) -> None:
-    """Check every token of the first `train` and `validation` sequences, those that a run will use.
+    """Check every token of the first `train` and `validation` sequences, which are those a run will use.
 
-    `share` (which, of how many): the processes of a node each check a part. Raises InputError for a token id
+    `share` (index, count) is this process's part among those of its node. Raises InputError for a token id
     outside the vocabulary.
     """
-    which, parts = share
+    index, parts = share
     for sequences, count in ((data.train, min(train, data.train.count)), (data.validation, validation)):
         if sequences is not None:
             tokens = count * sequences.length + 1
-            first, stop = (sequences.start + tokens * part // parts for part in (which, which + 1))
+            first, stop = (sequences.start + tokens * part // parts for part in (index, index + 1))
             sequences.tokens.check_vocabulary(first, stop, vocab_size)

@@ -20,15 +20,15 @@ from basemodel.common.names import (
     require_plain_name,
 )
 
-LOCK_SECONDS = 900.0  # how long a resumed run waits for its last processes: they may hang, and time out
+LOCK_SECONDS = 900.0  # how long a resumed run waits for its old processes, which may hang until they time out
 
 
 def find_run(runs_dir: Path, name: str) -> Path:
-    """The folder of the run `name`. Raises InputError, naming the runs there are, if there is none."""
+    """The folder of the run `name`. Raises InputError, listing the runs, if there is none."""
     folder = runs_dir / require_plain_name(name, "run")
     if not folder.is_dir():
-        have = ", ".join(sorted(path.parent.name for path in runs_dir.glob(f"*/{TRAIN_JSON}"))) or "none"
-        raise InputError(f"{folder}: no such run; there are: {have}")
+        available = ", ".join(sorted(path.parent.name for path in runs_dir.glob(f"*/{TRAIN_JSON}"))) or "none"
+        raise InputError(f"{folder}: no such run; available: {available}")
     return folder
 
 
@@ -46,7 +46,7 @@ def read_json_or_nothing(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects with a step in a file of JSON lines, without truncated and damaged ones."""
+    """The objects with a step in a JSON Lines file, skipping truncated and damaged lines."""
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             values = json.loads(line)
@@ -57,7 +57,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, merged by step, without truncated and damaged ones."""
+    """The lines of a metrics.jsonl, merged by step, skipping truncated and damaged ones."""
     lines: dict[int, dict[str, Any]] = {}
     for values in _read_lines(path):
         lines[values["step"]] = lines.get(values["step"], {}) | values
@@ -73,13 +73,13 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
     """Lock a run's folder for the life of this process; False if the file system has no locks.
 
-    With `say`, which is told about it, wait up to LOCK_SECONDS for the process that holds the lock: it may be
-    what is left of a dead launch, saving a last time. Raises InputError if the folder stays locked or cannot
-    be written to.
+    With `say`, announce and wait up to LOCK_SECONDS for the process that holds the lock: it may be left over
+    from a dead launch, saving one last checkpoint. Raises InputError if the folder stays locked or is not
+    writable.
     """
     holder = read_status(run_dir).get("pid")  # most likely
     if not os.access(run_dir, os.W_OK):
-        raise InputError(f"{run_dir}: cannot be written to; training writes its results there")
+        raise InputError(f"{run_dir}: not writable; training writes its results there")
     waiting = f"Waiting up to {LOCK_SECONDS:.0f} s for another process of this run (pid {holder}) to end"
     try:
         return lock(run_dir, LOCK_SECONDS, lambda: say(waiting)) if say else lock(run_dir)
@@ -90,7 +90,7 @@ def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether another process holds the lock of a run's folder, because it trains the run."""
+    """Whether another process holds the lock of a run's folder because it is training the run."""
     handle = os.open(run_dir, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What each global step does: which sequences every process reads, and at which learning rate."""
+"""What each global step does: which sequences each process reads, and the learning rate."""
 
 import dataclasses
 import math
@@ -19,9 +19,9 @@ class BatchPlan:
 
     Pure arithmetic: the g-th global batch has the same sequences in the same order whatever the number of
     processes, the microbatch size and the accumulation. The first `half_steps` have half the size: while the
-    loss falls fast, gradients agree, and many small steps get further than few large ones (McCandlish et al.
-    2018). The first `short_steps` cut each sequence into `SHORT_PARTS`: what a model learns first is in the
-    last few tokens (Press et al. 2021, Shortformer).
+    loss falls fast, gradients agree, and many small steps get further than a few large ones (McCandlish et
+    al. 2018). The first `short_steps` cut each sequence into `SHORT_PARTS`: what a model learns first depends
+    on the last few tokens only (Press et al. 2021, Shortformer).
     """
 
     microbatch_size: int
@@ -39,28 +39,27 @@ class BatchPlan:
 
     @property
     def tokens_per_batch(self) -> int:
-        """Training tokens of a whole global batch."""
+        """Training tokens in a full global batch."""
         return self.global_batch * self.length
 
     def batches(self, steps: int) -> float:
-        """What the first `steps` steps read, in whole global batches."""
+        """The data that the first `steps` steps read, in full global batches."""
         return steps - min(steps, self.half_steps) / 2
 
     def sequences(self, steps: int) -> int:
-        """How many sequences the first `steps` steps read."""
+        """The number of sequences that the first `steps` steps read."""
         return int(self.batches(steps) * self.global_batch)
 
     def tokens(self, steps: int) -> int:
-        """How many tokens the first `steps` steps train on."""
+        """The number of tokens that the first `steps` steps train on."""
         return self.sequences(steps) * self.length
 
     def steps_for(self, batches: float) -> int:
-        """How many steps read at most so many whole global batches."""
+        """The number of steps that read at most `batches` full global batches."""
         return int(batches + min(batches, self.half_steps / 2))
 
     def microbatches(self, step: int, rank: int) -> Iterator[tuple[int, int]]:
-        """Of each microbatch that process `rank` reads in step `step`, counted from 0: the first sequence and
-        how many they are."""
+        """Yield (first sequence, count) for each microbatch of process `rank` in step `step` (from 0)."""
         size, turns = self.microbatch_size, self.accumulation
         if step < self.half_steps:
             size, turns = (size, turns // 2) if turns % 2 == 0 else (size // 2, turns)
@@ -68,7 +67,7 @@ class BatchPlan:
             yield self.sequences(step) + (turn * self.processes + rank) * size, size
 
     def cut(self, sequences: Tensor, step: int) -> Tensor:
-        """Sequences (B, T + 1) as step `step` trains on them: as they are, or (4B, T / 4 + 1)."""
+        """Cut sequences (B, T + 1) as step `step` trains on them: not at all, or into (4B, T / 4 + 1)."""
         if step >= self.short_steps:
             return sequences
         length = self.length // SHORT_PARTS
@@ -76,9 +75,9 @@ class BatchPlan:
 
 
 def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: int | None) -> BatchPlan:
-    """Plan the steps of a run over `per_epoch` sequences of `length` tokens (None: not known yet).
+    """Plan the steps of a run over `per_epoch` sequences of `length` tokens (None: unknown).
 
-    Raises InputError if the global batch cannot be divided up or there are too few tokens.
+    Raises InputError if the global batch does not divide evenly or there are too few tokens.
     """
     accumulation = config.accumulation_for(processes)
     global_batch = config.microbatch_size * accumulation * processes
@@ -91,19 +90,19 @@ def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: in
     if available is not None and needed > available:
         raise InputError(
             f"{config.dataset} has {available:,} sequences of {length} tokens in {config.epochs} epochs "
-            f"after start_train_token {config.start_train_token}, the run needs {needed:,}; set "
-            f"epochs to {math.ceil(needed / per_epoch)}, or min_train_tokens to -1 to use all there are"
+            f"after start_train_token {config.start_train_token}, but the run needs {needed:,}; set "
+            f"epochs to {math.ceil(needed / per_epoch)}, or min_train_tokens to -1 to use all of them"
         )
     halved = round(batches * config.half_batch_percent / 100)
     if halved and config.microbatch_size * accumulation % 2:
         raise InputError(
-            f"half_batch_percent halves what a process reads in a step, {config.microbatch_size} x "
-            f"{accumulation} sequences; make that even, or half_batch_percent 0"
+            f"half_batch_percent halves the {config.microbatch_size} x {accumulation} sequences that a "
+            "process reads in a step; make their number even, or set half_batch_percent to 0"
         )
     if config.short_sequence_percent and length % SHORT_PARTS:
         raise InputError(
-            f"short_sequence_percent cuts sequences into {SHORT_PARTS} parts; make context_length {length} a "
-            "multiple of that, or short_sequence_percent 0"
+            f"short_sequence_percent cuts sequences into {SHORT_PARTS} parts; make context_length a multiple "
+            f"of {SHORT_PARTS}, not {length}, or set short_sequence_percent to 0"
         )
     steps = batches + halved
     plan = BatchPlan(config.microbatch_size, accumulation, processes, length, steps, half_steps=2 * halved)
@@ -115,8 +114,8 @@ def learning_rate_at(step: float, steps: float, config: TrainConfig) -> float:
     """The learning rate of step `step` (from 0) of `steps`.
 
     "constant" never changes. The others start with a linear warm-up over warmup_period_percent of the steps,
-    whose last step has the peak rate. Then "cosine" falls along half a cosine to a tenth of the peak at the
-    last step; "wsd" stays at the peak and, over the last decay_period_percent of the steps, falls linearly,
+    which reaches the peak at its last step. Then "cosine" falls along half a cosine to a tenth of the peak at
+    the last step; "wsd" stays at the peak and falls linearly over the last decay_period_percent of the steps,
     reaching zero one step after the last (Hägele et al. 2024).
     """
     peak = config.learning_rate

@@ -1,4 +1,4 @@
-"""How a training stops: by a signal, or because its step hangs."""
+"""How training stops: on a signal, or because a step hangs."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from typing import Self
 from basemodel.common.command_line import say_error
 from basemodel.training.processes import DIED_OR_HUNG, World
 
-GRACE_SECONDS = 20.0  # the patience once a signal has come; torchrun kills 30 s after its own
+GRACE_SECONDS = 20.0  # patience with a hung step after a signal; torchrun kills 30 s after its own
 TICK = 0.2
 REPEAT_SECONDS = 3.0  # how long a second signal counts as torchrun's copy of the first
 
@@ -19,14 +19,14 @@ REPEAT_SECONDS = 3.0  # how long a second signal counts as torchrun's copy of th
 class StopSignal:
     """Remembers that SIGTERM or SIGINT asked this process to stop.
 
-    A second signal exits at once, without saving, unless it comes within REPEAT_SECONDS: then it is ignored,
+    A second signal exits immediately, without saving, but is ignored within REPEAT_SECONDS of the first,
     because torchrun forwards what the terminal has already sent. A separate thread receives the signals:
     Python's own handlers run in the main thread, which a collective with a lost process may block.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        # Without its launcher nothing can stop or restart this process, so it stops by itself.
+        # Without its launcher nothing can stop or restart this process, so it stops on its own.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> Self:
@@ -53,7 +53,7 @@ class StopSignal:
 
     @property
     def exit_status(self) -> int:
-        """The status of a process that the signal ended."""
+        """The exit status of a process that the signal ended."""
         return 128 + (self.received or signal.SIGTERM)
 
     def _watch(self, reader: int) -> None:
@@ -72,20 +72,20 @@ def hung_steps_ended(
 ) -> Iterator[None]:
     """End this process, as for a RunError, when a step is `overdue()` by more than the collective timeout.
 
-    A collective of gloo raises an error then. One of NCCL does not, and the main thread waits for the GPU
-    forever; so this takes a thread of its own, which first calls `give_up` with the reason. A signal to stop,
-    which the main thread would look at after the step, shortens the patience.
+    A gloo collective then raises an error. An NCCL collective does not, and the main thread waits for the GPU
+    forever, so this takes a separate thread, which first calls `give_up` with the reason. A signal to stop,
+    which the main thread would only handle after the step, shortens the timeout.
     """
-    left = threading.Event()
+    done = threading.Event()
 
     def watch() -> None:
-        late = 0.0  # seconds by this thread's count: while a process is suspended, it does not count
-        while not left.wait(TICK):
+        late = 0.0  # seconds counted by this thread, which stands still while the process is suspended
+        while not done.wait(TICK):
             late = late + TICK if overdue() > 0 else 0.0
             if late > (world.timeout if stop.received is None else min(world.timeout, GRACE_SECONDS)):
                 try:
                     give_up(DIED_OR_HUNG)
-                finally:  # whatever that has raised
+                finally:  # even if give_up raises
                     os._exit(say_error(DIED_OR_HUNG, 1))
 
     if world.size > 1:
@@ -93,4 +93,4 @@ def hung_steps_ended(
     try:
         yield
     finally:
-        left.set()
+        done.set()
