@@ -19,8 +19,7 @@ from basemodel.common.errors import InputError
 from basemodel.data.hub import check_push, push
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.model.weights import folder_of, load_model
-from basemodel.results.export import check_folder, write_model
-from basemodel.results.model_card import write_model_card
+from basemodel.results.export import check_folder, write_model, write_model_card
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -26,7 +26,7 @@ from common import spread
 from basemodel.common.command_line import run_command
 from basemodel.common.errors import RunError
 from basemodel.common.files import fingerprint
-from basemodel.common.tables import markdown_table
+from basemodel.common.output import markdown_table
 
 DATASET, NAME, COMMIT = "far/away", "train.safetensors", "0" * 40
 CLIENTS = {

@@ -17,7 +17,7 @@ from folder_hub import use_hub
 from helpers import Script, random_tokens, wait_for, write_dataset
 from huggingface_hub import constants
 
-from basemodel.common import progress
+from basemodel.common import output
 from basemodel.common.errors import InputError
 from basemodel.data import hub as hub_module
 from basemodel.data.hub import fetch_dataset
@@ -66,7 +66,7 @@ def start(hub: Hub, tmp_path: Path) -> Script:
 
 
 def test_what_is_needed_comes_once_with_progress(hub: Hub, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(output, "LINE_SECONDS", 0.0)
     folder = fetch(tmp_path)
     assert {path.name for path in folder.iterdir() if path.name != ".download.lock"} == {
         "train.safetensors",

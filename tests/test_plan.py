@@ -14,9 +14,9 @@ from test_inside_a_run import CLOCK
 
 from basemodel.common.errors import InputError
 from basemodel.model.config import GPTConfig
+from basemodel.planning.estimate import WORST_ERROR, Roofline
 from basemodel.planning.footprint import Step
 from basemodel.planning.machines import find_machines, read_gpus
-from basemodel.planning.roofline import WORST_ERROR, Roofline
 from basemodel.training.config import TrainConfig
 from gpt import GPTModel
 

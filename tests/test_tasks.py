@@ -31,7 +31,7 @@ from basemodel.evaluation.harness import (
 from basemodel.evaluation.measurements import TaskResult, add_task_results, headlines, read_task_results
 from basemodel.evaluation.scoring import Scorer
 from basemodel.model.weights import load_model
-from basemodel.results.model_card import write_model_card
+from basemodel.results.export import write_model_card
 from compare_runs import read_run, table
 from gpt import GPTModel
 from test_harness import label_models, main

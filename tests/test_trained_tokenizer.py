@@ -18,15 +18,20 @@ from safetensors.numpy import load_file
 from texts import EDGES, assert_holds, nasty_text, prepare, random_characters, split_texts, write_jsonl
 
 from basemodel.common.errors import InputError
-from basemodel.common.terminal import printable
+from basemodel.common.output import printable
 from basemodel.data.hub import fetch_dataset, fingerprint_files
 from basemodel.data.sequences import match_tokenizer
-from basemodel.data.tokenizer import byte_characters, get_tokenizer, read_tokenizer, same_tokenizer
+from basemodel.data.tokenizer import (
+    byte_characters,
+    get_tokenizer,
+    read_tokenizer,
+    same_tokenizer,
+    train_tokenizer,
+)
 from basemodel.model.config import GPTConfig
 from basemodel.model.loss import NextTokenLoss
 from basemodel.prepare import encoding
 from basemodel.prepare.readers import cut_into_pieces
-from basemodel.prepare.tokenizer_training import train_tokenizer
 from basemodel.training.run_folder import read_samples
 from gpt import GPTModel
 

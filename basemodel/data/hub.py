@@ -22,7 +22,7 @@ from basemodel.common.errors import InputError, RunError
 from basemodel.common.files import DISK_FULL, fingerprint, replace_text, sync
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import TOKENIZER_FILE, require_inside, require_repo_id
-from basemodel.common.progress import Progress
+from basemodel.common.output import Progress
 from basemodel.data.token_files import PATTERNS, missing_files, split_files, whole_set
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files

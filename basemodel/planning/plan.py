@@ -11,11 +11,10 @@ from pathlib import Path
 import click
 
 from basemodel.common.errors import InputError
-from basemodel.common.tables import markdown_table
+from basemodel.common.output import markdown_table
 from basemodel.data import hub, token_files
-from basemodel.planning.estimate import GIB, Estimate, estimate
+from basemodel.planning.estimate import GIB, WORST_ERROR, Estimate, estimate
 from basemodel.planning.machines import TABLE, find_machines, read_gpus
-from basemodel.planning.roofline import WORST_ERROR
 from basemodel.training.backend import choose_precision
 from basemodel.training.config import optimizer_in_words
 from basemodel.training.processes import World
