@@ -118,7 +118,6 @@ class Estimate:
 
     @property
     def limit(self) -> str:
-        """What limits the machine most."""
         if self.largest == 0:
             short = sum(self.memory.values()) / GIB - self.machine.gpu.memory_gib
             return f"does not fit: {f'{short:.1f} GiB' if short >= 1 else f'{1024 * short:.0f} MiB'} short"

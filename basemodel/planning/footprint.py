@@ -52,7 +52,6 @@ class Step:
 
     @property
     def compiled(self) -> bool:
-        """Whether a step on this device is compiled."""
         return self.config.compiles_on(self.device)
 
     @property
@@ -63,7 +62,6 @@ class Step:
 
     @property
     def chunks(self) -> int:
-        """How many chunks the loss computes its logits in."""
         return math.ceil(self.tokens * self.model.vocab_size / CHUNK_LOGITS[self.device])
 
     @property
@@ -143,7 +141,6 @@ class Step:
         return Work(flops, products, traffic, kernels)
 
     def validation_work(self) -> Work:
-        """The forward pass of a microbatch alone."""
         work, products = self.microbatch_work(), 10 * self.model.n_layers * self.model.emb_dim + self.rows
         return Work(work.flops / 3, self.tokens * products, 0.45 * work.bytes, work.kernels / 3)
 

@@ -51,7 +51,6 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """The machine as one types it: 8xA100-40."""
         return f"{self.count}x{self.gpu.name}"
 
     @property

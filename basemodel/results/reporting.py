@@ -112,7 +112,6 @@ class MetricsLog:
         self._trackers.log(finite)
 
     def close(self, status: str) -> None:
-        """Close the file and the trackers."""
         self.flush()
         self._file.close()
         self._trackers.close(status)
@@ -198,7 +197,6 @@ class ProgressLine:
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
         self._bar.close()
 
 
@@ -216,11 +214,9 @@ class Reporter:
         self.status.write("running", step)
 
     def say(self, line: str) -> None:
-        """Print a line without breaking the progress bar."""
         say(line)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Add `values` to the line of metrics.jsonl for `step`."""
         self.metrics.add(step, values | {"seconds": round(self.clock.seconds(), 3)})
 
     def step(self, step: int, values: dict[str, float], tokens_per_second: float) -> None:
@@ -237,11 +233,9 @@ class Reporter:
                 say(warning)
 
     def flush(self) -> None:
-        """Write what is pending to metrics.jsonl."""
         self.metrics.flush()
 
     def saved(self, checkpoint: str | None) -> None:
-        """Note the name of the last checkpoint on disk."""
         self.status.checkpoint = checkpoint
 
     def sample(self, model: GPTModel, step: int) -> None:

@@ -75,12 +75,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the run's folder."""
         return self.directory.name
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of this run's checkpoints."""
         return self.directory / CHECKPOINTS
 
     @property
@@ -91,7 +89,6 @@ class Run:
 
     @property
     def metrics(self) -> Path:
-        """The log of this run's steps."""
         return self.directory / METRICS
 
     @property
@@ -119,21 +116,17 @@ class Run:
         return step == self.plan.steps or (step > 0 and interval is not None and step % interval == 0)
 
     def samples_after(self, step: int) -> bool:
-        """Whether samples are due after `step` steps: at their interval."""
         interval = self.config.sample_interval
         return step > 0 and interval is not None and step % interval == 0
 
     def has_work_after(self, step: int) -> bool:
-        """Whether a validation, samples or a checkpoint are due after `step` steps."""
         return self.validates_after(step) or self.samples_after(step) or self.saves_after(step)
 
     def saves_from(self, step: int) -> int:
-        """The number of checkpoints due after step `step`."""
         return _times_due(self.checkpoint_interval, step, self.plan.steps)
 
     @property
     def validations(self) -> int:
-        """How often the whole run validates."""
         interval = self.config.validation_interval
         return 0 if interval is None else 1 + _times_due(interval, 0, self.plan.steps)
 
