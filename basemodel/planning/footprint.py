@@ -69,10 +69,6 @@ class Step:
         """V, padded on a GPU as the loss pads the head."""
         return self.model.vocab_size + (-self.model.vocab_size % 64 if self.device == "cuda" else 0)
 
-    # --------------------------------------------------------------------------------------------------------
-    # Memory
-    # --------------------------------------------------------------------------------------------------------
-
     def memory(self, *, processes: int = 1, keeps_gradients: bool = True) -> dict[str, float]:
         """Bytes by part when their sum is largest: as the loss is computed, or as the optimizer steps.
 
@@ -120,10 +116,6 @@ class Step:
         forms = (3 * e if self.compiled else {2: 10, 4: 8}[e]) + (e if self.chunks > 1 else 0)
         chunk = math.ceil(self.tokens / self.chunks) * self.rows * forms
         return chunk + 2 * e * self.rows * C + 4 * V * C + 4 * C * self.tokens
-
-    # --------------------------------------------------------------------------------------------------------
-    # Work
-    # --------------------------------------------------------------------------------------------------------
 
     def microbatch_work(self) -> Work:
         """Forward and backward of a microbatch."""
