@@ -169,9 +169,9 @@ def _receive(file: "hub.HfFileMetadata", url: str, incomplete: Path, label: str)
                         raise
                     time.sleep(pause)
                 except OSError as error:
-                    if error.errno is None:
-                        return  # of another size than expected, as a proxy's page is: the caller refuses it
-                    raise
+                    if error.errno is not None:
+                        raise
+                    return  # of another size than expected, as a proxy's page is: the caller refuses it
 
 
 def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -263,9 +263,8 @@ def _snapshot(dataset: str, patterns: list[str], revision: str | None) -> tuple[
                 f"{path.name}: the Hub announced sha256 {blob} but sent another content; run the same "
                 "command again to download it anew"
             )
-    for leftover in (
-        Path(folder).parents[1].glob("blobs/*.incomplete")
-    ):  # by killed downloads, never used again
+    # What killed downloads left is never used again.
+    for leftover in Path(folder).parents[1].glob("blobs/*.incomplete"):
         if started - leftover.stat().st_mtime > STALE_SECONDS:
             leftover.unlink(missing_ok=True)
     return Path(folder), names
@@ -286,9 +285,7 @@ def _advice(error: Exception, dataset: str) -> str:
     """What to do about an error of the network, the disk or the Hub."""
     from huggingface_hub import constants, errors
 
-    if isinstance(
-        error, errors.LocalEntryNotFoundError
-    ):  # of snapshot_download, which wraps the Hub's answers
+    if isinstance(error, errors.LocalEntryNotFoundError):  # snapshot_download wraps the Hub's answers
         error = error.__cause__ or error
     page = f"{constants.ENDPOINT}/datasets/{dataset}"
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
