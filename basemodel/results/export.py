@@ -203,7 +203,6 @@ def evaluation_facts(checkpoint: Path) -> dict[str, str]:
     if test := read_test_loss(checkpoint):
         bits = f", {test.bits_per_byte:.4f} bits per byte" if test.bits_per_byte is not None else ""
         data = f"{test.dataset}, {test.split}, {test.tokens:,} tokens from {test.start_token:,} on"
-        data += ", in lm-evaluation-harness's windows" if test.windows != "sequences" else ""
         loss = f"{test.loss:.3f} nats per token, perplexity {test.perplexity:.2f}"
         facts["Test loss"] = f"{loss}{bits} ({data})"
     for result in headlines(read_task_results(checkpoint)):
