@@ -22,8 +22,7 @@ import click
 
 from basemodel.common.command_line import require_file_path, run_command
 from basemodel.common.errors import InputError, RunError
-from basemodel.results.study import Study, final_loss
-from basemodel.results.study_report import draw_chart, notes, outcomes, table
+from basemodel.results.study import Study, draw_chart, final_loss, notes, outcomes, table
 from basemodel.training.run_folder import is_locked, read_status
 
 

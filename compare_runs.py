@@ -28,7 +28,7 @@ from basemodel.common.command_line import require_file_path, run_command
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
 from basemodel.common.json_config import read_config
-from basemodel.common.tables import markdown_table
+from basemodel.common.output import markdown_table
 from basemodel.common.xkcd import xkcd_chart
 from basemodel.evaluation.measurements import (
     MeasuredLoss,

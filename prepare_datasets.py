@@ -32,14 +32,20 @@ from basemodel.common.json_config import read_json_object
 from basemodel.common.names import TOKENIZER_FILE
 from basemodel.data.hub import check_push, push
 from basemodel.data.token_files import as_one_path, split_files
-from basemodel.data.tokenizer import MAX_TOKENS, get_tokenizer, read_tokenizer
+from basemodel.data.tokenizer import (
+    MAX_TOKENS,
+    MIN_TOKENS,
+    get_tokenizer,
+    read_tokenizer,
+    require_tokenizers,
+    train_tokenizer,
+)
 from basemodel.prepare.assemble import Layout, count_skipped, lay_out, lay_out_nanogpt, write_dataset
 from basemodel.prepare.dataset_card import card, counted, draw_lengths, excerpts, summary
 from basemodel.prepare.documents import Piece, make_shards
 from basemodel.prepare.encoding import Settings, encode_all, find_gigatoken, sample_texts
 from basemodel.prepare.readers import cut_into_pieces
 from basemodel.prepare.sources import Request, Source, find_source
-from basemodel.prepare.tokenizer_training import MIN_TOKENS, require_tokenizers, train_tokenizer
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

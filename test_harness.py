@@ -18,7 +18,7 @@ import click
 
 from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
-from basemodel.common.tables import markdown_table
+from basemodel.common.output import markdown_table
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation.harness import (
     Score,

@@ -23,7 +23,7 @@ from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
 from basemodel.common.names import require_plain_name
-from basemodel.common.tables import markdown_table
+from basemodel.common.output import markdown_table
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation import instructions
 from basemodel.evaluation.instructions import FIELDS, FineTuning

@@ -23,8 +23,7 @@ from torch import Tensor
 from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError, RunError
 from basemodel.common.names import TOKENIZER_FILE
-from basemodel.common.progress import Progress
-from basemodel.common.tables import markdown_table
+from basemodel.common.output import Progress, markdown_table
 from basemodel.data.hub import fetch_dataset
 from basemodel.data.sequences import Sequences, match_tokenizer
 from basemodel.data.token_files import TokenFiles

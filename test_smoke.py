@@ -13,7 +13,7 @@ import click
 
 from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
-from basemodel.common.terminal import printable
+from basemodel.common.output import printable
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation.prompt_line import PromptLine
 from basemodel.model.generation import Sampling, continuations, random_generator

@@ -5,7 +5,8 @@
     python upload_model.py runs/demo/model.json runs/demo/checkpoints/best/model.safetensors ME/demo --push
 
 The folder loads with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`, without this
-project's code. Before it gets its name or is pushed, it is loaded again and compared with gpt.py.
+project's code. Before the folder gets its name or is pushed, transformers loads it and its logits are
+compared with gpt.py's.
 """
 
 import tempfile
@@ -25,9 +26,13 @@ from basemodel.results.export import check_folder, write_model, write_model_card
 @click.argument("model_json", type=Path)
 @click.argument("model_safetensors", type=Path)
 @click.argument("destination", metavar="OUTPUT_DIR|REPO_ID")
-@click.option("--push", "pushes", is_flag=True, help="Upload to the Hub repository OWNER/NAME.")
-@click.option("--private", is_flag=True, help="Create a new repository as a private one.")
-@click.option("--license", help="For the model card, in the Hub's spelling: apache-2.0, mit, ...")
+@click.option(
+    "--push", "pushes", is_flag=True, help="Upload the folder to the Hub repository REPO_ID, OWNER/NAME."
+)
+@click.option("--private", is_flag=True, help="Make the repository private if it is new.")
+@click.option(
+    "--license", help="License to name in the model card, in the Hub's spelling: apache-2.0, mit, ..."
+)
 def main(
     model_json: Path,
     model_safetensors: Path,
@@ -39,7 +44,7 @@ def main(
 ) -> None:
     """Write the model in MODEL_SAFETENSORS as a standard GPT-2 folder for transformers, with a model card.
 
-    Without --push the folder is OUTPUT_DIR. With --push it is temporary and uploaded to REPO_ID.
+    Without --push, the folder is OUTPUT_DIR. With --push, a temporary folder is uploaded to REPO_ID.
     """
     try:
         import transformers
@@ -60,7 +65,7 @@ def main(
     if tokenizer.n_vocab > model.config.vocab_size:
         raise InputError(
             f"{model_json}: a vocabulary of {model.config.vocab_size} does not hold the {tokenizer.n_vocab} "
-            f"tokens of the tokenizer '{model.config.tokenizer}'; is it the right tokenizer?"
+            f"tokens of the tokenizer '{model.config.tokenizer}'; name the one it was trained with"
         )
     try:
         if not pushes:

@@ -1,13 +1,14 @@
-"""How fast a file of a data set comes from a server that is far away, and what cuts and kills cost.
+"""How long a data set's file takes over HTTP from a server that is far away, and what a kill costs.
 
     python benchmarks/fetching.py --megabytes 600 --rounds 3
 
-A server on 127.0.0.1 answers after 40 ms and sends at most 30 MB/s over each connection. Sides in turns: one
-connection (the Hub's own client without Xet) and ours. Then ours again, every connection cut off and the
-process killed ten times, with the bytes that the server has sent.
+A server on 127.0.0.1 answers after 40 ms and sends at most 30 MB/s over each connection, in turns to what
+training downloads with and to huggingface_hub's snapshot_download: undisturbed, then killed half-way and
+started again.
 """
 
 import http.server
+import json
 import os
 import re
 import shutil
@@ -25,8 +26,15 @@ from common import spread
 from basemodel.common.command_line import run_command
 from basemodel.common.errors import RunError
 from basemodel.common.files import fingerprint
+from basemodel.common.output import markdown_table
 
-DATASET, NAME = "far/away", "train.safetensors"
+DATASET, NAME, COMMIT = "far/away", "train.safetensors", "0" * 40
+CLIENTS = {
+    "training's download": "from basemodel.data import hub; from pathlib import Path; "
+    f"hub.fetch_dataset(Path({{folder!r}}), '{DATASET}', None, ['train'])",
+    "snapshot_download": "import huggingface_hub; huggingface_hub.snapshot_download("
+    f"'{DATASET}', repo_type='dataset', local_dir={{folder!r}}, allow_patterns='{NAME}')",
+}
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -41,140 +49,125 @@ class Server(http.server.ThreadingHTTPServer):
         self.latency, self.bytes_per_second = latency, bytes_per_second
         self.sent = 0
         self.lock = threading.Lock()
-        self.cut = threading.Event()  # set: no connection gets any further
 
     def handle_error(self, *_: object) -> None:
-        """Say nothing of clients that were killed."""
+        """Say nothing about clients that were killed."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """HEAD and GET of the file, whole or a range of it; anything else is not found."""
+    """The file, whole or from some byte on, and what the Hub's API says about it."""
 
     protocol_version = "HTTP/1.1"
     server: Server
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing of requests."""
+        """Say nothing about requests."""
 
     def do_GET(self) -> None:
         """Answer late, and send slowly."""
         time.sleep(self.server.latency)
-        found = self.path.endswith(f"/{NAME}")
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if found else None
-        size = self.server.size if found else 0
-        start, end = (int(asked[1]), int(asked[2] or size - 1) + 1) if asked else (0, size)
-        self.send_response((206 if asked else 200) if found else 404)
-        self.send_header("Content-Length", str(end - start))
-        if found:
-            self.send_header("ETag", f'"{self.server.sha256}"')
-            self.send_header("X-Repo-Commit", "0" * 40)
-        else:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        if asked:
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
-        self.end_headers()
-        if found and self.command == "GET":
-            self.send_file(start, end)
+        if self.path.startswith("/api/"):
+            large = {"oid": self.server.sha256, "size": self.server.size, "pointerSize": 1}
+            file = {"type": "file", "path": NAME, "size": self.server.size, "oid": COMMIT, "lfs": large}
+            info = {"id": DATASET, "sha": COMMIT, "siblings": [{"rfilename": NAME}]}
+            body = json.dumps([file] if "/tree/" in self.path else info).encode()
+            self.begin(200, len(body))
+            self.wfile.write(body)
+            return
+        requested = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start = int(requested[1]) if requested else 0
+        headers = {"ETag": f'"{self.server.sha256}"', "X-Repo-Commit": COMMIT}
+        if requested:
+            headers["Content-Range"] = f"bytes {start}-{self.server.size - 1}/{self.server.size}"
+        self.begin(206 if requested else 200, self.server.size - start, headers)
+        if self.command == "GET":
+            self.send_file(start)
 
     do_HEAD = do_GET
 
-    def send_file(self, start: int, end: int) -> None:
-        """Send a range of the file, by pieces that are due one after another, until the server is cut off."""
+    def begin(self, status: int, length: int, headers: dict[str, str] | None = None) -> None:
+        """Send an answer's first lines."""
+        self.send_response(status)
+        for name, value in {"Content-Length": str(length), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def send_file(self, start: int) -> None:
+        """Send the file from `start` on, in pieces that are due one after another."""
         piece, begun, place = 256 << 10, time.monotonic(), start
         with self.server.file.open("rb") as file:
-            while place < end and not self.server.cut.is_set():
-                sent = os.sendfile(self.connection.fileno(), file.fileno(), place, min(piece, end - place))
+            while place < self.server.size:
+                sent = os.sendfile(self.connection.fileno(), file.fileno(), place, piece)
                 place += sent
                 with self.server.lock:
                     self.server.sent += sent
                 due = begun + (place - start) / self.server.bytes_per_second
                 time.sleep(max(0.0, due - time.monotonic()))
-        self.close_connection = self.close_connection or place < end
 
 
-def fetch(folder: str, one_stream: bool) -> None:
-    """Fetch the file into a folder, over one connection or as training does."""
-    if one_stream:
-        import huggingface_hub
-
-        huggingface_hub.hf_hub_download(DATASET, NAME, repo_type="dataset", local_dir=folder)
-    else:
-        from basemodel.data import hub
-
-        hub.fetch_dataset(Path(folder), DATASET, None, ["train"])
-
-
-def start(server: Server, folder: Path, one_stream: bool = False) -> subprocess.Popen:
+def start(server: Server, folder: Path, client: str) -> subprocess.Popen:
     """Start to fetch the file in another process: the Hub's client reads its settings when it is imported."""
     hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(folder / "home")}
-    code = f"import fetching; fetching.fetch({str(folder)!r}, {one_stream})"
     return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | hub | {"HF_HUB_DISABLE_XET": "1"},
-        cwd=Path(__file__).parent,
+        [sys.executable, "-c", CLIENTS[client].format(folder=str(folder))],
+        env=os.environ | hub | {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
         stderr=subprocess.DEVNULL,
     )
 
 
-def finish(process: subprocess.Popen, server: Server, folder: Path) -> None:
-    """Wait for a process, and see that the file is right."""
-    status = process.wait()
-    (found,) = folder.rglob(NAME) if status == 0 else [folder]
-    if status or fingerprint(found)["sha256"] != server.sha256:
-        raise RunError(f"{found} is not what the server has")
-
-
-def timed(server: Server, folder: Path, one_stream: bool) -> float:
-    """The seconds that one download takes, with the imports it needs and the hashing."""
+def finish(server: Server, folder: Path, client: str) -> float:
+    """The seconds that a download takes until it ends, with the imports it needs and the hashing."""
     begun = time.monotonic()
-    finish(start(server, folder, one_stream), server, folder)
+    status = start(server, folder, client).wait()
     seconds = time.monotonic() - begun
-    shutil.rmtree(folder)
+    (path,) = folder.rglob(NAME) if status == 0 else [folder]
+    if status or fingerprint(path)["sha256"] != server.sha256:
+        raise RunError(f"{path} is not what the server has")
     return seconds
 
 
-def disturbed(server: Server, folder: Path, times: int) -> float:
-    """How often the server has sent the file's bytes when every try but the last is cut off and killed."""
+def killed(server: Server, folder: Path, client: str) -> tuple[float, float, float]:
+    """Kill a download half-way; return the second try's seconds, how often the file's bytes were sent in all,
+    and the MB that are left over on the disk."""
     server.sent = 0
-    for step in range(1, times + 1):
-        process = start(server, folder)
-        while server.sent < server.size * step / (times + 1) and process.poll() is None:
-            time.sleep(0.001)
-        server.cut.set()  # first every connection breaks
-        time.sleep(0.2)
-        server.cut.clear()
-        time.sleep(0.5)  # they are begun again
-        process.kill()
-        process.wait()
-    finish(start(server, folder), server, folder)
-    shutil.rmtree(folder)
-    return server.sent / server.size
+    process = start(server, folder, client)
+    while server.sent < server.size / 2 and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    seconds = finish(server, folder, client)
+    left = sum(path.stat().st_size for path in folder.rglob("*incomplete*"))
+    return seconds, server.sent / server.size, left / 1e6
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--megabytes", type=click.IntRange(1), default=600, show_default=True, help="The file's size.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Turns of each side.")
+@click.option("--megabytes", type=click.IntRange(1), default=600, show_default=True, help="Size of the file.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Downloads per client.")
 @click.option("--latency", default=0.04, show_default=True, help="Seconds before an answer begins.")
-@click.option("--speed", default=30.0, show_default=True, help="MB/s of one connection.")
-@click.option("--kills", default=10, show_default=True, help="Cuts and kills of one download.")
-def main(megabytes: int, rounds: int, latency: float, speed: float, kills: int) -> None:
-    """Fetch a file over one connection and ours in turns, then with cuts and kills."""
+@click.option("--speed", default=30.0, show_default=True, help="MB/s over one connection.")
+def main(megabytes: int, rounds: int, latency: float, speed: float) -> None:
+    """Fetch a file by each client in turns, undisturbed and killed half-way."""
     with tempfile.TemporaryDirectory() as folder:
-        content = Path(folder, "content")
+        content, target = Path(folder, "content"), Path(folder, "fetched")
         with content.open("wb") as file:
             for _ in range(megabytes):
                 file.write(os.urandom(1_000_000))
         with Server(content, latency, speed * 1e6) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            sides: dict[bool, list[float]] = {True: [], False: []}
+            figures: dict[str, list[tuple[float, ...]]] = {client: [] for client in CLIENTS}
             for _ in range(rounds):
-                for one_stream, seconds in sides.items():
-                    seconds.append(timed(server, Path(folder, "fetched"), one_stream))
-            print(f"One connection:    {spread(sides[True], '.1f')} s for {megabytes} MB")
-            print(f"Ours:              {spread(sides[False], '.1f')} s")
-            sent = disturbed(server, Path(folder, "fetched"), kills)
-            print(f"{kills} cuts and kills: the server sent {sent:.3f} times the file; it ended right")
-            print(f"Load of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+                for client, results in figures.items():
+                    whole = finish(server, target, client)
+                    shutil.rmtree(target)
+                    results.append((whole, *killed(server, target, client)))
+                    shutil.rmtree(target)
+            columns = ("client", "whole, s", "after a kill, s", "file sent, times", "left over, MB")
+            rows = [
+                (client, *(spread(list(column), ".1f") for column in zip(*results, strict=True)))
+                for client, results in figures.items()
+            ]
+            print(markdown_table(columns, rows))
+            print(f"\nLoad of the machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
             server.shutdown()
 
 

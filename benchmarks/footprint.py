@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from basemodel.common.command_line import run_command
 from basemodel.common.json_config import read_config
-from basemodel.common.tables import markdown_table
+from basemodel.common.output import markdown_table
 from basemodel.model.config import GPTConfig
 from basemodel.planning.estimate import GIB, reserve_gib
 from basemodel.planning.footprint import Step

@@ -26,8 +26,7 @@ from basemodel.common.command_line import run_command
 from basemodel.common.json_config import read_json_object
 from basemodel.data.hub import dataset_folder
 from basemodel.model.config import GPTConfig
-from basemodel.results.study import KEYS, Study, final_loss, write_run
-from basemodel.results.study_report import table
+from basemodel.results.study import KEYS, Study, final_loss, table, write_run
 from gpt import GPTModel
 
 LADDER = Path(__file__).with_name("ladder.json")

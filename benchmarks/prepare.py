@@ -36,7 +36,7 @@ from common import ROOT, spread
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from basemodel.common.tables import markdown_table
+from basemodel.common.output import markdown_table
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.prepare.readers import python_docs
 

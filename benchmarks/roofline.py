@@ -4,7 +4,7 @@
 
 All published figures are of GPT-2 small (124M parameters, context 1024) in bf16, compiled or hand-written,
 with a global batch of 524,288 tokens. The table shows, for each, what the constants say that were fitted to
-the others. The last line has those fitted to all, as basemodel/planning/roofline.py has them.
+the others. The last line has those fitted to all, as basemodel/planning/estimate.py has them.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from common import ROOT
 
 from basemodel.common.command_line import run_command
 from basemodel.common.json_config import read_config
-from basemodel.common.tables import markdown_table
+from basemodel.common.output import markdown_table
 from basemodel.model.config import GPTConfig
+from basemodel.planning.estimate import Roofline
 from basemodel.planning.footprint import Step
 from basemodel.planning.machines import Machine, find_machines, read_gpus
-from basemodel.planning.roofline import Roofline
 from basemodel.training.config import TrainConfig
 
 SEQUENCES = 512  # of 1024 tokens, per optimizer step

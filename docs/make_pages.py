@@ -12,7 +12,7 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))
 from basemodel.common.json_config import described
-from basemodel.common.tables import markdown_table
+from basemodel.common.output import markdown_table
 from basemodel.model.config import GPTConfig
 from basemodel.training.config import OLD_KEYS, TrainConfig
 

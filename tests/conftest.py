@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: tes
 import contextlib
 import hashlib
 import http.server
+import json
 import re
 import secrets
 import threading
@@ -68,6 +69,15 @@ def gpt2(monkeypatch: pytest.MonkeyPatch) -> Iterator[tiktoken.Encoding]:
     yield stand_in
 
 
+def listing(folder: Path) -> tuple[int, dict[str, str], bytes]:
+    """The Hub's answer to a question about the data set in a folder: its one commit and its files."""
+    if not folder.is_dir():
+        return 404, {"X-Error-Code": "RepoNotFound"}, b""
+    files = [{"rfilename": path.name} for path in folder.iterdir()]
+    answer = {"id": "/".join(folder.parts[-2:]), "sha": "0" * 40, "siblings": files}
+    return 200, {}, json.dumps(answer).encode()
+
+
 @pytest.fixture
 def serve_hub() -> Iterator[Callable[[Path], Hub]]:
     """A function that serves the folders OWNER/NAME under a folder as data sets, until the test ends."""
@@ -84,6 +94,8 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
                     file = folder / re.sub("^.*/datasets/", "", prefix) / tail.partition("/")[2]
                     if request in hub.answers:
                         self.answer(*hub.answers[request])
+                    elif self.path.startswith("/api/datasets/"):
+                        self.answer(*listing(folder / "/".join(self.path.split("/")[3:5])))
                     elif not file.is_file():
                         self.answer(404, {"X-Error-Code": "EntryNotFound"})
                     elif self.command == "GET" and hub.links is not None and "/cdn/" not in self.path:
@@ -118,12 +130,13 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
                     self.answer(206, headers, data[asked.start : asked.stop])
 
                 def send_body(self, data: bytes) -> None:
-                    cut = hub.cuts.pop(0) if hub.cuts and data else None
-                    part = data[: hub.hold if cut is None else cut]
-                    hub.sent += len(part)
+                    is_file = "/resolve/" in self.path
+                    cut = hub.cuts.pop(0) if hub.cuts and data and is_file else None
+                    part = data[: hub.hold if cut is None and is_file else cut]
+                    hub.sent += len(part) if is_file else 0
                     with contextlib.suppress(ConnectionError):  # the client may have been killed
                         self.wfile.write(part)
-                    while cut is None and len(part) < len(data) and hub.hold is not None:
+                    while is_file and cut is None and len(part) < len(data) and hub.hold is not None:
                         time.sleep(0.02)
                     self.close_connection = True
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "c0ffee" * 6 + "c0de"
 
 
@@ -117,6 +120,15 @@ class _Handler(Answering):
                 oid = hashlib.sha1(path.read_bytes()).hexdigest()
                 found.append({"type": "file", "path": name, "size": path.stat().st_size, "oid": oid})
         return found
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
+    """Have this process ask the Hub at an address, and keep what it downloads in another cache."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + template[template.index("/{") :])
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
 
 
 @contextlib.contextmanager

@@ -35,12 +35,19 @@ from helpers import (
 
 import ablate as ablate_script
 from basemodel.common.errors import InputError
-from basemodel.results.study import CONFIGS, KEYS, Study, Variant
-from basemodel.results.study_report import differing_conditions, outcomes, student_t_quantile
+from basemodel.results.study import (
+    CONFIGS,
+    KEYS,
+    Study,
+    Variant,
+    differing_conditions,
+    outcomes,
+    student_t_quantile,
+)
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
 FORKED = f"import test_ablate; test_ablate.fork_trainings(); {NO_CHART}"
-QUICK = f"{FORKED}; from basemodel.results import study_report; study_report.draw_chart = lambda *_: None"
+QUICK = f"{FORKED}; from basemodel.results import study; study.draw_chart = lambda *_: None"
 
 
 class ForkedProcess:
@@ -373,7 +380,7 @@ def test_a_false_difference_in_at_most_one_study_of_twenty(
         losses = iter(shared[None] + generator.normal(0, 0.01, (variations + 1, seeds)))
         stream = itertools.chain.from_iterable(losses)
         monkeypatch.setattr(
-            "basemodel.results.study_report.final_loss", lambda folder, stream=stream: float(next(stream))
+            "basemodel.results.study.final_loss", lambda folder, stream=stream: float(next(stream))
         )
         verdicts = [outcome.verdict for outcome in outcomes(study)[1:]]
         false += verdicts != ["within noise"] * variations
@@ -382,7 +389,7 @@ def test_a_false_difference_in_at_most_one_study_of_twenty(
 
 def test_a_real_difference_stands_out(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([3.0, 3.2, 3.1, 2.9, 3.11, 3.0])
-    monkeypatch.setattr("basemodel.results.study_report.final_loss", lambda folder: next(losses))
+    monkeypatch.setattr("basemodel.results.study.final_loss", lambda folder: next(losses))
     study = Study("base", Path("runs"), [Variant("base", {}), Variant("b", {}, {"epochs": 2})], [1, 2, 3])
     better = outcomes(study)[1]
     # The losses of a seed are alike, so that the difference shows although the ranges overlap.

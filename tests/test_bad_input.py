@@ -273,7 +273,8 @@ def test_data_set_that_is_nowhere(sandbox: Sandbox, serve_hub) -> None:
     sandbox.env |= {"HF_ENDPOINT": serve_hub(sandbox.path).url, "HF_HOME": str(sandbox.path)}
     sandbox.write_run(train={"dataset": "no/where"})
     error = refused(*sandbox.command("tiny"), env=sandbox.env)
-    assert "no/where/train.safetensors is missing, and the Hub did not provide it" in error
+    assert "no/where: could not download train.safetensors from the Hub" in error
+    assert not (sandbox.datasets / "no").exists()
     assert not (sandbox.run_dir("tiny") / "status.json").exists()
 
 

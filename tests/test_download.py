@@ -1,263 +1,215 @@
 """Data sets that come from the Hub: cut off, killed, of another size or hash, of one commit."""
 
 import filecmp
-import io
+import hashlib
 import json
 import re
 import resource
 import shutil
-import sys
+import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import Hub
-from helpers import Sandbox, Script, random_tokens, run_script, wait_for, write_dataset
+from folder_hub import use_hub
+from helpers import Script, random_tokens, wait_for, write_dataset
 from huggingface_hub import constants
 
+from basemodel.common import output
 from basemodel.common.errors import InputError
-from basemodel.data import downloads
-from basemodel.data.hub import download_files, fetch_dataset
+from basemodel.data import hub as hub_module
+from basemodel.data.hub import fetch_dataset
 
-IMPATIENT = "import basemodel.data.downloads as d; d.WAITS = (0.01,) * 6"
-SIZE = 24_000_088  # of the file of 12 million tokens, which comes in three parts
+TOKENS = 1_000_000
+SIZE = 2 * TOKENS + 80
+CHUNK = 64 << 10  # in place of 10 MB, which http_get writes at once
+FIRST = "0" * 40  # the commit of every data set, unless a test says otherwise
 
 
-def far_run(sandbox: Sandbox, serve_hub: Callable, tmp_path: Path, **train: object) -> Hub:
-    """A run whose data set is on a Hub alone."""
-    write_dataset(tmp_path / "hub/far/away", train=random_tokens(12_000_000))
+@pytest.fixture
+def hub(serve_hub: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A Hub that this process asks for far/away, and whose connections break without a pause."""
+    write_dataset(tmp_path / "hub/far/away", train=random_tokens(TOKENS))
     hub = serve_hub(tmp_path / "hub")
-    sandbox.env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-    sandbox.write_run(train={"dataset": "far/away", **train})
+    use_hub(monkeypatch, hub.url, tmp_path / "cache")
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(hub_module, "PAUSES", ())
     return hub
 
 
-def come(folder: Path) -> int:
-    """How many bytes of a sparse file, which is incomplete, are on the disk."""
-    return sum(path.stat().st_blocks * 512 for path in folder.glob(".incomplete-*"))
+def fetch(tmp_path: Path, *splits: str, revision: str | None = None) -> Path:
+    """Fetch the training tokens, or these splits, which must be those of the Hub."""
+    splits = splits or ("train",)
+    folder = fetch_dataset(tmp_path / "sets", "far/away", revision, splits)
+    for split in splits:
+        name = f"{split}.safetensors"
+        assert filecmp.cmp(folder / name, tmp_path / "hub/far/away" / name, shallow=False)
+    return folder
 
 
-def test_a_file_comes_over_several_connections(sandbox: Sandbox, serve_hub, tmp_path) -> None:
-    hub = far_run(sandbox, serve_hub, tmp_path)
-    hub.hold = 1_000_000
-    process = sandbox.start()
-    wait_for(lambda: len(hub.ranges) == 3 or process.has_ended, "three answers, none of which ends")
-    hub.hold = None
-    assert process.wait().returncode == 0, process.stderr
-    assert sorted(each.start for each in hub.ranges[:3]) == [0, 8 << 20, 16 << 20]
-    assert hub.sent == SIZE, "what had come before the cuts was not asked for again"
-    assert {path for method, path in hub.requests if method == "GET" and "/resolve/" in path} == {
-        f"/datasets/far/away/resolve/{'0' * 40}/train.safetensors"
-    }, "no file but the one that the run reads, at the commit that the first answer named"
+def incomplete_sizes(tmp_path: Path) -> list[int]:
+    return [path.stat().st_size for path in (tmp_path / "sets/far/away").glob(".incomplete-*")]
 
 
-def test_a_download_that_was_killed_goes_on_where_it_stopped(sandbox: Sandbox, serve_hub, tmp_path) -> None:
-    hub = far_run(sandbox, serve_hub, tmp_path)
-    hub.hold = 5_000_000  # of each part
-    process = sandbox.start()
-    folder = sandbox.datasets / "far/away"
-    wait_for(lambda: come(folder) >= 15_000_000 or process.has_ended, "most of each part")
+def start(hub: Hub, tmp_path: Path) -> Script:
+    """Fetch the training tokens in another process."""
+    code = (
+        f"from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = {CHUNK}; "
+        "from pathlib import Path; from basemodel.data import hub; "
+        f"hub.fetch_dataset(Path({str(tmp_path)!r}, 'sets'), 'far/away', None, ['train']); raise SystemExit"
+    )
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    return Script(["prepare_datasets.py"], env, code)
+
+
+def test_what_is_needed_comes_once_with_progress(hub: Hub, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(output, "LINE_SECONDS", 0.0)
+    folder = fetch(tmp_path)
+    assert {path.name for path in folder.iterdir() if path.name != ".download.lock"} == {
+        "train.safetensors",
+        ".fingerprints.json",
+    }, "no split that nobody asked for, and nothing incomplete"
+    assert re.search(r"Fetching away/train\.safetensors: 2\.00M/2\.00M \[.*B/s\]", capsys.readouterr().err)
+    hub.requests.clear()
+    fetch(tmp_path)
+    assert hub.requests == [], "offline, a data set that is there can be used"
+
+
+def test_a_download_that_was_killed_resumes(hub: Hub, tmp_path: Path) -> None:
+    hub.hold = 1_500_000
+    process = start(hub, tmp_path)
+    wait_for(lambda: sum(incomplete_sizes(tmp_path)) > 1_400_000 or process.has_ended, "most of the file")
     process.kill()
     hub.hold = None
-    sandbox.train()
-    assert hub.sent <= SIZE + 3 * (64 << 10), "the last chunk of each part at most came twice"
+    fetch(tmp_path)
+    assert hub.sent <= SIZE + CHUNK and incomplete_sizes(tmp_path) == []
+
+
+def test_two_processes_download_once(hub: Hub, tmp_path: Path) -> None:
+    hub.hold = 1_000_000
+    processes = [start(hub, tmp_path) for _ in range(2)]
+    wait_for(lambda: hub.downloads("train.safetensors") or all(p.has_ended for p in processes), "it")
+    time.sleep(2)  # the other asks for the lock
+    hub.hold = None
+    outputs = [process.wait() for process in processes]
+    assert [done.returncode for done in outputs] == [0, 0], outputs
+    assert sum("Waiting for another process" in done.stdout + done.stderr for done in outputs) == 1
+    fetch(tmp_path)
+    assert hub.sent < 1.1 * SIZE
+
+
+def test_a_link_that_has_expired_is_asked_for_again(hub: Hub, tmp_path: Path) -> None:
+    hub.links = set()
+    hub.cuts += [1_000_000] * 2
+    fetch(tmp_path)
+    assert len(hub.ranges) == 2 and SIZE <= hub.sent < 1.2 * SIZE, "a cut loses a chunk at most"
+
+
+def test_a_server_without_ranges_sends_all_again(hub: Hub, tmp_path: Path) -> None:
+    hub.has_ranges = False
+    hub.cuts += [1_000_000]
+    fetch(tmp_path)
+
+
+def test_a_network_that_is_lost_costs_nothing_that_has_arrived(hub: Hub, tmp_path: Path) -> None:
+    hub.cuts += [1_500_000] + [0] * 20
+    with pytest.raises(InputError, match="run the same command again: what has arrived is kept"):
+        fetch(tmp_path)
+    assert sum(incomplete_sizes(tmp_path)) > 1_400_000
+    hub.cuts.clear()
+    fetch(tmp_path)
+    assert hub.sent <= SIZE + CHUNK
+
+
+def test_what_has_arrived_of_another_content_is_not_used(hub: Hub, tmp_path: Path) -> None:
+    hub.cuts += [1_500_000] + [0] * 20
+    with pytest.raises(InputError):
+        fetch(tmp_path)
+    hub.cuts.clear()
+    write_dataset(tmp_path / "hub/far/away", train=random_tokens(TOKENS, seed=5))
+    fetch(tmp_path)
+    assert incomplete_sizes(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("header", "value", "message"),
     [
         ("ETag", '"' + "a" * 64 + '"', "the Hub announced sha256 aaaa"),
-        ("Content-Length", str(SIZE + 1), f"announced size {SIZE + 1}, but {SIZE} bytes"),
+        ("Content-Length", str(SIZE - 1), f"announced size {SIZE - 1} but sent {SIZE}"),
     ],
 )
 def test_a_file_of_another_size_or_hash_is_refused(
-    sandbox: Sandbox, serve_hub, tmp_path, header: str, value: str, message: str
+    hub: Hub, tmp_path: Path, header: str, value: str, message: str
 ) -> None:
-    hub = far_run(sandbox, serve_hub, tmp_path)
     hub.headers[header] = value
-    done = run_script(*sandbox.command("tiny"), env={**sandbox.env, "HF_HUB_DOWNLOAD_TIMEOUT": "1"})
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
-    assert not (sandbox.datasets / "far/away/train.safetensors").exists()
-    hub.headers.clear()
-    sandbox.train()
-
-
-def test_the_commit_of_downloaded_data_is_recorded_and_kept(sandbox: Sandbox, serve_hub, tmp_path) -> None:
-    hub = far_run(sandbox, serve_hub, tmp_path, dataset_revision="v1")
-    sandbox.train()
-    assert ("HEAD", "/datasets/far/away/resolve/v1/train.safetensors") in hub.requests
-    meta = json.loads((sandbox.checkpoints()[-1] / "meta.json").read_text())
-    assert meta["data"]["train.safetensors"]["revision"] == "0" * 40
-    # What is fetched later is of the same commit, even if the branch has moved on.
-    validate = {"validation_interval": 8, "validation_batches": 1}
-    sandbox.write_run(train={"dataset": "far/away", **validate})
-    sandbox.train()
-    assert ("GET", f"/datasets/far/away/resolve/{'0' * 40}/validation.safetensors") in hub.requests
-    sandbox.write_run(train={"dataset": "far/away", "dataset_revision": "1" * 40})
-    done = run_script(*sandbox.command("tiny"))
-    assert done.returncode == 2
-    assert f"is at commit {'0' * 40}, but dataset_revision asks for {'1' * 40}" in done.stderr
-
-
-def put_on_xet(file: Path, store: str) -> str:
-    """Upload a file; return its hash on Xet. While the session lives, no other process may open the store."""
-    hf_xet = pytest.importorskip("hf_xet")
-    with hf_xet.XetSession().new_upload_commit(endpoint=store) as commit:
-        upload = commit.start_upload_file(str(file))
-    return upload.result().xet_info.hash
-
-
-@pytest.mark.parametrize("xet", ["there", "lost", "disabled"])
-def test_hf_xet_is_used_where_the_hub_offers_it(sandbox: Sandbox, serve_hub, tmp_path, xet: str) -> None:
-    hub = far_run(sandbox, serve_hub, tmp_path)
-    content = tmp_path / "hub/far/away/train.safetensors"
-    store = (
-        f"local://{tmp_path}/store"  # a folder in place of Xet's server, which hf_xet has for its own tests
-    )
-    token = {"X-Xet-Access-Token": "token", "X-Xet-Token-Expiration": "9999999999"}
-    hub.answers["GET /token"] = 200, {**token, "X-Xet-Cas-Url": store + "s" * (xet == "lost")}
-    hub.headers |= {"X-Xet-Hash": put_on_xet(content, store), "X-Xet-Refresh-Route": f"{hub.url}/token"}
-    disable = {"HF_HUB_DISABLE_XET": "1"} if xet == "disabled" else {}
-    done = run_script(*sandbox.command("tiny"), env=sandbox.env | disable)
-    assert done.returncode == 0, done.stderr
-    assert (sandbox.datasets / "far/away/train.safetensors").read_bytes() == content.read_bytes()
-    assert (hub.sent == 0) == (xet == "there"), done.stderr
-    assert ("hf_xet failed" in done.stderr) == (xet == "lost")
-
-
-def test_cuts_and_kills_cost_little(serve_hub, tmp_path) -> None:
-    write_dataset(tmp_path / "hub/far/away", train=random_tokens(12_000_000))
-    hub = serve_hub(tmp_path / "hub")
-    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-    fetch = f"hub.fetch_dataset(Path({str(tmp_path)!r}, 'sets'), 'far/away', None, ['train'])"
-    before = f"from pathlib import Path; from basemodel.data import hub; {fetch}; raise SystemExit"
-    folder = tmp_path / "sets/far/away"
-    for step in range(1, 6):
-        hub.cuts, hub.hold = [800_000] * 3, 600_000  # each part breaks off, goes on, and stops
-        process = Script(["prepare_datasets.py"], env, f"{IMPATIENT}; {before}")
-        wait_for(lambda: come(folder) >= step * 4_200_000 or process.has_ended, "a fifth of the file")  # noqa: B023
-        process.kill()
-    hub.hold = None
-    done = Script(["prepare_datasets.py"], env, before).wait()
-    assert done.returncode == 0, done.stderr
-    assert same_files(folder / "train.safetensors", tmp_path / "hub/far/away/train.safetensors")
-    assert hub.sent <= 1.05 * SIZE, "each kill costs a chunk of 64 KiB per connection at most"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# In this process
-# ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(serve_hub, tmp_path, monkeypatch) -> Hub:
-    """A Hub that this process asks, and that knows its token."""
-    write_dataset(tmp_path / "hub/far/away", train=random_tokens(12_000_000))
-    hub = serve_hub(tmp_path / "hub")
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template[template.index("/{") :])
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_TOKEN", "hf_test")
-    monkeypatch.setattr(downloads, "WAITS", (0.01,) * 6)
-    return hub
-
-
-def fetch(tmp_path: Path) -> None:
-    """Fetch the training tokens, which must be those of the Hub."""
-    folder = fetch_dataset(tmp_path / "sets", "far/away", None, ["train"])
-    assert same_files(folder / "train.safetensors", tmp_path / "hub/far/away/train.safetensors")
-    assert {path.name for path in folder.iterdir()} == {"train.safetensors", ".fingerprints.json"}
-
-
-def same_files(one: Path, other: Path) -> bool:
-    return filecmp.cmp(one, other, shallow=False)
-
-
-def test_links_to_another_server_that_expire_are_asked_for_again(hub: Hub, tmp_path: Path) -> None:
-    hub.links = set()
-    hub.cuts += [1_000_000] * 3
-    fetch(tmp_path)
-    assert len(hub.ranges) == 6 and SIZE <= hub.sent < 1.2 * SIZE, "a cut may lose what is on its way"
-
-
-def test_a_server_without_ranges_sends_one_stream(hub: Hub, tmp_path: Path) -> None:
-    hub.has_ranges = False
-    fetch(tmp_path)
-
-
-def test_no_size_is_too_large(hub: Hub, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(
-        constants, "MAX_HTTP_DOWNLOAD_SIZE", 1_000_000
-    )  # 50 GB, the client's limit without Xet
-    fetch(tmp_path)
-
-
-def test_what_has_come_of_another_content_is_not_used(hub: Hub, tmp_path: Path) -> None:
-    hub.cuts += [1_000_000] * 3 + [0] * 30
-    with pytest.raises(InputError, match="is missing, and the Hub did not provide it"):
+    with pytest.raises(InputError, match=message):
         fetch(tmp_path)
-    assert come(tmp_path / "sets/far/away") >= 3_000_000
+    assert not list((tmp_path / "sets").rglob("*train*"))
+    hub.headers.clear()
+    fetch(tmp_path)
+
+
+def test_all_files_come_from_one_commit(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "hub/far/away/meta.json").write_text("{}")
+    hub.cuts += [2, *[0] * 20]  # meta.json comes, then nothing
+    with pytest.raises(InputError):
+        fetch(tmp_path)
     hub.cuts.clear()
-    write_dataset(tmp_path / "hub/far/away", train=random_tokens(12_000_000, seed=5))
-    folder = fetch_dataset(tmp_path / "sets", "far/away", None, ["train"])
-    assert same_files(folder / "train.safetensors", tmp_path / "hub/far/away/train.safetensors")
-
-
-def test_files_of_a_set_come_side_by_side_into_the_hubs_cache_and_once(hub: Hub, tmp_path: Path) -> None:
-    there = tmp_path / "hub/far/away"
-    (there / "deep").mkdir()
-    shutil.copy(there / "validation.safetensors", there / "deep/copy.bin")
-    names = ["train.safetensors", "validation.safetensors", "deep/copy.bin"]
-    hub.hold = 1_000
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(download_files, "far/away", names, "0" * 40)
-        wait_for(lambda: len(hub.ranges) == 4 or running.done(), "three parts and a small file at once")
-        hub.hold = None
-        paths = running.result()
-    assert all(same_files(path, there / name) for path, name in zip(paths, names, strict=True))
-    assert hub.sent == SIZE + (there / "validation.safetensors").stat().st_size, "equal files come once"
+    asked_of_branch = "/api/datasets/far/away"
+    moved = json.dumps({"id": "far/away", "sha": "1" * 40, "siblings": []}).encode()
+    hub.answers[f"GET {asked_of_branch}"] = hub.answers[f"GET {asked_of_branch}/revision/main"] = (
+        200,
+        {},
+        moved,
+    )
     hub.requests.clear()
-    assert download_files("far/away", names, "0" * 40) == paths
-    assert hub.requests == []
-    with pytest.raises(InputError, match=r"far/away: could not download nothing\.bin .* has no such file"):
-        download_files("far/away", ["nothing.bin"], "0" * 40)
+    folder = fetch(tmp_path, "train", "validation")
+    files = {path for method, path in hub.requests if method == "GET" and "/resolve/" in path}
+    page = f"/datasets/far/away/resolve/{FIRST}"
+    assert files == {f"{page}/train.safetensors", f"{page}/validation.safetensors"}
+    known = json.loads((folder / ".fingerprints.json").read_text())
+    assert {entry["revision"] for entry in known.values()} == {FIRST}
+    with pytest.raises(InputError, match=f"is at commit {FIRST}, but dataset_revision asks for {'1' * 40}"):
+        fetch(tmp_path, revision="1" * 40)
+
+
+def test_a_revision_can_be_given(hub: Hub, tmp_path: Path) -> None:
+    fetch(tmp_path, revision="v1")
+    assert ("GET", "/api/datasets/far/away/revision/v1") in hub.requests
 
 
 @pytest.mark.parametrize(
-    ("method", "status", "headers", "message"),
+    ("request_line", "answer", "message"),
     [
-        ("HEAD", 401, {"X-Error-Code": "GatedRepo"}, "`hf auth login` and accept the terms at PAGE"),
-        ("HEAD", 403, {"X-Error-Code": "GatedRepo"}, "`hf auth login` and accept the terms at PAGE"),
-        ("HEAD", 404, {"X-Error-Code": "RepoNotFound"}, "check the name 'far/away', or, if"),
-        ("HEAD", 404, {"X-Error-Code": "RevisionNotFound"}, "as --revision or dataset_revision"),
-        ("HEAD", 401, {}, "check HF_TOKEN"),
-        ("HEAD", 403, {}, "your token must not read PAGE"),
-        ("HEAD", 200, {}, "was not answered by the Hub, perhaps by a proxy"),
-        ("GET", 200, {"Content-Type": "text/html; charset=utf-8"}, "but 0 bytes of text/html came"),
-        ("GET", 403, {}, "your token must not read PAGE"),
-        ("GET", 503, {"Retry-After": "0"}, "503 Service Unavailable"),
+        ("GET /api", (401, {"X-Error-Code": "GatedRepo"}), "accept the terms at PAGE and log in with"),
+        ("GET /api", (403, {"X-Error-Code": "GatedRepo"}), "accept the terms at PAGE and log in with"),
+        ("GET /api", (404, {"X-Error-Code": "RepoNotFound"}), "check the name 'far/away', or, if"),
+        ("GET /api", (404, {"X-Error-Code": "RevisionNotFound"}), "check the name, the revision and"),
+        ("GET /api", (401, {}), "or, if the data set is private, log in with `hf auth login`"),
+        ("GET /api", (403, {}), "your token is not allowed to read PAGE; grant it read access"),
+        ("GET ", (403, {}), "your token is not allowed to read PAGE; grant it read access"),
+        ("GET ", (200, {}, b"<html>"), f"announced size {SIZE} but sent 6"),
     ],
 )  # fmt: skip
 def test_refusals_say_what_to_do(
-    hub: Hub, tmp_path: Path, method: str, status: int, headers: dict, message: str
+    hub: Hub, tmp_path: Path, request_line: str, answer: tuple, message: str
 ) -> None:
-    for revision in ("main", "0" * 40):
-        request = f"{method} /datasets/far/away/resolve/{revision}/train.safetensors"
-        hub.answers[request] = status, headers
+    path = "/datasets/far/away" + ("" if "api" in request_line else f"/resolve/{FIRST}/train.safetensors")
+    hub.answers[request_line + path] = answer
     with pytest.raises(InputError, match=re.escape(message.replace("PAGE", f"{hub.url}/datasets/far/away"))):
         fetch(tmp_path)
     hub.answers.clear()
     fetch(tmp_path)
 
 
-def test_a_disk_without_room(hub: Hub, tmp_path: Path, monkeypatch) -> None:
+def test_a_disk_without_room(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-        with pytest.raises(InputError, match=r"takes 0\.02 GB more, but 0\.00 GB are free; free some space"):
+        with pytest.raises(InputError, match=r"takes 0\.00 GB more, but 0\.00 GB are free"):
             fetch(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
@@ -269,14 +221,30 @@ def test_a_disk_without_room(hub: Hub, tmp_path: Path, monkeypatch) -> None:
     fetch(tmp_path)
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress_is_shown_with_speed_and_time_to_go(
-    hub: Hub, tmp_path: Path, monkeypatch, terminal: bool
+def put_on_xet(file: Path, store: str) -> str:
+    """Upload a file; return its hash on Xet. While the session lives, no other process may open the store."""
+    hf_xet = pytest.importorskip("hf_xet")
+    with hf_xet.XetSession().new_upload_commit(endpoint=store) as commit:
+        upload = commit.start_upload_file(str(file))
+    return upload.result().xet_info.hash
+
+
+@pytest.mark.parametrize("xet", ["there", "begun", "lost", "disabled"])
+def test_hf_xet_is_used_where_the_hub_offers_it(
+    hub: Hub, tmp_path: Path, xet: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(downloads._Progress, "SECONDS", 0)
-    monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
-    shown.isatty = lambda: terminal
+    # A folder in place of Xet's server, which hf_xet has for its own tests.
+    store = f"local://{tmp_path}/store"
+    token = {"X-Xet-Access-Token": "token", "X-Xet-Token-Expiration": "9999999999"}
+    hub.answers["GET /token"] = 200, {**token, "X-Xet-Cas-Url": store + "s" * (xet == "lost")}
+    address = put_on_xet(tmp_path / "hub/far/away/train.safetensors", store)
+    hub.headers |= {"X-Xet-Hash": address, "X-Xet-Refresh-Route": f"{hub.url}/token"}
+    if xet == "begun":  # as a kill leaves it
+        content = (tmp_path / "hub/far/away/train.safetensors").read_bytes()
+        name = f".incomplete-train.safetensors-{hashlib.sha256(content).hexdigest()[:16]}"
+        (tmp_path / "sets/far/away").mkdir(parents=True)
+        (tmp_path / "sets/far/away" / name).write_bytes(content[:500_000])
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", xet == "disabled")
     fetch(tmp_path)
-    line = r"Fetching far/away: 0\.\d\d of 0\.02 GB, \d+\.\d{3} GB/s, ETA \d\d:\d\d\n"
-    bar = r"Fetching far/away: 100%.*24\.0M/24\.0M \[\d\d:\d\d<\d\d:\d\d, [\d.]+[MG]B/s\]"
-    assert re.search(bar if terminal else line, shown.getvalue())
+    assert hub.sent == {"there": 0, "begun": SIZE - 500_000}.get(xet, SIZE)
+    assert ("hf_xet failed" in capsys.readouterr().err) == (xet == "lost")

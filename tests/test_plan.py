@@ -9,15 +9,20 @@ from pathlib import Path
 import footprint as memory_check
 import pytest
 import roofline as speed_check
+import torch
 from helpers import TRAIN, Sandbox, refused, run_script
 from test_inside_a_run import CLOCK
 
+import checkpointing
 from basemodel.common.errors import InputError
 from basemodel.model.config import GPTConfig
+from basemodel.planning.estimate import WORST_ERROR, Roofline
 from basemodel.planning.footprint import Step
 from basemodel.planning.machines import find_machines, read_gpus
-from basemodel.planning.roofline import WORST_ERROR, Roofline
 from basemodel.training.config import TrainConfig
+from basemodel.training.optimizer import allocate_state, make_optimizer
+from basemodel.training.processes import World
+from basemodel.training.run import Run
 from gpt import GPTModel
 
 # ------------------------------------------------------------------------------------------------------------
@@ -103,6 +108,20 @@ def test_formulas_count_a_models_parameters(changes: dict) -> None:
     assert shape.parameter_count == sum(parameter.numel() for parameter in model.parameters())
     hidden = [p.numel() for p in model.trf_blocks.parameters() if p.dim() == 2]
     assert shape.hidden_parameters == sum(hidden)
+    products = sum(hidden) + model.out_head.weight.numel()
+    assert shape.flops_per_token == 6 * products + 12 * shape.n_layers * shape.emb_dim * shape.context_length
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_size_of_a_checkpoint_is_that_of_its_tensors(tmp_path: Path, optimizer: str) -> None:
+    shape = GPTConfig(257, 16, 32, 2, 2, drop_rate=0.0, qkv_bias=False)
+    config, model = TrainConfig("local/none", 1, 1, optimizer=optimizer), GPTModel(shape)
+    alone = World(0, 0, 1, 1, torch.device("cpu"), control=None)
+    state = make_optimizer(model, config, "fp32", peers=alone)
+    allocate_state(state)
+    tensors = [*model.tensors().values(), *checkpointing.optimizer_tensors(model, state).values()]
+    size = sum(tensor.nbytes for tensor in tensors)
+    assert Run(tmp_path, config, shape).checkpoint_bytes == pytest.approx(size, rel=0.001)
 
 
 @pytest.mark.parametrize(

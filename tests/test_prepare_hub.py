@@ -3,19 +3,21 @@
 import base64
 import hashlib
 import json
+import os
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import huggingface_hub
 import pytest
-from folder_hub import Answering, serving
-from helpers import Finished, Script, requested_range, wait_for
+from folder_hub import Answering, serving, use_hub
+from helpers import Finished, Script, requested_range
 from huggingface_hub import DatasetCard
 from texts import assert_holds, split_texts
 
 from basemodel.common.errors import InputError
+from basemodel.data.hub import download, download_files
 from basemodel.data.tokenizer import get_tokenizer
 from prepare_datasets import main
 
@@ -33,7 +35,6 @@ FILES = {
     },
     "b" * 40: {"sample/1.jsonl": LINES["old"]},
 }
-IMPATIENT = "import basemodel.data.downloads as d; d.WAITS = (0.01, 0.01)"  # between tries
 
 
 @dataclass
@@ -45,8 +46,6 @@ class FakeHub:
     cut_off: dict[str, int] = field(
         default_factory=dict
     )  # file name: bytes after which the line breaks, once
-    stalls: bool = False  # a line that broke stays open, and silent, until `go_on`
-    go_on: threading.Event = field(default_factory=threading.Event)
     too_short: set[str] = field(default_factory=set)  # files of which the last byte is never sent
     damaged: set[str] = field(default_factory=set)  # files of which the first byte is another
     stored: dict[str, bytes] = field(default_factory=dict)  # uploaded objects by SHA-256
@@ -120,8 +119,6 @@ class Handler(Answering):
             body = body[: self.hub.cut_off.pop(name)]
             self.close_connection = True
         self.answer(body, 200 if asked is None else 206, **headers)
-        if self.close_connection and self.hub.stalls:
-            self.hub.go_on.wait(60)
 
     def do_POST(self) -> None:
         self.hub.requests.append((self.command, self.path, ""))
@@ -175,7 +172,7 @@ def hub() -> Iterator[FakeHub]:
 
 def start(hub: FakeHub, output: Path, *options: str, files: str = "sample/*", home: Path) -> Script:
     command = ["prepare_datasets.py", "test/texts", str(output), "--files", files, "--tokenizer", "bytes"]
-    return Script([*command, *options], hub.env(home), IMPATIENT)
+    return Script([*command, *options], hub.env(home))
 
 
 def prepare(hub: FakeHub, output: Path, *options: str, files: str = "sample/*", texts: list[str]) -> dict:
@@ -197,11 +194,7 @@ def test_files_are_downloaded_once_and_then_the_hub_is_not_asked(hub: FakeHub, t
     scripts = [start(hub, tmp_path / name, home=tmp_path / "home") for name in ("first", "second")]
     for script in scripts:
         assert script.wait().returncode == 0, script.stderr
-    assert (
-        hub.downloads("sample/1.jsonl")
-        == hub.downloads("sample/2.jsonl")
-        == [f"bytes=0-{len(LINES['one']) - 1}"]
-    )
+    assert hub.downloads("sample/1.jsonl") == hub.downloads("sample/2.jsonl") == [""]
     assert not hub.downloads("3.jsonl") and not hub.downloads("README.md")
     hub.requests.clear()
     meta = prepare(hub, tmp_path / "third", texts=TEXTS["one"] + TEXTS["two"])
@@ -211,59 +204,51 @@ def test_files_are_downloaded_once_and_then_the_hub_is_not_asked(hub: FakeHub, t
         assert json.loads((tmp_path / name / "meta.json").read_text()) == meta
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_download_that_was_cut_off_goes_on(hub: FakeHub, tmp_path: Path, killed: bool) -> None:
-    hub.cut_off["large/4.jsonl"] = 150_000
-    if killed:
-        hub.stalls = True
-        script = start(hub, tmp_path / "out", files="large/*", home=tmp_path / "home")
-        try:
-            wait_for(
-                lambda: sum(partial_sizes(tmp_path)) >= 150_000 or script.has_ended, "a part of the file"
-            )
-        finally:
-            script.kill()
-            hub.go_on.set()
-    prepare(hub, tmp_path / "out", files="large/*", texts=TEXTS["large"])
-    whole, rest = map(
-        int, (asked.removeprefix("bytes=").partition("-")[0] for asked in hub.downloads("large/4.jsonl"))
-    )
-    assert whole == 0 and (150_000 - 65_536 * killed) <= rest <= 150_000, "a kill costs a chunk at most"
-    assert not partial_sizes(tmp_path)
+@pytest.fixture
+def asked(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    """The Hub that this process asks."""
+    use_hub(monkeypatch, hub.url, tmp_path / "cache")
+    return hub
 
 
-def partial_sizes(folder: Path) -> list[int]:
-    """How much of each incomplete file, which is sparse, is on the disk."""
-    return [path.stat().st_blocks * 512 for path in folder.rglob(".incomplete-*")]
+def test_a_connection_that_breaks_is_opened_again(asked: FakeHub) -> None:
+    asked.cut_off["large/4.jsonl"] = 150_000
+    (path,), commit = download("test/texts", "large/*", None)
+    assert (path.read_bytes(), commit) == (LINES["large"], "a" * 40)
 
 
-def test_a_file_of_another_hash_is_refused(hub: FakeHub, tmp_path: Path) -> None:
-    hub.damaged.add("large/4.jsonl")
-    error = refused(start(hub, tmp_path / "out", files="large/*", home=tmp_path / "home").wait())
-    assert (
-        "test/texts: could not download 'large/*' from the Hub" in error
-        and "the Hub announced sha256" in error
-    )
-    hub.damaged.clear()
-    prepare(hub, tmp_path / "out", files="large/*", texts=TEXTS["large"])
-    assert len(set(hub.downloads("large/4.jsonl"))) == 1, "nothing of what was wrong is kept"
+def test_what_killed_downloads_left_is_removed(asked: FakeHub, tmp_path: Path) -> None:
+    blobs = tmp_path / "cache/datasets--test--texts/blobs"
+    blobs.mkdir(parents=True)
+    old, recent = blobs / "etag.0a.incomplete", blobs / "etag.0b.incomplete"
+    for path in (old, recent):
+        path.touch()
+    os.utime(old, (0, 0))
+    download_files("test/texts", ["sample/1.jsonl"], "a" * 40)
+    assert not old.exists() and recent.exists(), "another process may still be writing"
 
 
-def test_a_file_of_the_wrong_size_is_refused(hub: FakeHub, tmp_path: Path) -> None:
-    hub.too_short.add("sample/2.jsonl")
-    error = refused(start(hub, tmp_path / "out", home=tmp_path / "home").wait())
-    assert (
-        "test/texts: could not download 'sample/*' from the Hub" in error
-        and "ended before its announced size" in error
-    )
-    assert not list(tmp_path.glob("out*"))
-    hub.too_short.clear()
-    hub.requests.clear()
-    prepare(hub, tmp_path / "out", texts=TEXTS["one"] + TEXTS["two"])
-    assert hub.downloads("sample/2.jsonl") == ["bytes={0}-{0}".format(len(LINES["two"]) - 1)], (
-        "what has come stays"
-    )
-    assert hub.downloads("sample/1.jsonl") == []
+def test_a_part_of_the_files_in_the_cache_is_not_taken_for_all(asked: FakeHub) -> None:
+    huggingface_hub.hf_hub_download("test/texts", "sample/1.jsonl", repo_type="dataset", revision="a" * 40)
+    paths, _ = download("test/texts", "sample/*", "a" * 40)
+    assert [path.read_bytes() for path in paths] == [LINES["one"], LINES["two"]]
+
+
+def test_a_file_of_another_hash_or_size_is_refused(asked: FakeHub) -> None:
+    asked.damaged.add("large/4.jsonl")
+    problem = "test/texts: could not download 'large/.' from the Hub: .*the Hub announced sha256"
+    with pytest.raises(InputError, match=problem):
+        download("test/texts", "large/*", None)
+    asked.damaged.clear()
+    (path,), _ = download("test/texts", "large/*", None)
+    assert path.read_bytes() == LINES["large"], "nothing of what was wrong is kept"
+    asked.too_short.add("sample/2.jsonl")
+    with pytest.raises(InputError, match=r"could not download 2 files .*should be of size"):
+        download_files("test/texts", ["sample/1.jsonl", "sample/2.jsonl"], "a" * 40)
+    asked.too_short.clear()
+    asked.requests.clear()
+    download_files("test/texts", ["sample/1.jsonl", "sample/2.jsonl"], "a" * 40)
+    assert not asked.downloads("sample/1.jsonl"), "finished files are kept"
 
 
 def test_a_revision_is_pinned(hub: FakeHub, tmp_path: Path) -> None:
@@ -275,7 +260,7 @@ def test_a_revision_is_pinned(hub: FakeHub, tmp_path: Path) -> None:
     again = prepare(hub, tmp_path / "again", "--revision", "b" * 40, texts=TEXTS["old"])
     assert again == meta and hub.requests == []
     error = refused(start(hub, tmp_path / "none", "--revision", "v9", home=tmp_path / "home").wait())
-    assert "test/texts: could not download 'sample/*' from the Hub" in error and "--revision" in error
+    assert "test/texts: could not download 'sample/*' from the Hub" in error and "Revision Not Found" in error
 
 
 def test_what_the_hub_does_not_have(hub: FakeHub, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.model.generation import Sampling, continuations
 from basemodel.model.weights import load_model
-from basemodel.results.samples import continue_prompts
+from basemodel.results.reporting import continue_prompts
 from basemodel.training.run import Run, open_data
 from basemodel.training.run_folder import read_samples, set_earlier_results_aside
 from basemodel.training.schedule import BatchPlan

@@ -295,18 +295,9 @@ def far(sandbox: Sandbox, serve_hub: Callable[[Path], Hub]) -> Hub:
     folder = write_dataset(sandbox.path / "hub/far/away", meta={"description": "tokens"})
     cut(folder, 1000, 3000)
     hub = serve_hub(sandbox.path / "hub")
-    list_files(hub, folder)
     sandbox.env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(sandbox.path / "home")}
     sandbox.write_run(train={"dataset": "far/away", "validation_interval": 8, "validation_batches": 1})
     return hub
-
-
-def list_files(hub: Hub, folder: Path) -> None:
-    """Have the Hub's API list a folder as far/away."""
-    files = [{"rfilename": path.name} for path in folder.iterdir()]
-    listing = json.dumps({"id": "far/away", "sha": "0" * 40, "siblings": files}).encode()
-    for revision in ("", "/revision/main"):
-        hub.answers[f"GET /api/datasets/far/away{revision}"] = 200, {}, listing
 
 
 def test_several_files_are_fetched_and_the_hub_is_not_asked_again(sandbox: Sandbox, far: Hub) -> None:
@@ -335,13 +326,16 @@ def test_what_is_missing_of_a_set_is_fetched_from_the_same_commit(sandbox: Sandb
     far.requests.clear()
     sandbox.train()
     paths = [path for method, path in far.requests if method == "GET" and "/datasets/" in path]
-    assert paths == [f"/datasets/far/away/resolve/{'0' * 40}/{THREE[1]}"], "not even the Hub's list of files"
-    assert not any("/resolve/main/" in path for _, path in far.requests)
+    commit = "0" * 40
+    assert paths == [
+        f"/api/datasets/far/away/revision/{commit}",
+        f"/datasets/far/away/resolve/{commit}/{THREE[1]}",
+    ]
     # Where the Hub does not have it either, the error says which.
     for folder in (fetched, sandbox.path / "hub/far/away"):
         (folder / THREE[1]).unlink()
     error = refused(*sandbox.command("tiny"), env=sandbox.env)
-    assert f"far/away/{THREE[1]} is missing, and the Hub did not provide it" in error
+    assert f"far/away: could not download {THREE[1]} from the Hub" in error
     (fetched / "train.safetensors").touch()
     error = refused(*sandbox.command("tiny"), env=sandbox.env)
     assert f"{THREE[0]} and train.safetensors do not belong together; move one of the two" in error
@@ -349,7 +343,6 @@ def test_what_is_missing_of_a_set_is_fetched_from_the_same_commit(sandbox: Sandb
 
 def test_a_hub_that_has_two_sets_is_not_guessed_at(sandbox: Sandbox, far: Hub) -> None:
     (sandbox.path / "hub/far/away/train-00000-of-00001.safetensors").touch()
-    list_files(far, sandbox.path / "hub/far/away")
     error = refused(*sandbox.command("tiny"), env=sandbox.env)
     assert "far/away: train-00000-of-00001.safetensors and train-00000-of-00003.safetensors do not" in error
     assert not list(sandbox.datasets.glob("far/away/*.safetensors"))

@@ -12,20 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from folder_hub import use_hub
 from helpers import MODEL, Sandbox, refused, run_script, write_dataset
 from safetensors.numpy import load_file
 from texts import EDGES, assert_holds, nasty_text, prepare, random_characters, split_texts, write_jsonl
 
 from basemodel.common.errors import InputError
-from basemodel.common.terminal import printable
+from basemodel.common.output import printable
 from basemodel.data.hub import fetch_dataset, fingerprint_files
 from basemodel.data.sequences import match_tokenizer
-from basemodel.data.tokenizer import byte_characters, get_tokenizer, read_tokenizer, same_tokenizer
+from basemodel.data.tokenizer import (
+    byte_characters,
+    get_tokenizer,
+    read_tokenizer,
+    same_tokenizer,
+    train_tokenizer,
+)
 from basemodel.model.config import GPTConfig
 from basemodel.model.loss import NextTokenLoss
 from basemodel.prepare import encoding
 from basemodel.prepare.readers import cut_into_pieces
-from basemodel.prepare.tokenizer_training import train_tokenizer
 from basemodel.training.run_folder import read_samples
 from gpt import GPTModel
 
@@ -502,10 +508,7 @@ def test_the_tokenizer_is_fetched_with_the_data_set(
     (sandbox.path / "hub").mkdir()
     folder.parent.rename(sandbox.path / "hub/test")
     hub = serve_hub(sandbox.path / "hub")
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-    )
+    use_hub(monkeypatch, hub.url, sandbox.path)
     fetch_dataset(sandbox.datasets, "test/own", None, ["train"])
     there = (sandbox.path / "hub/test/own/tokenizer.json").read_bytes()
     assert (folder / "tokenizer.json").read_bytes() == there

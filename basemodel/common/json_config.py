@@ -49,7 +49,7 @@ def key(meaning: str, default: Any = dataclasses.MISSING, **bounds: float) -> An
 def check_ranges(config: Any) -> None:
     """Raise InputError, naming the key, if a value of a config, or of a list in it, is out of range."""
     for field in dataclasses.fields(config):
-        allowed, value = field.metadata["range"], getattr(config, field.name)
+        allowed, value = field.metadata.get("range"), getattr(config, field.name)
         numbers = value if isinstance(value, tuple) else [value]
         if allowed and any(number is not None and number not in allowed for number in numbers):
             or_null = " or null" if field.default is None else ""

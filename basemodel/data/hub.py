@@ -1,9 +1,17 @@
-"""Data sets from the Hugging Face Hub, identified by the SHA-256 of their files, and uploads to it."""
+"""Data sets from the Hugging Face Hub, identified by the SHA-256 of their files, and uploads to it.
+
+Text to prepare comes by snapshot_download. That begins a file anew after a kill, or once the network was gone
+for some seconds, which is too dear for token files of up to 40 GB: hf_xet or HTTP writes these to a file that
+the next try continues over HTTP.
+"""
 
 import contextlib
+import glob
 import json
+import shutil
+import sys
+import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +19,15 @@ import huggingface_hub as hub  # loads its parts, and the network's, when they a
 from tqdm import tqdm
 
 from basemodel.common.errors import InputError, RunError
-from basemodel.common.files import DISK_FULL, fingerprint, replace_text
+from basemodel.common.files import DISK_FULL, fingerprint, replace_text, sync
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import TOKENIZER_FILE, require_inside, require_repo_id
-from basemodel.data.downloads import RemoteFile, fetch, look_up, look_up_all
+from basemodel.common.output import Progress
 from basemodel.data.token_files import PATTERNS, missing_files, split_files, whole_set
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files
+PAUSES = (1, 2, 4, 8, 16, 32)  # seconds before another try when a connection breaks
+STALE_SECONDS = 3600  # after which nobody writes to an incomplete file in the Hub's cache any more
 
 
 def dataset_folder(datasets_dir: Path, dataset: str) -> Path:
@@ -29,28 +39,35 @@ def dataset_folder(datasets_dir: Path, dataset: str) -> Path:
 
 
 def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits: Iterable[str]) -> Path:
-    """Download the token files of `splits` that are missing; return the data set's folder.
+    """Download what is missing of the token files of `splits`; return the data set's folder.
 
     All files come from one commit, and an interrupted download resumes where it stopped. Raises InputError,
     naming the data set, if that fails.
     """
-    folder = dataset_folder(datasets_dir, dataset)
+    folder, splits = dataset_folder(datasets_dir, dataset), list(splits)
     if datasets_dir.is_file():
         raise InputError(f"{datasets_dir}: is a file; DATASETS_DIR is the folder of the data sets")
-    missing, known = missing_files(folder, splits), _known_fingerprints(folder)
-    names = [path.name for split in splits for path in split_files(folder, split) if path.exists()]
-    commits = [known[name].get("revision") for name in names if name in known]
-    for commit in filter(None, commits):
-        if revision is not None and len(revision) >= 40 and revision != commit:
-            raise InputError(
-                f"{folder}: is at commit {commit}, but dataset_revision asks for {revision}; move it away"
-            )
+    commit = _commit_of(folder, splits)
+    if None not in (commit, revision) and len(revision) >= 40 and revision != commit:
+        raise InputError(
+            f"{folder}: is at commit {commit}, but dataset_revision asks for {revision}; move it away"
+        )
+    missing = missing_files(folder, splits)
+    missing += [name for name in _own_tokenizer(folder) if not (folder / name).exists()]
     if missing:
-        _download(folder, dataset, next(filter(None, commits), revision), missing)
-    if _own_tokenizer(folder) and not (folder / TOKENIZER_FILE).exists():
-        commit = _known_fingerprints(folder).get("meta.json", {}).get("revision")
-        _download(folder, dataset, commit or revision, [TOKENIZER_FILE])
+        with _failures_in_one_line(folder, ", ".join(missing), dataset):
+            info = hub.HfApi().dataset_info(dataset, revision=commit or revision)
+            with _one_process(folder, dataset):
+                _download(folder, info, splits)
     return folder
+
+
+def _commit_of(folder: Path, splits: list[str]) -> str | None:
+    """The commit that the files in a folder were downloaded from, if any was."""
+    paths = [folder / "meta.json", *(path for split in splits for path in split_files(folder, split))]
+    known = _known_fingerprints(folder)
+    commits = (known.get(path.name, {}).get("revision") for path in paths if path.exists())
+    return next(filter(None, commits), None)
 
 
 def _own_tokenizer(folder: Path) -> list[str]:
@@ -59,55 +76,102 @@ def _own_tokenizer(folder: Path) -> list[str]:
     return [TOKENIZER_FILE] if meta.get("tokenizer") == "dataset" else []
 
 
-def _download(folder: Path, dataset: str, revision: str | None, names: list[str]) -> None:
-    """Download files, and meta.json if there is one, from one commit, which is recorded."""
-    try:
-        files = _look_up_with_meta(dataset, revision, names)
-        for path, found in fetch({folder / name: file for name, file in files.items()}, dataset):
-            commit = files[path.name].commit
-            known = {**found, "mtime_ns": path.stat().st_mtime_ns, "revision": commit}
-            _keep_fingerprints(folder, _known_fingerprints(folder) | {path.name: known})
-    except InputError:
-        raise
-    except Exception as error:  # network, proxy and Hub errors have many types
-        missing = next((name for name in names if not (folder / name).exists()), names[0])
-        fix = advice(error, dataset) or (
-            f"check the data set's name '{dataset}' and the network, or prepare it with prepare_datasets.py"
-        )
-        raise InputError(
-            f"{folder / missing} is missing, and the Hub did not provide it ({reason(error)}); {fix}"
-        ) from None
-
-
-def _look_up_with_meta(dataset: str, revision: str | None, names: list[str]) -> dict[str, RemoteFile]:
-    """What the Hub has for these names, and of meta.json, at one commit."""
-    from huggingface_hub.errors import EntryNotFoundError
-
-    files: dict[str, RemoteFile] = {}
+def _download(folder: Path, info: "hub.DatasetInfo", splits: list[str]) -> None:
+    """Download what is missing of the splits, meta.json and the tokenizer, from one commit; record it."""
+    if _commit_of(folder, splits) not in (None, info.sha):
+        raise InputError("another process has fetched another commit; run the same command again")
+    listed = {file.rfilename for file in info.siblings or []}
+    names = [name for name in ("meta.json", TOKENIZER_FILE) if name in listed]  # older data sets have none
+    here = {path.name for path in folder.iterdir()}
+    for split in splits:
+        names += whole_set(listed | here, split, info.id) or [f"{split}.safetensors"]
     for name in names:
-        files |= _look_up_split(dataset, name, revision)
-        revision = next(iter(files.values())).commit
-    with contextlib.suppress(EntryNotFoundError):  # older data sets have none
-        files["meta.json"] = look_up(dataset, "meta.json", revision)
-    return files
+        if name not in here:
+            url = hub.hf_hub_url(info.id, name, repo_type="dataset", revision=info.sha)
+            arrived = {**_fetch(folder / name, url), "revision": info.sha}
+            arrived["mtime_ns"] = (folder / name).stat().st_mtime_ns
+            _record_fingerprints(folder, _known_fingerprints(folder) | {name: arrived})
 
 
-def _look_up_split(dataset: str, name: str, revision: str | None) -> dict[str, RemoteFile]:
-    """What the Hub has under a file's name, or the several files in which it has the split instead.
+@contextlib.contextmanager
+def _one_process(folder: Path, dataset: str) -> Iterator[None]:
+    """Make a folder if need be, and let one process at a time download into it."""
+    from filelock import Timeout
+    from huggingface_hub.utils import WeakFileLock
 
-    The list of the Hub's files is asked for only then: not every mirror has one.
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(WeakFileLock(folder / ".download.lock", timeout=1))
+        except Timeout:
+            tqdm.write(f"Waiting for another process that is downloading {dataset}")
+            stack.enter_context(WeakFileLock(folder / ".download.lock"))
+        yield
+
+
+def _fetch(path: Path, url: str) -> dict[str, Any]:
+    """Download a file, continuing what an earlier try left; return its size and SHA-256.
+
+    The file gets its name when all of it is on the disk. Raises InputError if the disk is too small or the
+    file is not what the Hub announced, and what the Hub's client raises.
     """
-    from huggingface_hub.errors import EntryNotFoundError
+    file = hub.get_hf_file_metadata(url)
+    incomplete = path.with_name(f".incomplete-{path.name}-{file.etag[:16]}")
+    for stale in path.parent.glob(f".incomplete-{path.name}-*"):
+        if stale != incomplete or stale.stat().st_size > (file.size or 0):
+            stale.unlink()  # of another content
+    incomplete.touch()
+    missing, free = (file.size or 0) - incomplete.stat().st_size, shutil.disk_usage(path.parent).free
+    if missing > free:
+        raise InputError(
+            f"{path.name} takes {missing / 1e9:,.2f} GB more, but {free / 1e9:,.2f} GB are free; free some "
+            "space, and run the same command again"
+        )
+    _receive(file, url, incomplete, f"Fetching {path.parent.name}/{path.name}")
+    arrived = fingerprint(incomplete)
+    for what, announced in (("size", file.size), ("sha256", file.etag if len(file.etag) == 64 else None)):
+        if announced not in (None, arrived[what]):
+            incomplete.unlink()
+            raise InputError(
+                f"{path.name}: the Hub announced {what} {announced} but sent {arrived[what]}; run the same "
+                "command again to download it anew"
+            )
+    sync(incomplete)
+    incomplete.replace(path)
+    return arrived
 
-    try:
-        return {name: look_up(dataset, name, revision)}
-    except EntryNotFoundError:
-        found = hub.HfApi().dataset_info(dataset, revision=revision)
-        listed = (file.rfilename for file in found.siblings or [])
-        names = whole_set(listed, name.removesuffix(".safetensors"), dataset)
-        if names in ([], [name]):
-            raise
-    return dict(zip(names, look_up_all(dataset, names, found.sha), strict=True))
+
+def _receive(file: "hub.HfFileMetadata", url: str, incomplete: Path, label: str) -> None:
+    """Write a file: by hf_xet if the Hub offers it and nothing has arrived, else the rest over HTTP."""
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.file_download import http_get, xet_get
+    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils._runtime import is_xet_available
+
+    headers = build_hf_headers(headers={"Accept-Encoding": "identity"})  # for ranges of the file itself
+    request, start = {"headers": headers, "expected_size": file.size}, incomplete.stat().st_size
+    with Progress(total=file.size, initial=start, desc=label, unit="B", unit_scale=True) as bar:
+        request["_tqdm_bar"] = bar
+        if start == 0 and file.xet_file_data is not None and is_xet_available():
+            try:
+                xet_get(incomplete_path=incomplete, xet_file_data=file.xet_file_data, **request)
+                return
+            except Exception as error:  # hf_xet's have no common type
+                tqdm.write(f"{label}: hf_xet failed ({reason(error)}); continuing over HTTP", file=sys.stderr)
+        with incomplete.open("ab") as stream:
+            for pause in (*PAUSES, None):
+                try:
+                    http_get(url, stream, resume_size=stream.tell(), **request)
+                    return
+                except HTTPError as error:
+                    answered = getattr(error, "response", None) is not None
+                    if answered or pause is None:
+                        raise
+                    time.sleep(pause)
+                except OSError as error:
+                    if error.errno is not None:
+                        raise
+                    return  # of another size than expected, as a proxy's page is: the caller refuses it
 
 
 def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -119,21 +183,21 @@ def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str
     """
     meta = read_json_object(folder / "meta.json") if (folder / "meta.json").exists() else {}
     promised = meta.get("sha256") if isinstance(meta.get("sha256"), dict) else {}
-    before = _known_fingerprints(folder)
-    known = dict(before)
+    recorded = _known_fingerprints(folder)
+    known = dict(recorded)
     names = [path.name for split in splits for path in split_files(folder, split)]
     names += _own_tokenizer(folder)
     for name in names:
         path, stat = folder / name, (folder / name).stat()
-        seen = known.get(name, {})
-        if (seen.get("size"), seen.get("mtime_ns")) != (stat.st_size, stat.st_mtime_ns):
+        entry = known.get(name, {})
+        if (entry.get("size"), entry.get("mtime_ns")) != (stat.st_size, stat.st_mtime_ns):
             if stat.st_size > 1 << 30:
                 tqdm.write(f"Checking {path} ({stat.st_size / 1e9:.1f} GB), once")
             known[name] = {**fingerprint(path), "mtime_ns": stat.st_mtime_ns}
         if promised.get(name) not in (None, known[name]["sha256"]):
             raise InputError(f"{path}: damaged (its SHA-256 is not meta.json's); fetch or prepare it again")
-    if known != before:
-        _keep_fingerprints(folder, known)
+    if known != recorded:
+        _record_fingerprints(folder, known)
     return {name: known[name] for name in names}
 
 
@@ -147,7 +211,7 @@ def same_on_all_nodes(nodes: list[dict[str, dict[str, Any]]]) -> dict[str, dict[
     return nodes[0]
 
 
-def _keep_fingerprints(folder: Path, known: dict[str, dict[str, Any]]) -> None:
+def _record_fingerprints(folder: Path, known: dict[str, dict[str, Any]]) -> None:
     # In a read-only folder the next run hashes the files again.
     with contextlib.suppress(OSError):
         replace_text(folder / FINGERPRINTS, json.dumps(known, indent=1))
@@ -163,91 +227,77 @@ def _known_fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
 def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Path], str]:
     """The files of a Hub data set that match a pattern, and the commit they come from.
 
-    They are kept in the Hub's own cache, shared by all processes; when all are there, the Hub is not asked.
+    They are kept in the Hub's cache, shared by all processes; when all are there, the Hub is not asked.
     Raises InputError, naming the data set, on any failure.
     """
-    from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.utils import filter_repo_objects
-
-    options = {"repo_type": "dataset", "revision": revision, "allow_patterns": pattern}
-    with _failures_named(dataset, f"'{pattern}'"):
-        try:
-            folder = Path(hub.snapshot_download(dataset, local_files_only=True, **options))
-        except LocalEntryNotFoundError:
-            commit = hub.HfApi().dataset_info(dataset, revision=revision or "main").sha
-            names = hub.HfApi().list_repo_files(dataset, repo_type="dataset", revision=commit)
-            _bring_into_cache(dataset, list(filter_repo_objects(names, allow_patterns=pattern)), commit)
-            # Finds all files in the cache, and notes there that they are all.
-            folder = Path(hub.snapshot_download(dataset, **options))
-    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return [folder / name for name in sorted(filter_repo_objects(names, allow_patterns=pattern))], folder.name
+    with _failures_in_one_line(dataset, f"'{pattern}'", dataset):
+        folder, names = _snapshot(dataset, [pattern], revision)
+    return [folder / name for name in sorted(names)], folder.name
 
 
 def download_files(dataset: str, names: list[str], commit: str) -> list[Path]:
-    """The paths of a Hub data set's files at a commit, in the Hub's own cache, shared by all processes.
-
-    The Hub is asked only for those that are missing. Raises InputError, naming the data set, on any failure.
-    """
-    with _failures_named(dataset, names[0] if len(names) == 1 else f"{len(names)} files"):
-        return _bring_into_cache(dataset, names, commit)
+    """The paths of a Hub data set's files at a commit, in the Hub's cache, as `download` gives them."""
+    with _failures_in_one_line(dataset, names[0] if len(names) == 1 else f"{len(names)} files", dataset):
+        folder, _ = _snapshot(dataset, [glob.escape(name) for name in names], commit)
+    return [folder / name for name in names]
 
 
-def _bring_into_cache(dataset: str, names: list[str], commit: str) -> list[Path]:
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.file_download import repo_folder_name
+def _snapshot(dataset: str, patterns: list[str], revision: str | None) -> tuple[Path, list[str]]:
+    """The folder of a commit in the Hub's cache, and the names of its files that match, all of them there."""
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.utils import filter_repo_objects
 
-    at = {"repo_type": "dataset", "revision": commit}
-    paths = {name: hub.try_to_load_from_cache(dataset, name, **at) for name in names}
-    missing = [name for name, path in paths.items() if not isinstance(path, str)]
-    if missing:
-        blobs = Path(HF_HUB_CACHE, repo_folder_name(repo_id=dataset, repo_type="dataset"), "blobs")
-        files = {blobs / file.etag: file for file in look_up_all(dataset, missing, commit)}
-        for _ in fetch({path: file for path, file in files.items() if not path.exists()}, dataset):
-            pass
-        with ThreadPoolExecutor(8) as pool:  # finds them in the cache, and links their names to them
-            linked = pool.map(lambda name: hub.hf_hub_download(dataset, name, **at), missing)
-            paths |= zip(missing, linked, strict=True)
-    return [Path(paths[name]) for name in names]
+    place, started = {"repo_type": "dataset", "revision": revision}, time.time()
+    try:
+        hub.get_cached_repo_tree(dataset, **place)  # without which a part of the files would pass for all
+        folder = hub.snapshot_download(dataset, allow_patterns=patterns, local_files_only=True, **place)
+    except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
+        folder = hub.snapshot_download(dataset, allow_patterns=patterns, tqdm_class=Progress, **place)
+    listed = hub.get_cached_repo_tree(dataset, repo_type="dataset", revision=Path(folder).name)
+    names = list(filter_repo_objects((file.path for file in listed), allow_patterns=patterns))
+    for path in (Path(folder, name) for name in names):
+        blob = path.readlink().name if path.is_symlink() else ""  # a large file's is its SHA-256
+        if len(blob) == 64 and path.stat().st_mtime > started and fingerprint(path)["sha256"] != blob:
+            path.resolve().unlink()
+            raise InputError(
+                f"{path.name}: the Hub announced sha256 {blob} but sent another content; run the same "
+                "command again to download it anew"
+            )
+    # What killed downloads left is never used again.
+    for leftover in Path(folder).parents[1].glob("blobs/*.incomplete"):
+        if started - leftover.stat().st_mtime > STALE_SECONDS:
+            leftover.unlink(missing_ok=True)
+    return Path(folder), names
 
 
 @contextlib.contextmanager
-def _failures_named(dataset: str, what: str) -> Iterator[None]:
+def _failures_in_one_line(target: object, what: str, dataset: str) -> Iterator[None]:
     """Turn whatever a network, a proxy, a disk or the Hub can raise into one line."""
     try:
         yield
-    except InputError as error:
-        raise InputError(f"{dataset}: could not download {what} from the Hub ({error})") from None
     except Exception as error:
-        fix = advice(error, dataset) or "check the name, --files, --revision and the network"
-        raise InputError(
-            f"{dataset}: could not download {what} from the Hub ({reason(error)}); {fix}, and run the same "
-            "command again: finished files are kept"
-        ) from None
+        ours = isinstance(error, InputError)  # which says what to do
+        detail = f": {error}" if ours else f" ({reason(error)}); {_advice(error, dataset)}"
+        raise InputError(f"{target}: could not download {what} from the Hub{detail}") from None
 
 
-def advice(error: Exception, dataset: str) -> str:
-    """What to do about an error of the Hub or the disk; empty where its message must do."""
+def _advice(error: Exception, dataset: str) -> str:
+    """What to do about an error of the network, the disk or the Hub."""
     from huggingface_hub import constants, errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError):  # snapshot_download wraps the Hub's answers
+        error = error.__cause__ or error
     page = f"{constants.ENDPOINT}/datasets/{dataset}"
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if isinstance(error, errors.GatedRepoError):
-        return f"log in with `hf auth login` and accept the terms at {page}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"give a commit, branch or tag of {page} as --revision or dataset_revision"
-    if isinstance(error, errors.EntryNotFoundError) and status == 404:
-        return f"{page} has no such file; check the name and the revision"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"check the name '{dataset}', or, if the data set is private, log in with `hf auth login`"
-    if status == 401:
-        return "the Hub does not know your token: check HF_TOKEN, or log in with `hf auth login`"
+        return f"accept the terms at {page} and log in with `hf auth login`"
     if status == 403:
-        return f"your token must not read {page}: give it that right, or log in with `hf auth login`"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return "unset HF_HUB_OFFLINE"
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return "free some space"
-    return ""
+        return f"your token is not allowed to read {page}; grant it read access"
+    if status == 401 or isinstance(error, errors.RepositoryNotFoundError):
+        return f"check the name '{dataset}', or, if the data set is private, log in with `hf auth login`"
+    disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
+    fix = "free some space" if disk_full else "check the name, the revision and the network"
+    return f"{fix}, and run the same command again: what has arrived is kept"
 
 
 def check_push(repo_id: str) -> None:
@@ -263,22 +313,29 @@ def check_push(repo_id: str) -> None:
         ) from None
 
 
-def push(folder: Path, repo_id: str, message: str, **options: Any) -> str:
+def push(
+    folder: Path, repo_id: str, message: str, repo_type: str = "model", private: bool | None = None
+) -> str:
     """Upload a folder to a repository, created if need be, and return the commit's URL.
 
-    `options` are HfApi.create_repo's. Raises RunError; the same call then uploads only what is missing. A
-    data set's token files replace all that are there: others, of an earlier one, would be read with them.
+    Raises RunError; the same call then uploads only what is missing. A data set's token files replace all
+    that are there: others, of an earlier one, would be read with them.
     """
-    api, kind = hub.HfApi(), options.get("repo_type")
-    files = {"folder_path": folder, "delete_patterns": PATTERNS if kind == "dataset" else None}
+    api = hub.HfApi()
     try:
-        api.create_repo(repo_id, exist_ok=True, **options)
-        done = api.upload_folder(repo_id=repo_id, repo_type=kind, commit_message=message, **files)
+        api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            repo_type=repo_type,
+            commit_message=message,
+            delete_patterns=PATTERNS if repo_type == "dataset" else None,
+        )
     except Exception as error:  # anything a network, a proxy or the Hub can raise
         raise RunError(
             f"{repo_id}: the upload failed ({reason(error)}); run the same command again to resume it"
         ) from None
-    return done.commit_url
+    return commit.commit_url
 
 
 def reason(error: Exception) -> str:

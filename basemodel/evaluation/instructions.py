@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from basemodel.common.errors import InputError, RunError
 from basemodel.common.files import replace_text
-from basemodel.common.progress import Progress
+from basemodel.common.output import Progress
 from basemodel.model.loss import IGNORED, chunked_cross_entropy
 from gpt import GPTModel
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from basemodel.common.errors import InputError, RunError
-from basemodel.common.progress import Progress
-from basemodel.evaluation.answer_cache import AnswerCache, key_of
+from basemodel.common.output import Progress
 from basemodel.evaluation.instructions import FIELDS, Record, read_records
+from basemodel.evaluation.measurements import AnswerCache, key_of
 
 RESULTS_ENDING = "-ift-results.json"
 PATIENCE = 3  # first questions without scores after which judging stops

@@ -1,7 +1,10 @@
 """Results of evaluations, which are kept beside a checkpoint: its test loss and its scores on tasks."""
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,3 +138,34 @@ def headlines(results: Iterable[TaskResult]) -> list[TaskResult]:
             if ranks.get(result.metric, 2) < ranks.get(rival.metric, 2):
                 best[result.task, result.fewshot] = result
     return list(best.values())
+
+
+class AnswerCache:
+    """Answers by key, one JSON line each in the file at `path`. Raises InputError if it cannot be written."""
+
+    def __init__(self, path: Path) -> None:
+        self.answers: dict[str, Any] = {}
+        try:
+            self._file = path.open("a+b", buffering=0)
+            self._file.seek(0)
+            text = self._file.read()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, after a kill
+                entry = json.loads(line)
+                self.answers[entry["key"]] = entry["reply"]
+        if text and not text.endswith(b"\n"):
+            self._file.write(b"\n")
+
+    def add(self, answers: dict[str, Any]) -> None:
+        """Keep answers; they are on disk when this returns. It is a single write, so threads need no lock."""
+        self.answers |= answers
+        lines = [json.dumps({"key": key, "reply": answer}) + "\n" for key, answer in answers.items()]
+        self._file.write("".join(lines).encode())
+        os.fsync(self._file.fileno())
+
+
+def key_of(question: Any) -> str:
+    """The key of a question that JSON can express: its SHA-256."""
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,7 @@ import tiktoken
 import torch
 
 from basemodel.common.errors import InputError
-from basemodel.common.terminal import printable
+from basemodel.common.output import printable
 from basemodel.model.generation import Sampling, encode_prompts, random_generator, stream
 from gpt import GPTModel
 

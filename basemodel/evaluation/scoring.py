@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from basemodel.common.errors import InputError, RunError
-from basemodel.common.progress import Progress
-from basemodel.evaluation.answer_cache import AnswerCache, key_of
+from basemodel.common.output import Progress
+from basemodel.evaluation.measurements import AnswerCache, key_of
 from basemodel.model.generation import GREEDY, continuations
 from gpt import GPTModel
 

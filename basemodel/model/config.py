@@ -59,7 +59,6 @@ class GPTConfig:
 
     @property
     def parameter_count(self) -> int:
-        """All parameters; tied ones count once."""
         C, embeddings = self.emb_dim, (1 if self.tie_weights else 2) * self.vocab_size + self.context_length
         vectors = (3 * self.qkv_bias + 1) + (4 + 1) + 4  # biases of attention and feed-forward, two norms
         return embeddings * C + self.hidden_parameters + self.n_layers * vectors * C + 2 * C

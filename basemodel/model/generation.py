@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from basemodel.common.errors import InputError, RunError
-from basemodel.common.progress import Progress
+from basemodel.common.output import Progress
 from basemodel.model.masks import Cache
 from gpt import GPTModel
 

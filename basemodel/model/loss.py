@@ -60,11 +60,9 @@ class NextTokenLoss(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether the compiled graphs are in use."""
         return self._chunk is not chunk_loss_and_gradients
 
     def uncompile(self) -> None:
-        """Undo `compile`."""
         for block in self.model.trf_blocks:
             block._compiled_call_impl = None
         self._chunk = chunk_loss_and_gradients

@@ -52,7 +52,6 @@ class Step:
 
     @property
     def compiled(self) -> bool:
-        """Whether a step on this device is compiled."""
         return self.config.compiles_on(self.device)
 
     @property
@@ -63,17 +62,12 @@ class Step:
 
     @property
     def chunks(self) -> int:
-        """How many chunks the loss computes its logits in."""
         return math.ceil(self.tokens * self.model.vocab_size / CHUNK_LOGITS[self.device])
 
     @property
     def rows(self) -> int:
         """V, padded on a GPU as the loss pads the head."""
         return self.model.vocab_size + (-self.model.vocab_size % 64 if self.device == "cuda" else 0)
-
-    # --------------------------------------------------------------------------------------------------------
-    # Memory
-    # --------------------------------------------------------------------------------------------------------
 
     def memory(self, *, processes: int = 1, keeps_gradients: bool = True) -> dict[str, float]:
         """Bytes by part when their sum is largest: as the loss is computed, or as the optimizer steps.
@@ -118,13 +112,10 @@ class Step:
         """Bytes that the loss takes: a chunk's logits in several forms, the head's copy and gradients, the
         features with their gradient."""
         C, V, e = self.model.emb_dim, self.model.vocab_size, self.element
+        # Of a logit's bytes, some belong to the gradient of the chunk before.
         forms = (3 * e if self.compiled else {2: 10, 4: 8}[e]) + (e if self.chunks > 1 else 0)
         chunk = math.ceil(self.tokens / self.chunks) * self.rows * forms
         return chunk + 2 * e * self.rows * C + 4 * V * C + 4 * C * self.tokens
-
-    # --------------------------------------------------------------------------------------------------------
-    # Work
-    # --------------------------------------------------------------------------------------------------------
 
     def microbatch_work(self) -> Work:
         """Forward and backward of a microbatch."""
@@ -137,12 +128,11 @@ class Step:
         traffic = N * (per_activation * L * C + per_logit * rows + 70 * C) + per_weight * hidden
         traffic += (63 + 10 * self.chunks) * shape.vocab_size * C
         if shape.drop_rate > 0:
-            traffic += 10 * N * L * C
+            traffic += (8 if self.compiled else 24) * N * L * C
         kernels = 38 * L + 33 + 8 * self.chunks if self.compiled else 63 * L + 33 + 23 * self.chunks
         return Work(flops, products, traffic, kernels)
 
     def validation_work(self) -> Work:
-        """The forward pass of a microbatch alone."""
         work, products = self.microbatch_work(), 10 * self.model.n_layers * self.model.emb_dim + self.rows
         return Work(work.flops / 3, self.tokens * products, 0.45 * work.bytes, work.kernels / 3)
 
@@ -154,6 +144,6 @@ class Step:
         shape, muon = self.model, self.config.optimizer == "muon"
         C, L, clips = shape.emb_dim, shape.n_layers, self.config.clipping_max_norm is not None
         traffic = (44 + 8 * clips) * shape.parameter_count + (66 * shape.hidden_parameters if muon else 0)
-        kernels = (13 + 13 * clips + 65 * muon) * L + 28
+        kernels = (13 + 13 * clips + 55 * muon) * L + 28 + 9 * clips + 45 * muon
         share = muon / shared_by
         return Work(share * 300 * L * C**3, share * 120 * L * C**2, traffic, kernels)

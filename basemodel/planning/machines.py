@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from basemodel.common.errors import InputError
-from basemodel.common.json_config import checked_config
+from basemodel.common.json_config import check_ranges, checked_config, key
 
 TABLE = Path(__file__).with_name("machines.toml")
 # What marks a variant with another rate, such as "RTX 4090 Laptop GPU".
@@ -23,23 +23,22 @@ class GPU:
 
     name: str
     cuda: str
-    memory_gib: float
-    tflops: float
-    bandwidth_gbs: float
-    link_gbs: float
+    memory_gib: float = key("GiB of one GPU", above=0)
+    tflops: float = key("dense rate of matrix products", above=0)
+    bandwidth_gbs: float = key("rate of its memory", above=0)
+    link_gbs: float = key("rate between GPUs of one machine", above=0)
     source: str = ""
     bf16: bool = True
     usd_per_hour: dict[str, float] | None = None  # by number of GPUs
 
     def __post_init__(self) -> None:
-        values = {key: getattr(self, key) for key in ("memory_gib", "tflops", "bandwidth_gbs", "link_gbs")}
+        check_ranges(self)
         for count, price in (self.usd_per_hour or {}).items():
-            if not count.isdecimal() or int(count) == 0:
-                raise InputError(f"usd_per_hour is by number of GPUs, such as {{ 8 = 10.32 }}, not {count!r}")
-            values[f"usd_per_hour.{count}"] = price
-        for key, value in values.items():
-            if value <= 0:
-                raise InputError(f"{key} must be more than 0, not {value:g}")
+            if not count.isdecimal() or int(count) == 0 or price <= 0:
+                raise InputError(
+                    "usd_per_hour is by number of GPUs, such as { 8 = 10.32 }, not "
+                    f"{{ {count} = {price:g} }}"
+                )
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,6 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """The machine as one types it: 8xA100-40."""
         return f"{self.count}x{self.gpu.name}"
 
     @property
@@ -60,6 +58,7 @@ class Machine:
         return (self.gpu.usd_per_hour or {}).get(str(self.count))
 
 
+@functools.cache
 def read_gpus(path: Path = TABLE) -> dict[str, GPU]:
     """The GPUs of a table, by name. Raises InputError, naming file, GPU and key, if it is malformed."""
     try:
@@ -88,15 +87,18 @@ def find_machines(name: str, gpus: dict[str, GPU]) -> list[Machine]:
     raise InputError(f"unknown machine '{name}'; the nearest are {names}; `all` lists every machine")
 
 
-@functools.cache
 def gpu_of(device_name: str, memory_gib: float = 0.0) -> GPU | None:
     """The GPU that CUDA calls `device_name` and that has about `memory_gib`; None if the table has none.
 
     Only whole words count: an A100 is no A10, and a GB200 has another rate than a B200.
     """
+    try:
+        known = read_gpus().values()
+    except InputError:  # which must not stop a training
+        return None
     if VARIANTS.search(device_name):
         return None
-    same = [gpu for gpu in read_gpus().values() if re.search(rf"\b{re.escape(gpu.cuda)}\b", device_name)]
+    same = [gpu for gpu in known if re.search(rf"\b{re.escape(gpu.cuda)}\b", device_name)]
     return min(same, key=lambda gpu: abs(gpu.memory_gib - memory_gib), default=None)
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 import click
 
 from basemodel.common.errors import InputError
-from basemodel.common.tables import markdown_table
+from basemodel.common.output import markdown_table
 from basemodel.data import hub, token_files
-from basemodel.planning.estimate import GIB, Estimate, estimate
+from basemodel.planning.estimate import GIB, WORST_ERROR, Estimate, estimate
 from basemodel.planning.machines import TABLE, find_machines, read_gpus
-from basemodel.planning.roofline import WORST_ERROR
 from basemodel.training.backend import choose_precision
 from basemodel.training.config import optimizer_in_words
 from basemodel.training.processes import World
@@ -79,11 +78,6 @@ def open_if_here(run: Run, datasets_dir: Path | None) -> RunData | None:
     return open_data(run.config, run.model_config, datasets_dir) if here else None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Here
-# ------------------------------------------------------------------------------------------------------------
-
-
 def plan_here(run: Run, datasets_dir: Path, world: World) -> None:
     """Print what a run would do on these processes, using the data if they are already downloaded."""
     data = open_if_here(run, datasets_dir)
@@ -143,11 +137,6 @@ def checkpoints_in_words(run: Run) -> str:
     count, keep = run.saves_from(0), run.config.keep_checkpoints
     count = count if keep is None else min(count, keep + 1)
     return f"{count} checkpoints, {count * run.checkpoint_bytes / 1e9:.2f} GB"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# On other machines
-# ------------------------------------------------------------------------------------------------------------
 
 
 def plan_on_machines(run: Run, datasets_dir: Path | None, asked: Elsewhere) -> None:

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from basemodel.common.tables import markdown_table
-from basemodel.common.terminal import one_line
+from basemodel.common.output import markdown_table, one_line
 from basemodel.data.token_files import TokenFiles
 from basemodel.prepare.assemble import Layout, token_blocks
 from basemodel.prepare.encoding import COUNTED

@@ -30,7 +30,7 @@ import tiktoken
 
 from basemodel.common.errors import InputError, RunError
 from basemodel.common.files import fingerprint
-from basemodel.common.progress import Progress
+from basemodel.common.output import Progress
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.prepare.documents import Piece, Text, in_validation
 from basemodel.prepare.readers import read_documents

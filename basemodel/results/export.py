@@ -1,4 +1,4 @@
-"""A model as a standard GPT-2 folder for transformers: weights, config.json, tokenizer, card, and a check."""
+"""A model as a standard GPT-2 folder for transformers: weights, config.json, tokenizer, and a check."""
 
 import contextlib
 import json
@@ -12,6 +12,8 @@ import torch
 
 from basemodel.common.errors import InputError, RunError
 from basemodel.common.json_config import read_json_object
+from basemodel.common.names import CHART
+from basemodel.common.output import markdown_table
 from basemodel.data.tokenizer import byte_characters, merges
 from basemodel.evaluation.measurements import headlines, read_task_results, read_test_loss
 from basemodel.model.config import GPTConfig
@@ -21,36 +23,15 @@ from basemodel.training.config import optimizer_in_words
 from checkpointing import META_FILE
 from gpt import GPTModel
 
-# What the tokenizers must agree on: words, spaces, digits, contractions, scripts, an emoji of four parts.
+# Where the tokenizers must agree: words, spaces, digits, contractions, scripts, an emoji of four parts.
 SAMPLE_TEXT = "It's 1,024 tokens,\n\tisn't it?   Größe, 語言, язык, العربية 👩‍👩‍👧‍👦 x==y"
-
-CHART = "training-run-chart.png"
-CARD = """# {name}
-
-A GPT-2 model, trained from scratch with one script and two JSON files.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
-inputs = tokenizer("Every effort moves you", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=25)[0]))
-```
-
-It is a base model: it continues text, and was not trained to follow instructions or to be correct or safe.
-
-| | |
-| --- | --- |
-{rows}
-"""
 
 
 def write_model(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> None:
     """Write weights, configuration and tokenizer files into an empty folder."""
     end_of_text = tokenizer.eot_token
     generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    # Without a limit, generation would go on past the last position.
+    # Without a limit, generation would run past the last position.
     generation["max_length"] = model.config.context_length
     config = huggingface_config(model.config, end_of_text) | {"activation_function": gelu_name(model)}
     for name, values in (("config", config), ("generation_config", generation)):
@@ -95,44 +76,84 @@ def write_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, context_length: 
     ranks = tokenizer._mergeable_ranks
     vocab = {written(token): rank for token, rank in ranks.items()} | {end_of_text: tokenizer.eot_token}
     pairs = [(written(a), written(b)) for a, b in merges(ranks)]
-    # Batches need padding, and to be continued they need it before the text.
+    # Batches need padding; generation needs it before the text.
     padding = {"pad_token": end_of_text, "padding_side": "left"}
     exported = GPT2Tokenizer(vocab=vocab, merges=pairs, model_max_length=context_length, **padding)
     exported.save_pretrained(folder)
     exported.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt
 
 
+def check_folder(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> None:
+    """Compare a written folder, as transformers loads it, with the model. Raises RunError if they differ."""
+    from transformers import AutoTokenizer
+
+    difference, largest = largest_logit_difference(folder, model)
+    print(
+        "Largest logit difference between transformers and gpt.py: "
+        f"{difference:.1e} (logits up to {largest:.1f})"
+    )
+    if not difference <= 2e-5 * max(1.0, largest):
+        raise RunError(
+            f"the export's logits differ by {difference:.1e} from gpt.py's; the export was removed"
+        )
+    exported = AutoTokenizer.from_pretrained(folder)
+    if exported(SAMPLE_TEXT)["input_ids"] != tokenizer.encode_ordinary(SAMPLE_TEXT):
+        raise RunError("the exported tokenizer's tokens differ from the model's; the export was removed")
+
+
+@torch.no_grad()
+def largest_logit_difference(folder: Path, model: GPTModel) -> tuple[float, float]:
+    """The largest difference between a written folder's logits and the model's, on the CPU, and the largest
+    logit, on two sequences of full length."""
+    from transformers import AutoModelForCausalLM
+
+    exported = AutoModelForCausalLM.from_pretrained(folder).eval()
+    shape = (2, model.config.context_length)
+    tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    logits = model(tokens)
+    return (logits - exported(tokens).logits).abs().max().item(), logits.abs().max().item()
+
+
+CARD = """# {name}
+
+A GPT-2 model, trained from scratch with one script and two JSON files.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+inputs = tokenizer("Every effort moves you", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40, do_sample=True, top_k=25)[0]))
+```
+
+It is a base model: it continues text, and was not trained to follow instructions or to be correct or safe.
+
+{table}
+"""
+
+
 def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, license: str | None) -> None:
-    """Write README.md for a model from a weights file: metadata for the Hub, usage, and what is known of its
-    training. For one of a run's checkpoints, also copy the run's chart."""
+    """Write README.md for a model from a weights file: metadata for the Hub, how to use it, and its figures.
+
+    For a checkpoint of a run, also copy the run's chart.
+    """
     from huggingface_hub import ModelCardData
 
-    config, dataset, checkpoint = model.config, "local/", folder_of(weights)
-    facts = {
-        "Parameters": f"{model.config.parameter_count:,}",
-        "Shape": f"{config.n_layers} layers of {config.emb_dim}, {config.n_heads} heads, context "
-        f"{config.context_length:,}, vocabulary {config.vocab_size:,} ({config.tokenizer}), "
-        f"{'tied' if config.tie_weights else 'untied'}, QKV bias {'on' if config.qkv_bias else 'off'}, "
-        f"dropout {config.drop_rate:g}",
-    }
+    checkpoint, meta = folder_of(weights), {}
+    facts = {"Parameters": f"{model.config.parameter_count:,}", "Shape": shape_in_words(model.config)}
     with contextlib.suppress(InputError, KeyError):  # no meta.json, or not one of ours
         meta = read_json_object(checkpoint / META_FILE)
         facts |= training_facts(meta)
-        dataset = meta["train_config"]["dataset"]
-    if test := read_test_loss(checkpoint):
-        bits = f", {test.bits_per_byte:.4f} bits per byte" if test.bits_per_byte is not None else ""
-        data = f"{test.dataset}, {test.split}, {test.tokens:,} tokens from {test.start_token:,} on"
-        loss = f"{test.loss:.3f} nats per token, perplexity {test.perplexity:.2f}"
-        facts["Test loss"] = f"{loss}{bits} ({data})"
-    for result in headlines(read_task_results(checkpoint)):
-        facts[result.title] = f"{result} (lm-evaluation-harness {result.harness})"
-    if config.tokenizer != "gpt2":
+    facts |= evaluation_facts(checkpoint)
+    if model.config.tokenizer != "gpt2":
         facts["llama.cpp"] = "not convertible: its converter does not know this tokenizer, only GPT-2's"
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    table = markdown_table(("", ""), facts.items())
     chart = checkpoint.resolve().parent.parent / CHART  # of runs/RUN/checkpoints/NAME
     if "Data" in facts and chart.exists():
         shutil.copyfile(chart, folder / CHART)
-        rows += f"\n\n![Loss, learning rate and gradient norm during training]({CHART})"
+        table += f"\n\n![Loss, learning rate and gradient norm during training]({CHART})"
+    dataset = meta["train_config"]["dataset"] if "Data" in facts else "local/"
     metadata = ModelCardData(
         license=license,
         library_name="transformers",
@@ -140,8 +161,18 @@ def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, li
         tags=["gpt2"],
         datasets=None if dataset.startswith("local/") else [dataset],
     )
-    text = f"---\n{metadata.to_yaml()}\n---\n\n{CARD.format(name=name, rows=rows)}"
+    text = f"---\n{metadata.to_yaml()}\n---\n\n{CARD.format(name=name, table=table)}"
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def shape_in_words(config: GPTConfig) -> str:
+    """A model's shape in one line."""
+    return (
+        f"{config.n_layers} layers of {config.emb_dim}, {config.n_heads} heads, context "
+        f"{config.context_length:,}, vocabulary {config.vocab_size:,} ({config.tokenizer}), "
+        f"{'tied' if config.tie_weights else 'untied'}, QKV bias {'on' if config.qkv_bias else 'off'}, "
+        f"dropout {config.drop_rate:g}"
+    )
 
 
 def training_facts(meta: dict[str, Any]) -> dict[str, str]:
@@ -166,28 +197,15 @@ def training_facts(meta: dict[str, Any]) -> dict[str, str]:
     return facts
 
 
-def check_folder(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> None:
-    """Compare a written folder, as transformers loads it, with the model. Raises RunError if they differ."""
-    from transformers import AutoTokenizer
-
-    difference, largest = largest_logit_difference(folder, model)
-    found = f"{difference:.1e} (logits up to {largest:.1f})"
-    print(f"Largest logit difference between transformers and gpt.py: {found}")
-    if not difference <= 2e-5 * max(1.0, largest):
-        raise RunError(f"the export's logits differ by {difference:.1e} from gpt.py's; nothing was kept")
-    exported = AutoTokenizer.from_pretrained(folder)
-    if exported(SAMPLE_TEXT)["input_ids"] != tokenizer.encode_ordinary(SAMPLE_TEXT):
-        raise RunError("the exported tokenizer's tokens differ from the model's own; nothing was kept")
-
-
-@torch.no_grad()
-def largest_logit_difference(folder: Path, model: GPTModel) -> tuple[float, float]:
-    """The largest difference of a logit between a written folder and `model` on the CPU, and the largest
-    logit, on two sequences of full length."""
-    from transformers import AutoModelForCausalLM
-
-    exported = AutoModelForCausalLM.from_pretrained(folder).eval()
-    shape = (2, model.config.context_length)
-    tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    logits = model(tokens)
-    return (logits - exported(tokens).logits).abs().max().item(), logits.abs().max().item()
+def evaluation_facts(checkpoint: Path) -> dict[str, str]:
+    """How well a checkpoint did in the evaluations whose results lie beside it, as rows of the card."""
+    facts = {}
+    if test := read_test_loss(checkpoint):
+        bits = f", {test.bits_per_byte:.4f} bits per byte" if test.bits_per_byte is not None else ""
+        data = f"{test.dataset}, {test.split}, {test.tokens:,} tokens from {test.start_token:,} on"
+        data += ", in lm-evaluation-harness's windows" if test.windows != "sequences" else ""
+        loss = f"{test.loss:.3f} nats per token, perplexity {test.perplexity:.2f}"
+        facts["Test loss"] = f"{loss}{bits} ({data})"
+    for result in headlines(read_task_results(checkpoint)):
+        facts[result.title] = f"{result} (lm-evaluation-harness {result.harness})"
+    return facts

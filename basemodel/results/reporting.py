@@ -14,26 +14,62 @@ from tqdm import tqdm
 from basemodel.common.errors import RunError
 from basemodel.common.files import replace_text
 from basemodel.common.names import CHART, STATUS
-from basemodel.common.progress import LINE_SECONDS
-from basemodel.common.terminal import one_line
+from basemodel.common.output import LINE_SECONDS, one_line
 from basemodel.planning import machines
 from basemodel.planning.estimate import slower_than_planned
 from basemodel.results import run_chart
-from basemodel.results.samples import continue_prompts, keep_samples, require_tokenizer
 from basemodel.results.trackers import Trackers, require_packages
 from basemodel.training.budget import Clock
 from basemodel.training.run import Run
-from basemodel.training.run_folder import read_metrics, read_status
+from basemodel.training.run_folder import read_metrics, read_samples, read_status
 from gpt import GPTModel
 
 STATUS_SECONDS = 5.0  # between updates of status.json
 ENOUGH_STEPS = 100  # after which the speed is compared with the estimate
+# The same samples as `test_smoke.py --tokens 50 --seed RANDOM_SEED` draws from a checkpoint.
+SAMPLE_TOKENS = 50
+TEMPERATURE, TOP_K = 1.0, 25
 
 
 def check_reporting(run: Run) -> None:
     """Raise InputError if samples or trackers that the config asks for would fail later."""
     require_tokenizer(run)
     require_packages(run.config.report_to)
+
+
+def require_tokenizer(run: Run) -> None:
+    """Raise InputError if the run's prompts cannot be encoded. A data set's own tokenizer encodes anything,
+    and `open_data` checks that it exists."""
+    shape = run.model_config
+    if run.config.sample_interval is not None and shape.tokenizer != "dataset":
+        from basemodel.data.tokenizer import get_tokenizer
+        from basemodel.model.generation import encode_prompts
+
+        encode_prompts(get_tokenizer(shape.tokenizer), run.config.sample_prompts, shape.vocab_size)
+
+
+def continue_prompts(run: Run, model: GPTModel, step: int) -> list[dict[str, Any]]:
+    """Continue the run's prompts after `step` steps; return the lines of samples.jsonl, one per prompt.
+
+    Training is not affected: a twin with the same weights, never compiled and never in training mode, does
+    the computing, and the random numbers come from a separate generator.
+    """
+    from basemodel.data.tokenizer import get_tokenizer
+    from basemodel.model.generation import Sampling, continuations, random_generator
+
+    twin = GPTModel.outline(model.config).eval()
+    twin.load_state_dict(model.state_dict(), assign=True)
+    sampling = Sampling(TEMPERATURE, TOP_K, random_generator(model, run.config.random_seed))
+    tokenizer, prompts = get_tokenizer(model.config.tokenizer, run.data.folder), run.config.sample_prompts
+    texts = continuations(twin, tokenizer, prompts, SAMPLE_TOKENS, sampling)
+    seen = {"step": step, "tokens": run.plan.tokens(step)}
+    return [{**seen, "prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def keep_samples(run: Run, step: int, samples: list[dict[str, Any]]) -> None:
+    """Replace the lines of samples.jsonl for `step` and later steps, which a resumed run repeats."""
+    lines = [line for line in read_samples(run.samples) if line["step"] < step] + samples
+    replace_text(run.samples, "".join(json.dumps(line) + "\n" for line in lines), durable=True)
 
 
 class MetricsLog:
@@ -76,7 +112,6 @@ class MetricsLog:
         self._trackers.log(finite)
 
     def close(self, status: str) -> None:
-        """Close the file and the trackers."""
         self.flush()
         self._file.close()
         self._trackers.close(status)
@@ -162,7 +197,6 @@ class ProgressLine:
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
         self._bar.close()
 
 
@@ -180,11 +214,9 @@ class Reporter:
         self.status.write("running", step)
 
     def say(self, line: str) -> None:
-        """Print a line without breaking the progress bar."""
         say(line)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Add `values` to the line of metrics.jsonl for `step`."""
         self.metrics.add(step, values | {"seconds": round(self.clock.seconds(), 3)})
 
     def step(self, step: int, values: dict[str, float], tokens_per_second: float) -> None:
@@ -201,11 +233,9 @@ class Reporter:
                 say(warning)
 
     def flush(self) -> None:
-        """Write what is pending to metrics.jsonl."""
         self.metrics.flush()
 
     def saved(self, checkpoint: str | None) -> None:
-        """Note the name of the last checkpoint on disk."""
         self.status.checkpoint = checkpoint
 
     def sample(self, model: GPTModel, step: int) -> None:

@@ -163,11 +163,9 @@ class TrainConfig:
 
     @property
     def splits(self) -> list[str]:
-        """The splits of the data set that the run reads."""
         return ["train"] if self.validation_interval is None else ["train", "validation"]
 
     def compiles_on(self, device_type: str) -> bool:
-        """Whether to compile training on a type of device."""
         return self.compile is True or (self.compile == "auto" and device_type == "cuda")
 
     def precision_on(self, device_type: str, *, has_bf16: bool) -> str:

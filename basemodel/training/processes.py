@@ -53,7 +53,6 @@ class World:
 
     @property
     def device_name(self) -> str:
-        """A human-readable name of the device."""
         cuda = self.device.type == "cuda"
         return (
             torch.cuda.get_device_name(self.device) if cuda else f"{self.device.type} ({platform.machine()})"

@@ -75,12 +75,10 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of the run's folder."""
         return self.directory.name
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of this run's checkpoints."""
         return self.directory / CHECKPOINTS
 
     @property
@@ -91,7 +89,6 @@ class Run:
 
     @property
     def metrics(self) -> Path:
-        """The log of this run's steps."""
         return self.directory / METRICS
 
     @property
@@ -119,17 +116,26 @@ class Run:
         return step == self.plan.steps or (step > 0 and interval is not None and step % interval == 0)
 
     def samples_after(self, step: int) -> bool:
-        """Whether samples are due after `step` steps: at their interval."""
         interval = self.config.sample_interval
         return step > 0 and interval is not None and step % interval == 0
 
     def has_work_after(self, step: int) -> bool:
-        """Whether a validation, samples or a checkpoint are due after `step` steps."""
         return self.validates_after(step) or self.samples_after(step) or self.saves_after(step)
 
     def saves_from(self, step: int) -> int:
-        """The number of checkpoints due after step `step`."""
-        return sum(self.saves_after(later) for later in range(step + 1, self.plan.steps + 1))
+        return _times_due(self.checkpoint_interval, step, self.plan.steps)
+
+    @property
+    def validations(self) -> int:
+        interval = self.config.validation_interval
+        return 0 if interval is None else 1 + _times_due(interval, 0, self.plan.steps)
+
+
+def _times_due(interval: int | None, after: int, last: int) -> int:
+    """How many of the steps from `after` + 1 to `last` are a multiple of the interval, or the last."""
+    if last <= after or interval is None:
+        return int(last > after)
+    return last // interval - after // interval + (last % interval > 0)
 
 
 def prepare_run(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, *, resume: bool) -> Run:

@@ -47,11 +47,9 @@ class BatchPlan:
         return steps - min(steps, self.half_steps) / 2
 
     def sequences(self, steps: int) -> int:
-        """The number of sequences that the first `steps` steps read."""
         return int(self.batches(steps) * self.global_batch)
 
     def tokens(self, steps: int) -> int:
-        """The number of tokens that the first `steps` steps train on."""
         return self.sequences(steps) * self.length
 
     def steps_for(self, batches: float) -> int:

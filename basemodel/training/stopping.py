@@ -53,7 +53,6 @@ class StopSignal:
 
     @property
     def exit_status(self) -> int:
-        """The exit status of a process that the signal ended."""
         return 128 + (self.received or signal.SIGTERM)
 
     def _watch(self, reader: int) -> None:

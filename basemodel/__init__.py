@@ -1,1 +1,0 @@
-"""What the scripts lean on. Nobody needs to read it to train."""
