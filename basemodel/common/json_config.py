@@ -19,23 +19,23 @@ Config = TypeVar("Config")
 class Range:
     """The range of values that a key may have; None: no such bound."""
 
-    least: float | None = None
+    min: float | None = None
     above: float | None = None
-    most: float | None = None
+    max: float | None = None
     below: float | None = None
 
     def __contains__(self, value: float) -> bool:
         return (
-            (self.least is None or value >= self.least)
+            (self.min is None or value >= self.min)
             and (self.above is None or value > self.above)
-            and (self.most is None or value <= self.most)
+            and (self.max is None or value <= self.max)
             and (self.below is None or value < self.below)
         )
 
     def __str__(self) -> str:
-        if self.least is not None and self.most is not None:
-            return f"from {self.least} to {self.most}"
-        bounds = {"at least": self.least, "more than": self.above, "at most": self.most, "below": self.below}
+        if self.min is not None and self.max is not None:
+            return f"from {self.min} to {self.max}"
+        bounds = {"at least": self.min, "more than": self.above, "at most": self.max, "below": self.below}
         return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
 
 

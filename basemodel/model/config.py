@@ -15,12 +15,12 @@ class GPTConfig:
     gpt.py: T tokens, C = emb_dim, V = vocab_size, L = n_layers.
     """
 
-    vocab_size: int = key("number of tokens in the vocabulary; token ids are uint16", least=1, most=65_536)
-    context_length: int = key("tokens per sequence", least=1)
-    emb_dim: int = key("width of the residual stream, a multiple of n_heads", least=1)
-    n_heads: int = key("attention heads per block", least=1)
-    n_layers: int = key("transformer blocks", least=1)
-    drop_rate: float = key("dropout rate of embeddings, attention and feed-forward layers", least=0, below=1)
+    vocab_size: int = key("number of tokens in the vocabulary; token ids are uint16", min=1, max=65_536)
+    context_length: int = key("tokens per sequence", min=1)
+    emb_dim: int = key("width of the residual stream, a multiple of n_heads", min=1)
+    n_heads: int = key("attention heads per block", min=1)
+    n_layers: int = key("transformer blocks", min=1)
+    drop_rate: float = key("dropout rate of embeddings, attention and feed-forward layers", min=0, below=1)
     qkv_bias: bool = key("whether the query, key and value projections have biases")
     tie_weights: bool = key("whether the output head shares the token embedding's weights", False)
     init: Literal["pytorch", "gpt2", "zero"] = key(

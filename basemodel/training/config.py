@@ -24,12 +24,12 @@ class TrainConfig:
 
     # Data
     dataset: str = key("data set on the Hub and in DATASETS_DIR, as OWNER/NAME")
-    microbatch_size: int = key("sequences per process in each forward pass", least=1)
+    microbatch_size: int = key("sequences per process in each forward pass", min=1)
     min_train_tokens: int = key("tokens to train on over all epochs, rounded up to full batches; -1: all")
     dataset_revision: str | None = key("commit or tag of the data set; null: the latest", None)
-    epochs: int = key("maximum passes over the data; each pass after the first is shuffled", 1, least=1)
-    start_train_token: int = key("index of the first training token to use", 0, least=0)
-    start_val_token: int = key("index of the first validation token to use", 0, least=0)
+    epochs: int = key("maximum passes over the data; each pass after the first is shuffled", 1, min=1)
+    start_train_token: int = key("index of the first training token to use", 0, min=0)
+    start_val_token: int = key("index of the first validation token to use", 0, min=0)
     document_masking: bool = key("whether attention and positions are confined to each document", False)
     # Batch
     gradient_accumulation_steps: int | None = key(
@@ -42,10 +42,10 @@ class TrainConfig:
         above=0,
     )
     half_batch_percent: float = key(
-        "percentage of tokens, at the start, to train on in half-size global batches", 0.0, least=0, most=100
+        "percentage of tokens, at the start, to train on in half-size global batches", 0.0, min=0, max=100
     )
     short_sequence_percent: float = key(
-        "percentage of tokens, at the start, to train on in quarter-length sequences", 0.0, least=0, most=100
+        "percentage of tokens, at the start, to train on in quarter-length sequences", 0.0, min=0, max=100
     )
     # Optimizer
     optimizer: Literal["adamw", "muon"] = key(
@@ -53,18 +53,18 @@ class TrainConfig:
     )
     learning_rate: float = key("peak learning rate of AdamW", 0.0004, above=0)
     muon_learning_rate: float = key("peak learning rate of Muon", 0.02, above=0)
-    muon_momentum: float = key("momentum of Muon; lower it for short runs", 0.95, least=0, below=1)
+    muon_momentum: float = key("momentum of Muon; lower it for short runs", 0.95, min=0, below=1)
     embedding_learning_rate: float | None = key(
         "peak learning rate of the token embedding; null: learning_rate", None, above=0
     )
     head_learning_rate: float | None = key(
         "peak learning rate of the output head; null: learning_rate", None, above=0
     )
-    weight_decay: float = key("decoupled weight decay", 0.1, least=0)
+    weight_decay: float = key("decoupled weight decay", 0.1, min=0)
     decay_all_parameters: bool = key(
         "true: weight decay on all parameters; false: only on matrices that are not embeddings", True
     )
-    betas: tuple[float, float] = key("AdamW's beta1 and beta2", (0.9, 0.999), least=0, below=1)
+    betas: tuple[float, float] = key("AdamW's beta1 and beta2", (0.9, 0.999), min=0, below=1)
     clipping_max_norm: float | None = key("maximum gradient norm; null: no clipping", None, above=0)
     # Learning-rate schedule
     lr_schedule: Literal["constant", "cosine", "wsd"] | None = key(
@@ -72,9 +72,9 @@ class TrainConfig:
         "linear decay to zero; null: constant",
         None,
     )
-    warmup_period_percent: float = key("percentage of the steps spent on warm-up", 0.0, least=0, most=100)
+    warmup_period_percent: float = key("percentage of the steps spent on warm-up", 0.0, min=0, max=100)
     decay_period_percent: float = key(
-        'percentage of the steps over which "wsd" decays to zero', 60.0, least=0, most=100
+        'percentage of the steps over which "wsd" decays to zero', 60.0, min=0, max=100
     )
     # Precision and speed
     precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = key(
@@ -86,14 +86,14 @@ class TrainConfig:
     deterministic: bool = key("true: bit-for-bit reproducible on CUDA too, but slower", False)
     # Validation, checkpoints and reports
     validation_interval: int | None = key("global steps between validations; null: never", None, above=0)
-    validation_batches: int = key("microbatches per validation, in total over all processes", 0, least=0)
+    validation_batches: int = key("microbatches per validation, in total over all processes", 0, min=0)
     checkpoint_interval: int | None = key(
         "global steps between checkpoints; null: same as validation_interval", None, above=0
     )
     keep_checkpoints: int | None = key(
         "number of newest checkpoints to keep, in addition to the best; null: keep all", None, above=0
     )
-    random_seed: int = key("seed for weights, dropout and shuffling", 42, least=0, below=2**63)
+    random_seed: int = key("seed for weights, dropout and shuffling", 42, min=0, below=2**63)
     usd_per_hour: float | None = key("hourly price of the machine in dollars; null: no cost", None, above=0)
     max_hours: float | None = key(
         "hours after which the run ends, with its schedule completed; null: no limit", None, above=0

@@ -97,8 +97,8 @@ class Muon(torch.optim.Muon):
         by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
         for matrix in self.shares[self.world.rank]:
             by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
-        for matrices in by_shape.values():
-            for matrix, update in zip(matrices, self._updates(matrices, group), strict=True):
+        for batch in by_shape.values():
+            for matrix, update in zip(batch, self._updates(batch, group), strict=True):
                 # Larger steps for tall matrices: torch's "original" adjustment.
                 rate = group["lr"] * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
                 updated = matrix.mul(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
