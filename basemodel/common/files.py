@@ -38,24 +38,24 @@ def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
         sync(path.parent)
 
 
-def lock(path: Path, patience: float = 0.0, on_wait: Callable[[], None] | None = None) -> bool:
-    """Lock a file or folder for the life of this process; False if the file system has no locks.
+def lock(path: Path, patience: float = 0.0, on_wait: Callable[[], None] | None = None) -> int | None:
+    """Lock a file or folder until the handle that is returned is closed, or this process ends.
 
-    If another process holds the lock, call `on_wait` once and keep trying for `patience` seconds. Raises
-    BlockingIOError if the lock is still held then.
+    Returns None if the file system has no locks. While another process holds the lock, calls `on_wait` once
+    and retries for `patience` seconds. Raises BlockingIOError if the lock is still held then.
     """
     handle, deadline = os.open(path, os.O_RDONLY), time.monotonic() + patience
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+            return handle
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 os.close(handle)
                 raise
         except OSError:
             os.close(handle)
-            return False
+            return None
         if on_wait:
             on_wait()
             on_wait = None

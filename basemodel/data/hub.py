@@ -8,6 +8,8 @@ the next try continues over HTTP.
 import contextlib
 import glob
 import json
+import math
+import os
 import shutil
 import sys
 import time
@@ -19,7 +21,7 @@ import huggingface_hub as hub  # loads its parts, and the network's, when they a
 from tqdm import tqdm
 
 from basemodel.common.errors import InputError, RunError
-from basemodel.common.files import DISK_FULL, fingerprint, replace_text, sync
+from basemodel.common.files import DISK_FULL, fingerprint, lock, replace_text, sync
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import TOKENIZER_FILE, require_inside, require_repo_id
 from basemodel.common.output import Progress
@@ -96,17 +98,14 @@ def _download(folder: Path, info: "hub.DatasetInfo", splits: list[str]) -> None:
 @contextlib.contextmanager
 def _one_process(folder: Path, dataset: str) -> Iterator[None]:
     """Make a folder if need be, and let one process at a time download into it."""
-    from filelock import Timeout
-    from huggingface_hub.utils import WeakFileLock
-
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(WeakFileLock(folder / ".download.lock", timeout=1))
-        except Timeout:
-            tqdm.write(f"Waiting for another process that is downloading {dataset}")
-            stack.enter_context(WeakFileLock(folder / ".download.lock"))
+    waiting = f"Waiting for another process that is downloading {dataset}"
+    handle = lock(folder, math.inf, lambda: tqdm.write(waiting))
+    try:
         yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def _fetch(path: Path, url: str) -> dict[str, Any]:

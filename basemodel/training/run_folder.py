@@ -1,6 +1,5 @@
 """A run's folder: finding it, reading its logs, locking it, and setting earlier results aside."""
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -82,7 +81,8 @@ def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
         raise InputError(f"{run_dir}: not writable; training writes its results there")
     waiting = f"Waiting up to {LOCK_SECONDS:.0f} s for another process of this run (pid {holder}) to end"
     try:
-        return lock(run_dir, LOCK_SECONDS, lambda: say(waiting)) if say else lock(run_dir)
+        patience = (LOCK_SECONDS, lambda: say(waiting)) if say else ()
+        return lock(run_dir, *patience) is not None
     except BlockingIOError:
         raise InputError(
             f"{run_dir}: is being trained by another process (pid {holder}); wait for it or stop it"
@@ -90,15 +90,12 @@ def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Whether another process holds the lock of a run's folder because it is training the run."""
-    handle = os.open(run_dir, os.O_RDONLY)
+    """Whether another process holds the lock of a run's folder, because it trains the run."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        handle = lock(run_dir)
     except BlockingIOError:
         return True
-    except OSError:  # no locks on this file system
-        return False
-    finally:
+    if handle is not None:
         os.close(handle)
     return False
 
