@@ -8,7 +8,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,11 +54,6 @@ def require_harness() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tasks
-# ------------------------------------------------------------------------------------------------------------
-
-
 def load_tasks(names: Sequence[str], folders: Sequence[Path], fewshot: int | None) -> dict[str, Any]:
     """The library's tasks and groups of these names, or in these YAML files, with their data; `folders` hold
     more YAML files. Raises InputError for a name that is unknown, and for a task that cannot be loaded."""
@@ -100,9 +95,7 @@ def find_tasks(names: Sequence[str], folders: Sequence[Path]) -> "TaskManager":
 
 
 def load_task(manager: "TaskManager", name: str) -> Any:
-    """A task or group with its data, from the cache of `datasets` or else the Hub. Raises InputError."""
-    with contextlib.suppress(Exception), offline():
-        return manager.load([name])
+    """A task or group with its data, which `datasets` fetches once. Raises InputError."""
     try:
         return manager.load([name])
     except Exception as error:  # whatever a task's own code, datasets and the network can raise
@@ -111,29 +104,6 @@ def load_task(manager: "TaskManager", name: str) -> Any:
         if isinstance(error, ConnectionError):
             hint = "; run it once with a network, then the data stay in the cache of datasets (HF_HOME)"
         raise InputError(f"task '{name}' could not be loaded: {reason}{hint}") from None
-
-
-@contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """Restrict `datasets` to its cache. Otherwise it asks the Hub first, takes half a minute to give up where
-    there is no network, and takes new data where those on the Hub have changed."""
-    import datasets
-    import huggingface_hub
-
-    modules = datasets.config, huggingface_hub.constants
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    for module in modules:
-        module.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ------------------------------------------------------------------------------------------------------------
 
 
 def harness_model(scorer: Scorer) -> "LM":
