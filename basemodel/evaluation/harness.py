@@ -35,7 +35,7 @@ class Score:
     """A result, and what it was computed from."""
 
     result: TaskResult
-    values: list[Any]  # one per document; none for most groups
+    values: list[Any]  # one per document; none for a group of tasks
     aggregate: Callable[[list[Any]], float] | None
 
 
@@ -166,8 +166,8 @@ def evaluate_task(scorer: Scorer, loaded: Any, limit: int | None) -> list[Score]
         report = evaluate(
             harness_model(scorer), loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=True
         )
-    scores: dict[tuple[str, str], Score] = {}
-    for name, values in report["results"].items():  # tasks come before the groups that hold them
+    scores = []
+    for name, values in report["results"].items():
         for key, value in values.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -176,11 +176,10 @@ def evaluate_task(scorer: Scorer, loaded: Any, limit: int | None) -> list[Score]
             if name in loaded["tasks"]:
                 samples = [s for s in report["samples"][name] if s["filter"] == kind and metric in s]
                 aggregate = loaded["tasks"][name].aggregation().get(metric)
-                scores[name, key] = Score(result, [sample[metric] for sample in samples], aggregate)
+                scores.append(Score(result, [sample[metric] for sample in samples], aggregate))
             else:
-                members = [scores.get((member, key)) for member in report["group_subtasks"][name]]
-                scores[name, key] = join_members(result, members)
-    return list(scores.values())
+                scores.append(Score(result, [], None))
+    return scores
 
 
 def task_result(report: dict[str, Any], name: str, key: str, limit: int | None) -> TaskResult:
@@ -202,18 +201,6 @@ def task_result(report: dict[str, Any], name: str, key: str, limit: int | None) 
         harness=importlib.metadata.version("lm_eval"),
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def join_members(result: TaskResult, members: list[Score | None]) -> Score:
-    """The score of a group; with the values of its members' documents where it is their mean, as it is if the
-    group weights its members by size."""
-    from lm_eval.api.metrics import mean
-
-    if all(member and member.aggregate is mean for member in members):
-        values = [value for member in members for value in member.values]
-        if math.isclose(mean(values), result.value):
-            return Score(result, values, mean)
-    return Score(result, [], None)
 
 
 def paired_difference(one: Score, other: Score) -> tuple[float, float | None]:
