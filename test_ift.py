@@ -38,10 +38,8 @@ from basemodel.evaluation.judging import (
 from basemodel.model.generation import GREEDY, continuations
 from basemodel.model.weights import folder_of, load_model
 
-DATA_URL = (
-    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
-    "ch07/01_main-chapter-code/instruction-data.json"
-)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 SEED = click.IntRange(0, 2**63 - 1)
 
 
@@ -54,10 +52,9 @@ def main() -> None:
 @click.argument("name")
 @click.argument("model_json", type=Path)
 @click.argument("model_safetensors", type=Path)
-@click.option("--data", type=Path, help="File of records to use in place of the book's.")
-@click.option("--data-url", default=DATA_URL, show_default=False, help="Address of the book's records.")
+@click.option("--data", type=FILE, help="File of records to use in place of the book's.")
 @click.option("--datasets-dir", type=Path, default="datasets", help="Folder that keeps downloaded records.")
-@click.option("--output-dir", type=Path, default=".", help="Folder that the results are written to.")
+@click.option("--output-dir", type=FOLDER, default=".", help="Folder that the results are written to.")
 @click.option(
     "--drop-rate", type=click.FloatRange(0, 0.99), default=0.0, help="Dropout, whatever model.json says."
 )
@@ -78,7 +75,6 @@ def generate_command(
     model_safetensors: Path,
     *,
     data: Path | None,
-    data_url: str,
     datasets_dir: Path,
     output_dir: Path,
     drop_rate: float,
@@ -96,9 +92,10 @@ def generate_command(
     results = output_dir / (require_plain_name(name, "name") + RESULTS_ENDING)
     if results.exists():
         raise InputError(f"{results}: already exists; remove it or choose another name")
-    if not output_dir.is_dir():
-        raise InputError(f"{output_dir}: no such folder")
-    records = instructions.read_records(data) if data else instructions.fetch_records(datasets_dir, data_url)
+    if data:
+        records = instructions.parse_records(data.read_bytes(), data)
+    else:
+        records = instructions.fetch_records(datasets_dir)
     train, validation, test = instructions.split_records(records)
     model = load_model(model_json, model_safetensors)
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
@@ -121,7 +118,7 @@ def generate_command(
 
 
 @main.command(name="judge")
-@click.argument("paths", type=Path, nargs=-1, required=True, metavar="RESULTS.json ...")
+@click.argument("paths", type=FILE, nargs=-1, required=True, metavar="RESULTS.json ...")
 @click.option("--model", default="gpt-5.1", help="Model that judges.")
 @click.option("--base-url", help="Address of an OpenAI-compatible server; default: OpenAI's.")
 @click.option("--no-llm", is_flag=True, help="Score by token F1 and exact match instead.")

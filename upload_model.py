@@ -67,14 +67,11 @@ def main(
             f"{model_json}: a vocabulary of {model.config.vocab_size} does not hold the {tokenizer.n_vocab} "
             f"tokens of the tokenizer '{model.config.tokenizer}'; name the one it was trained with"
         )
-    try:
-        if not pushes:
-            output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=".incomplete-", dir=None if pushes else output.parent)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be created: {error.strerror}") from None
-    with temporary:
-        folder = Path(temporary.name) / "model"
+    if not pushes:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    place = None if pushes else output.parent  # where a rename is enough in the end
+    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=place) as temporary:
+        folder = Path(temporary) / "model"
         folder.mkdir()
         write_model(folder, model, tokenizer)
         name = destination if pushes else output.resolve().name

@@ -25,7 +25,7 @@ class Scorer:
     """Answers questions about texts with a model. Answers are kept in the folder `cache`, in a file named by
     the hash of the weights, and never computed again.
 
-    Raises InputError if the model lacks tokens of the tokenizer, or the cache cannot be written.
+    Raises InputError if the model lacks tokens of the tokenizer.
     """
 
     def __init__(
@@ -36,10 +36,7 @@ class Scorer:
                 f"the model's vocabulary of {model.config.vocab_size} does not hold the {tokenizer.n_vocab} "
                 f"tokens of the tokenizer '{model.config.tokenizer}'; is it the right tokenizer?"
             )
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{cache}: cannot be a folder for answers: {error.strerror}") from None
+        cache.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.cache = AnswerCache(cache / f"{fingerprint_model(model)[:16]}.jsonl")
         self.asked = self.cut = 0  # texts scored, and how many of them did not fit with all their context
