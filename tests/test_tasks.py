@@ -29,7 +29,14 @@ from basemodel.evaluation.harness import (
     paired_difference,
     require_harness,
 )
-from basemodel.evaluation.measurements import TaskResult, add_task_results, headlines, read_task_results
+from basemodel.evaluation.measurements import (
+    MeasuredLoss,
+    TaskResult,
+    add_task_results,
+    headlines,
+    read_task_results,
+    write_test_loss,
+)
 from basemodel.evaluation.scoring import Scorer
 from basemodel.model.weights import load_model
 from basemodel.results.export import write_model_card
@@ -495,10 +502,13 @@ def test_results_are_kept_for_the_comparison_and_the_card(sandbox: Sandbox) -> N
     assert (one["choice acc_norm"], two["choice acc_norm"]) == ("0.3000 ± 0.0125", "–")
     assert list(one) == list(two) and "choice acc" not in one
 
+    loss = MeasuredLoss("me/tokens", "validation", 0, 320, 16, 3.21, 24.8, 0.012, None, "now")
+    write_test_loss(best, loss)
     model = load_model(*write_model(sandbox.path / "model"))
     write_model_card(sandbox.path, "me/model", model, best / "model.safetensors", None)
     card = (sandbox.path / "README.md").read_text()
     assert "| choice acc_norm | 0.3000 ± 0.0125 (lm-evaluation-harness 0.4.13) |" in card
+    assert "| Test loss | 3.210 nats per token, perplexity 24.80 (me/tokens, validation, 320 tokens" in card
 
 
 def test_headlines_are_whole_tasks_by_their_best_known_metric() -> None:
