@@ -7,7 +7,6 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,13 +209,6 @@ def student_t_quantile(confidence: float, degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(np.interp(confidence * probabilities[-1], probabilities, angles))
 
 
-def mean_interval(values: Sequence[float], confidence: float) -> tuple[float, float]:
-    """The t interval around the mean of two or more independent values."""
-    reach = student_t_quantile(confidence, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.fmean(values)
-    return mean - reach, mean + reach
-
-
 @dataclass(frozen=True)
 class Outcome:
     """The results of all seeds of the base or of a variation. Losses in nats per token."""
@@ -252,7 +244,11 @@ def outcomes(study: Study) -> list[Outcome]:
         pairs = [(losses[seed], base[seed]) for seed in study.seeds]
         pairs = [(loss, base_loss) for loss, base_loss in pairs if None not in (loss, base_loss)]
         differences = [] if is_base else [loss - base_loss for loss, base_loss in pairs]
-        interval = mean_interval(differences, confidence) if len(differences) > 1 else None
+        interval = None
+        if (count := len(differences)) > 1:
+            mean, spread = statistics.fmean(differences), statistics.stdev(differences)
+            reach = student_t_quantile(confidence, count - 1) * spread / math.sqrt(count)
+            interval = mean - reach, mean + reach
         finished = [loss for loss in losses.values() if loss is not None]
         missing = len(study.seeds) - len(pairs)
         results.append(Outcome(variant.label, finished, differences, interval, missing))
