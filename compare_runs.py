@@ -188,14 +188,13 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
 
 def notes(runs: list[RunSummary]) -> list[str]:
     """Warnings for readers of the table."""
-    tests = [run.test for run in runs if run.test]
-    if any(not test.same_data(tests[0]) for test in tests):
-        where = (
-            f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,} tokens in sequences of "
-            f"{test.context_length:,}" + (", within documents" if test.document_masking else "")
-            for test in tests
-        )
-        return [f"The test losses were measured on different data: {'; '.join(dict.fromkeys(where))}."]
+    slices = dict.fromkeys(
+        f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,} tokens in sequences of "
+        f"{test.context_length:,}" + (", within documents" if test.document_masking else "")
+        for test in (run.test for run in runs if run.test)
+    )
+    if len(slices) > 1:
+        return [f"The test losses were measured on different data: {'; '.join(slices)}."]
     return []
 
 
@@ -229,9 +228,10 @@ def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, s
     """Write a page that shows the runs and, when served with their folders, follows them."""
     titles = {result.title for run in runs for result in run.tasks}  # these have a table of their own
     rows = [{column: cell for column, cell in row.items() if column not in titles} for row in rows]
-    content = [page_entry(run, cells, path) for run, cells in zip(runs, rows, strict=True)]
-    for entry, group in zip(content, groups(runs), strict=True):
-        entry["group"] = group
+    content = [
+        {**page_entry(run, cells, path), "group": group}
+        for run, cells, group in zip(runs, rows, groups(runs), strict=True)
+    ]
     title = " / ".join(run.folder.name for run in runs[:4]) + (" …" if len(runs) > 4 else "")
     values = {
         "TITLE": html.escape(title),

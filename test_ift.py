@@ -126,7 +126,6 @@ def generate_command(
 @click.option("--retries", type=click.IntRange(0), default=3, help="Attempts after a reply without scores.")
 @click.option("--parallel", type=click.IntRange(1), default=4, help="Questions to ask at the same time.")
 @click.option("--cache", type=Path, default="ift-judgements.jsonl", help="File that keeps the replies.")
-@click.option("--scores", type=Path, help="JSON file to write the scores of each question to.")
 def judge_command(
     paths: tuple[Path, ...],
     *,
@@ -137,16 +136,12 @@ def judge_command(
     retries: int,
     parallel: int,
     cache: Path,
-    scores: Path | None,
 ) -> None:
     """Score the models' answers in RESULTS.json, from 0 to 100, side by side.
 
     The key for the judge's server comes from OPENAI_API_KEY. After an interruption the same command resumes.
     """
     results = read_questions(paths)
-    names, questions = list(results), next(iter(results.values()))
-    if scores is not None and not scores.parent.is_dir():
-        raise InputError(f"{scores}: no such folder: {scores.parent}")
     tables: dict[str, np.ndarray] = {}  # the scores of each model on each question, (models, questions)
     if no_llm:
         pairs = [[(r["model_response"], r["output"]) for r in records] for records in results.values()]
@@ -156,14 +151,7 @@ def judge_command(
         judge = Judge(model, base_url, retries, cache)
         tables[f"Judged by {model}"] = judge_all(results, judge, seed, parallel)
     for title, values in tables.items():
-        print_scores(title, names, values, seed)
-    if scores:
-        lines = [{field: question[field] for field in FIELDS} for question in questions]
-        for title, values in tables.items():
-            for line, column in zip(lines, values.T.tolist(), strict=True):
-                valid = (None if np.isnan(score) else score for score in column)
-                line[title] = dict(zip(names, valid, strict=True))
-        replace_text(scores, json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
+        print_scores(title, list(results), values, seed)
 
 
 def bootstrap_intervals(values: np.ndarray, seed: int, resamples: int = 10_000) -> np.ndarray:

@@ -225,7 +225,7 @@ def judge(serve: Callable[[type], str]) -> JudgeServer:
 def judge_command(judge_url: str, results: list[Path], *options: str) -> list[str]:
     folder = results[0].parent
     start = ["judge", *map(str, results), "--base-url", judge_url, "--model", "judge"]
-    return [*start, "--cache", str(folder / "cache.jsonl"), "--scores", str(folder / "scores.json"), *options]
+    return [*start, "--cache", str(folder / "cache.jsonl"), *options]
 
 
 def run_judge(command: list[str], key: str = KEY) -> str:
@@ -243,8 +243,6 @@ def test_scores_arrive_and_malformed_replies_are_asked_for_again(tmp_path: Path,
     assert "| good | 65.5 |" in printed
     assert "| bad | 5.5 |" in printed
     assert "| good minus bad | +60.0 | +60.0 to +60.0 |" in printed
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores[7] == {**RECORDS[7], "Judged by judge": {"good": 67.0, "bad": 7.0}}
     # Both answers in one prompt, in an order that changes from question to question.
     orders = {
         tuple("good" if int(answer.split()[0]) >= 60 else "bad" for answer in judge.answers(request))

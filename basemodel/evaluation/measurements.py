@@ -44,11 +44,6 @@ class MeasuredLoss:
     def __str__(self) -> str:
         return with_error(self.loss, self.standard_error)
 
-    def same_data(self, other: "MeasuredLoss") -> bool:
-        """Whether both were measured on the same sequences."""
-        keys = ("dataset", "split", "start_token", "tokens", "context_length", "document_masking")
-        return all(getattr(self, key) == getattr(other, key) for key in keys)
-
 
 @dataclass(frozen=True)
 class TaskResult:
