@@ -27,15 +27,8 @@ from basemodel.common.output import markdown_table
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation import instructions
 from basemodel.evaluation.instructions import FIELDS, FineTuning
-from basemodel.evaluation.judging import (
-    RESULTS_ENDING,
-    Judge,
-    exact_match,
-    judge_all,
-    read_questions,
-    token_f1,
-)
-from basemodel.model.generation import GREEDY, continuations
+from basemodel.evaluation.judging import RESULTS_ENDING, Judge, judge_all, read_questions, token_f1
+from basemodel.model.generation import GREEDY, continuations, require_vocabulary
 from basemodel.model.weights import folder_of, load_model
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -99,9 +92,11 @@ def generate_command(
     train, validation, test = instructions.split_records(records)
     model = load_model(model_json, model_safetensors)
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
+    require_vocabulary(model, tokenizer)
     settings = FineTuning(learning_rate, weight_decay, batch_size, drop_rate, max_epochs, seed)
     train_tokens, validation_tokens = (
-        instructions.encode_records(part, tokenizer, model) for part in (train, validation)
+        [tokenizer.encode_ordinary(instructions.prompt_of(record) + record["output"]) for record in part]
+        for part in (train, validation)
     )
     print(f"{len(train):,} records to train on, {len(validation):,} to validate, {len(test):,} to answer")
     print(f"AdamW, learning rate {learning_rate:g}, batch {batch_size}, dropout {drop_rate:g}")
@@ -121,7 +116,7 @@ def generate_command(
 @click.argument("paths", type=FILE, nargs=-1, required=True, metavar="RESULTS.json ...")
 @click.option("--model", default="gpt-5.1", help="Model that judges.")
 @click.option("--base-url", help="Address of an OpenAI-compatible server; default: OpenAI's.")
-@click.option("--no-llm", is_flag=True, help="Score by token F1 and exact match instead.")
+@click.option("--no-llm", is_flag=True, help="Score by the words shared with the reference instead.")
 @click.option("--seed", type=SEED, default=42, help="Seed of the order of answers and of the intervals.")
 @click.option("--retries", type=click.IntRange(0), default=3, help="Attempts after a reply without scores.")
 @click.option("--parallel", type=click.IntRange(1), default=4, help="Questions to ask at the same time.")
@@ -142,16 +137,13 @@ def judge_command(
     The key for the judge's server comes from OPENAI_API_KEY. After an interruption the same command resumes.
     """
     results = read_questions(paths)
-    tables: dict[str, np.ndarray] = {}  # the scores of each model on each question, (models, questions)
     if no_llm:
         pairs = [[(r["model_response"], r["output"]) for r in records] for records in results.values()]
-        for title, metric in {"Token F1": token_f1, "Exact match": exact_match}.items():
-            tables[title] = np.array([[metric(*pair) for pair in row] for row in pairs])
+        title, scores = "Token F1", np.array([[token_f1(*pair) for pair in row] for row in pairs])
     else:
-        judge = Judge(model, base_url, retries, cache)
-        tables[f"Judged by {model}"] = judge_all(results, judge, seed, parallel)
-    for title, values in tables.items():
-        print_scores(title, list(results), values, seed)
+        title = f"Judged by {model}"
+        scores = judge_all(results, Judge(model, base_url, retries, cache), seed, parallel)
+    print_scores(title, list(results), scores, seed)
 
 
 def bootstrap_intervals(values: np.ndarray, seed: int, resamples: int = 10_000) -> np.ndarray:

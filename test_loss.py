@@ -80,8 +80,10 @@ def main(
     folder = fetch_dataset(datasets_dir, dataset, None, [split])
     match_tokenizers(folder, pairs, loaded)
     file = TokenFiles(folder, split)
-    if context.get_parameter_source("start_token") is click.core.ParameterSource.DEFAULT:
-        start_token = start_within(file, start_token, length)
+    by_default = context.get_parameter_source("start_token") is click.core.ParameterSource.DEFAULT
+    if by_default and not Sequences(file, start_token, length, seed=0).count:
+        print(f"There are only {file.count:,} tokens; the slice starts at 0 instead of {start_token:,}")
+        start_token = 0
     sequences = Sequences(file, start_token, length, seed=0)
     count = count_sequences(sequences, tokens)
     stop = start_token + count * length + 1
@@ -149,14 +151,6 @@ def match_tokenizers(folder: Path, pairs: list[tuple[Path, Path]], models: list[
                     f"{own_folder / TOKENIZER_FILE}: is not the tokenizer of the data set {folder}; "
                     "measure the model on the text it was trained on, prepared with --tokenizer and this file"
                 )
-
-
-def start_within(file: TokenFiles, start: int, length: int) -> int:
-    """`start`, or 0 if the file ends before a sequence from there does."""
-    if Sequences(file, start, length, seed=0).count:
-        return start
-    print(f"There are only {file.count:,} tokens, none to measure after the first {start:,}; starting at 0")
-    return 0
 
 
 def count_sequences(sequences: Sequences, tokens: int) -> int:

@@ -77,15 +77,6 @@ def prompt_of(record: Record) -> str:
     return prompt + "\n\n### Response:\n"
 
 
-def encode_records(records: list[Record], tokenizer: tiktoken.Encoding, model: GPTModel) -> list[list[int]]:
-    """Tokenize prompts with their responses. Raises InputError for tokens outside the model's vocabulary."""
-    encoded = [tokenizer.encode_ordinary(prompt_of(record) + record["output"]) for record in records]
-    size = model.config.vocab_size
-    if max(tokenizer.eot_token, *map(max, encoded)) >= size:
-        raise InputError(f"the model's vocabulary of {size} does not hold the tokenizer's tokens")
-    return encoded
-
-
 def check_lengths(records: list[Record], tokenizer: tiktoken.Encoding, length: int) -> None:
     """Print how many prompts leave no room for a response in `length` tokens. Raises InputError if that is
     all of them."""

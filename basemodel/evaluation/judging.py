@@ -64,11 +64,6 @@ def token_f1(answer: str, reference: str) -> float:
     return 100 * 2 * common / (len(ours) + len(theirs))
 
 
-def exact_match(answer: str, reference: str) -> float:
-    """100 if two texts are equal up to case, punctuation and articles, else 0."""
-    return 100.0 * (normalized(answer) == normalized(reference))
-
-
 def judge_prompt(answers: list[Record]) -> str:
     """The judge's prompt: a question, its reference answer, and the models' answers, in their order."""
     question = answers[0]

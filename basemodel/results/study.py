@@ -283,7 +283,7 @@ def table(study: Study) -> str:
 
 def notes(study: Study) -> list[str]:
     """How to read the table, and what to mistrust in it."""
-    count, variations = len(study.seeds), len(study.variants) - 1
+    variations = len(study.variants) - 1
     confidence = single_confidence(study)
     paragraphs = [
         "Losses are those of the validation after the last step, in nats per token. A difference is the loss "
@@ -295,11 +295,10 @@ def notes(study: Study) -> list[str]:
             f" Each interval has {100 * confidence:.4g}% confidence, so that all {variations} together have "
             f"{100 * CONFIDENCE:g}%."
         )
-    if count > 1 and any(outcome.verdict == "within noise" for outcome in outcomes(study)[1:]):
-        now, more = (student_t_quantile(confidence, n - 1) / n**0.5 for n in (count, count + 2))
+    if any(outcome.verdict == "within noise" for outcome in outcomes(study)[1:]):
         paragraphs.append(
-            "Within noise means not shown to differ, rather than shown to be equal. With --seeds "
-            f"{count + 2} the intervals would be about {more / now:.2f} times as wide."
+            "Within noise means not shown to differ, rather than shown to be equal. More --seeds make the "
+            "intervals narrower."
         )
     if conditions := differing_conditions(study):
         differences = "; ".join(conditions)
