@@ -43,7 +43,6 @@ from basemodel.training.run_folder import find_run, read_metrics, read_samples, 
 
 UNKNOWN = "–"
 BINS = 200  # points in a curve of all steps
-SAMPLES = 100  # per run that the page holds; served with the runs' folders, it reads all of them
 Points = list[tuple[int, float]]  # tokens seen, value
 
 
@@ -91,10 +90,7 @@ class RunSummary:
     config: dict[str, Any]  # model.json and train.json, with their defaults
     parameters: int
     status: dict[str, Any]
-    train: Points  # the training loss, binned
-    validation: Points
-    learning_rate: Points  # binned
-    grad_norm: Points  # binned
+    curves: dict[str, Points]  # train and validation (losses), learning_rate and grad_norm
     samples: list[dict[str, Any]]  # how the model continued prompts while it trained
     validation_loss: float | None  # the best so far
     test: MeasuredLoss | None  # of the best checkpoint, else of the latest
@@ -126,10 +122,12 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
         config=dataclasses.asdict(model_config) | dataclasses.asdict(config),
         parameters=model_config.parameter_count,
         status=read_status(folder),
-        train=binned(curve(metrics, "train_loss")),
-        validation=validation,
-        learning_rate=binned(curve(metrics, "learning_rate")),
-        grad_norm=binned(curve(metrics, "grad_norm")),
+        curves={
+            "train": binned(curve(metrics, "train_loss")),
+            "validation": validation,
+            "learning_rate": binned(curve(metrics, "learning_rate")),
+            "grad_norm": binned(curve(metrics, "grad_norm")),
+        },
         samples=read_samples(folder / "samples.jsonl"),
         validation_loss=min((loss for _, loss in validation), default=None),
         test=next(filter(None, map(read_test_loss, checkpoints)), None),
@@ -158,13 +156,6 @@ def shown(value: float | None, form: str) -> str:
     return UNKNOWN if value is None else form.format(value)
 
 
-def cost(status: dict[str, Any]) -> str:
-    """The cost of a run so far and, while it is running, the expected total."""
-    so_far = shown(status.get("cost_usd"), "${:,.2f}")
-    expected = status.get("expected_cost_usd") if status.get("status") == "running" else None
-    return so_far if expected is None else f"{so_far} of ${expected:,.2f}"
-
-
 def table(runs: list[RunSummary]) -> list[dict[str, str]]:
     """A row for each run, by column."""
     first = runs[0].config
@@ -188,7 +179,7 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
             **{result.title: str(result) for result in headlines(run.tasks)},
             "tokens/s": shown(run.tokens_per_second, "{:,.0f}"),
             "hours": shown(run.seconds and run.seconds / 3600, "{:.2f}"),
-            "cost": cost(run.status),
+            "cost": shown(run.status.get("cost_usd"), "${:,.2f}"),
             "validation time": shown(run.validation_share, "{:.0%}"),
         }
         for run in runs
@@ -197,14 +188,13 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
 
 def notes(runs: list[RunSummary]) -> list[str]:
     """Warnings for readers of the table."""
-    tests = [run.test for run in runs if run.test]
-    if any(not test.same_data(tests[0]) for test in tests):
-        where = (
-            f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,} tokens in sequences of "
-            f"{test.context_length:,}" + (", within documents" if test.document_masking else "")
-            for test in tests
-        )
-        return [f"The test losses were measured on different data: {'; '.join(dict.fromkeys(where))}."]
+    slices = dict.fromkeys(
+        f"{test.dataset} {test.split} from {test.start_token:,}, {test.tokens:,} tokens in sequences of "
+        f"{test.context_length:,}" + (", within documents" if test.document_masking else "")
+        for test in (run.test for run in runs if run.test)
+    )
+    if len(slices) > 1:
+        return [f"The test losses were measured on different data: {'; '.join(slices)}."]
     return []
 
 
@@ -215,10 +205,10 @@ def draw_chart(runs: list[RunSummary], path: Path) -> None:
         top = highest_loss(runs)
         for index, run in enumerate(runs):
             color = f"C{index}"
-            styles = ((run.train, {"alpha": 0.4}), (run.validation, {"marker": "o", "markersize": 5}))
-            for points, style in styles:
+            styles = (("train", {"alpha": 0.4}), ("validation", {"marker": "o", "markersize": 5}))
+            for name, style in styles:
                 # Points above the frame are left out: lines from them would enter the picture.
-                points = [point for point in points if point[1] <= top]
+                points = [point for point in run.curves[name] if point[1] <= top]
                 axes.plot(*np.reshape(points, (-1, 2)).T, color=color, linewidth=2, **style)
             axes.plot([], [], color=color, label=run.folder.name)
         axes.set(xlabel="tokens seen", ylabel="nats per token", title="validation (dots) and training loss")
@@ -230,7 +220,7 @@ def highest_loss(runs: list[RunSummary]) -> float:
     """The highest loss to draw, leaving out the first twentieth of the tokens: those losses would squash the
     others."""
     longest = max(run.tokens or 0 for run in runs)
-    points = (point for run in runs for point in (*run.train, *run.validation))
+    points = (point for run in runs for point in (*run.curves["train"], *run.curves["validation"]))
     return max((loss for tokens, loss in points if tokens >= longest / 20), default=1.0)
 
 
@@ -238,9 +228,10 @@ def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, s
     """Write a page that shows the runs and, when served with their folders, follows them."""
     titles = {result.title for run in runs for result in run.tasks}  # these have a table of their own
     rows = [{column: cell for column, cell in row.items() if column not in titles} for row in rows]
-    content = [page_entry(run, cells, path) for run, cells in zip(runs, rows, strict=True)]
-    for entry, group in zip(content, groups(runs), strict=True):
-        entry["group"] = group
+    content = [
+        {**page_entry(run, cells, path), "group": group}
+        for run, cells, group in zip(runs, rows, groups(runs), strict=True)
+    ]
     title = " / ".join(run.folder.name for run in runs[:4]) + (" …" if len(runs) > 4 else "")
     values = {
         "TITLE": html.escape(title),
@@ -262,23 +253,17 @@ def page_entry(run: RunSummary, cells: dict[str, str], page: Path) -> dict[str, 
     more = {
         "now": status,
         "minutes to go": shown(hours and 60 * hours, "{:,.1f}"),
-        "cost": shown(run.status.get("cost_usd"), "${:,.2f}"),
         "cost to come": shown(None if None in (price, hours) else price * hours, "${:,.2f}"),
     }
     first = "run", "now", "validation loss", "test loss", "hours", "minutes to go", "cost", "cost to come"
     last = "differs from the first by"  # may be long
     order = dict.fromkeys((*first, *cells, last))
-    steps = sorted({sample["step"] for sample in run.samples})
-    steps = {*steps[:: max(1, len(run.samples) // SAMPLES)], *steps[-1:]}
     return {
         "folder": quote(os.path.relpath(run.folder.resolve(), page.resolve().parent)),
         "cells": {key: (cells | more)[key] for key in sorted(order, key=last.__eq__)},
         "price": price,
-        "train": run.train,
-        "validation": run.validation,
-        "learning_rate": run.learning_rate,
-        "grad_norm": run.grad_norm,
-        "samples": [sample for sample in run.samples if sample["step"] in steps],
+        **run.curves,
+        "samples": run.samples,
         "samples_to_come": bool(run.samples or run.config.get("sample_interval")),
         "tasks": {result.title: str(result) for result in run.tasks},
     }

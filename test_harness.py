@@ -39,7 +39,11 @@ TASKS = "hellaswag,lambada_openai,arc_easy,piqa,winogrande"
 @click.argument("models", type=Path, nargs=-1, required=True, metavar="MODEL_JSON MODEL_SAFETENSORS ...")
 @click.option("--tasks", default=TASKS, help="Names of tasks or YAML files, separated by commas.")
 @click.option(
-    "--include-path", "folders", type=Path, multiple=True, help="Folder of further tasks, as YAML files."
+    "--include-path",
+    "folders",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    multiple=True,
+    help="Folder of further tasks, as YAML files.",
 )
 @click.option("--fewshot", type=click.IntRange(0), help="Solved examples per question; default: the task's.")
 @click.option("--limit", type=click.IntRange(1), help="Documents per task at most, for a quick try.")
@@ -61,9 +65,6 @@ def main(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise InputError("--tasks names no task")
-    for folder in folders:
-        if not folder.is_dir():
-            raise InputError(f"--include-path {folder}: no such folder")
     loaded = [load_model(*pair) for pair in pairs]
     checkpoints = [folder_of(weights) for _, weights in pairs]
     scorers = [

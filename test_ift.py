@@ -27,21 +27,12 @@ from basemodel.common.output import markdown_table
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation import instructions
 from basemodel.evaluation.instructions import FIELDS, FineTuning
-from basemodel.evaluation.judging import (
-    RESULTS_ENDING,
-    Judge,
-    exact_match,
-    judge_all,
-    read_questions,
-    token_f1,
-)
-from basemodel.model.generation import GREEDY, continuations
+from basemodel.evaluation.judging import RESULTS_ENDING, Judge, judge_all, read_questions, token_f1
+from basemodel.model.generation import GREEDY, continuations, require_vocabulary
 from basemodel.model.weights import folder_of, load_model
 
-DATA_URL = (
-    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
-    "ch07/01_main-chapter-code/instruction-data.json"
-)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 SEED = click.IntRange(0, 2**63 - 1)
 
 
@@ -54,10 +45,9 @@ def main() -> None:
 @click.argument("name")
 @click.argument("model_json", type=Path)
 @click.argument("model_safetensors", type=Path)
-@click.option("--data", type=Path, help="File of records to use in place of the book's.")
-@click.option("--data-url", default=DATA_URL, show_default=False, help="Address of the book's records.")
+@click.option("--data", type=FILE, help="File of records to use in place of the book's.")
 @click.option("--datasets-dir", type=Path, default="datasets", help="Folder that keeps downloaded records.")
-@click.option("--output-dir", type=Path, default=".", help="Folder that the results are written to.")
+@click.option("--output-dir", type=FOLDER, default=".", help="Folder that the results are written to.")
 @click.option(
     "--drop-rate", type=click.FloatRange(0, 0.99), default=0.0, help="Dropout, whatever model.json says."
 )
@@ -78,7 +68,6 @@ def generate_command(
     model_safetensors: Path,
     *,
     data: Path | None,
-    data_url: str,
     datasets_dir: Path,
     output_dir: Path,
     drop_rate: float,
@@ -96,15 +85,18 @@ def generate_command(
     results = output_dir / (require_plain_name(name, "name") + RESULTS_ENDING)
     if results.exists():
         raise InputError(f"{results}: already exists; remove it or choose another name")
-    if not output_dir.is_dir():
-        raise InputError(f"{output_dir}: no such folder")
-    records = instructions.read_records(data) if data else instructions.fetch_records(datasets_dir, data_url)
+    if data:
+        records = instructions.parse_records(data.read_bytes(), data)
+    else:
+        records = instructions.fetch_records(datasets_dir)
     train, validation, test = instructions.split_records(records)
     model = load_model(model_json, model_safetensors)
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
+    require_vocabulary(model, tokenizer)
     settings = FineTuning(learning_rate, weight_decay, batch_size, drop_rate, max_epochs, seed)
     train_tokens, validation_tokens = (
-        instructions.encode_records(part, tokenizer, model) for part in (train, validation)
+        [tokenizer.encode_ordinary(instructions.prompt_of(record) + record["output"]) for record in part]
+        for part in (train, validation)
     )
     print(f"{len(train):,} records to train on, {len(validation):,} to validate, {len(test):,} to answer")
     print(f"AdamW, learning rate {learning_rate:g}, batch {batch_size}, dropout {drop_rate:g}")
@@ -121,15 +113,14 @@ def generate_command(
 
 
 @main.command(name="judge")
-@click.argument("paths", type=Path, nargs=-1, required=True, metavar="RESULTS.json ...")
+@click.argument("paths", type=FILE, nargs=-1, required=True, metavar="RESULTS.json ...")
 @click.option("--model", default="gpt-5.1", help="Model that judges.")
 @click.option("--base-url", help="Address of an OpenAI-compatible server; default: OpenAI's.")
-@click.option("--no-llm", is_flag=True, help="Score by token F1 and exact match instead.")
+@click.option("--no-llm", is_flag=True, help="Score by the words shared with the reference instead.")
 @click.option("--seed", type=SEED, default=42, help="Seed of the order of answers and of the intervals.")
 @click.option("--retries", type=click.IntRange(0), default=3, help="Attempts after a reply without scores.")
 @click.option("--parallel", type=click.IntRange(1), default=4, help="Questions to ask at the same time.")
 @click.option("--cache", type=Path, default="ift-judgements.jsonl", help="File that keeps the replies.")
-@click.option("--scores", type=Path, help="JSON file to write the scores of each question to.")
 def judge_command(
     paths: tuple[Path, ...],
     *,
@@ -140,33 +131,19 @@ def judge_command(
     retries: int,
     parallel: int,
     cache: Path,
-    scores: Path | None,
 ) -> None:
     """Score the models' answers in RESULTS.json, from 0 to 100, side by side.
 
     The key for the judge's server comes from OPENAI_API_KEY. After an interruption the same command resumes.
     """
     results = read_questions(paths)
-    names, questions = list(results), next(iter(results.values()))
-    if scores is not None and not scores.parent.is_dir():
-        raise InputError(f"{scores}: no such folder: {scores.parent}")
-    tables: dict[str, np.ndarray] = {}  # the scores of each model on each question, (models, questions)
     if no_llm:
         pairs = [[(r["model_response"], r["output"]) for r in records] for records in results.values()]
-        for title, metric in {"Token F1": token_f1, "Exact match": exact_match}.items():
-            tables[title] = np.array([[metric(*pair) for pair in row] for row in pairs])
+        title, scores = "Token F1", np.array([[token_f1(*pair) for pair in row] for row in pairs])
     else:
-        judge = Judge(model, base_url, retries, cache)
-        tables[f"Judged by {model}"] = judge_all(results, judge, seed, parallel)
-    for title, values in tables.items():
-        print_scores(title, names, values, seed)
-    if scores:
-        lines = [{field: question[field] for field in FIELDS} for question in questions]
-        for title, values in tables.items():
-            for line, column in zip(lines, values.T.tolist(), strict=True):
-                valid = (None if np.isnan(score) else score for score in column)
-                line[title] = dict(zip(names, valid, strict=True))
-        replace_text(scores, json.dumps(lines, indent=1, ensure_ascii=False) + "\n")
+        title = f"Judged by {model}"
+        scores = judge_all(results, Judge(model, base_url, retries, cache), seed, parallel)
+    print_scores(title, list(results), scores, seed)
 
 
 def bootstrap_intervals(values: np.ndarray, seed: int, resamples: int = 10_000) -> np.ndarray:

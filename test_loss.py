@@ -80,15 +80,17 @@ def main(
     folder = fetch_dataset(datasets_dir, dataset, None, [split])
     match_tokenizers(folder, pairs, loaded)
     file = TokenFiles(folder, split)
-    if context.get_parameter_source("start_token") is click.core.ParameterSource.DEFAULT:
-        start_token = start_within(file, start_token, length)
+    by_default = context.get_parameter_source("start_token") is click.core.ParameterSource.DEFAULT
+    if by_default and not Sequences(file, start_token, length, seed=0).count:
+        print(f"There are only {file.count:,} tokens; the slice starts at 0 instead of {start_token:,}")
+        start_token = 0
     sequences = Sequences(file, start_token, length, seed=0)
     count = count_sequences(sequences, tokens)
     stop = start_token + count * length + 1
     file.check_vocabulary(start_token, stop, min(model.config.vocab_size for model in loaded))
 
     losses = sequence_losses(loaded, sequences, count, batch_size, document_masking)
-    size, no_bytes = count_bytes(sequences, count, loaded[0].config.tokenizer, folder)
+    size = count_bytes(sequences, count, loaded[0].config.tokenizer, folder)
     results = []
     for (_, weights), row in zip(pairs, losses, strict=True):
         loss, error = mean_and_error(row)
@@ -113,14 +115,12 @@ def main(
     print(f"{count:,} sequences of {length:,} tokens from {file}")
     if len(results) > 1:
         print_table([weights for _, weights in pairs], results, losses)
-        if no_bytes:
-            print(f"\nBits per byte: unknown: {no_bytes}")
     else:
         (result,) = results
         print(f"Loss against our test dataset: {result.loss:.3f}")
         print(f"Perplexity: {result.perplexity:.2f}")
         print(f"Standard error: {known(result.standard_error)}")
-        print(f"Bits per byte: {known(result.bits_per_byte, f'unknown: {no_bytes}')}")
+        print(f"Bits per byte: {known(result.bits_per_byte)}")
 
 
 def choose_length(configs: list[GPTConfig], context_length: int | None) -> int:
@@ -151,14 +151,6 @@ def match_tokenizers(folder: Path, pairs: list[tuple[Path, Path]], models: list[
                     f"{own_folder / TOKENIZER_FILE}: is not the tokenizer of the data set {folder}; "
                     "measure the model on the text it was trained on, prepared with --tokenizer and this file"
                 )
-
-
-def start_within(file: TokenFiles, start: int, length: int) -> int:
-    """`start`, or 0 if the file ends before a sequence from there does."""
-    if Sequences(file, start, length, seed=0).count:
-        return start
-    print(f"There are only {file.count:,} tokens, none to measure after the first {start:,}; starting at 0")
-    return 0
 
 
 def count_sequences(sequences: Sequences, tokens: int) -> int:
@@ -203,20 +195,20 @@ def mean_and_error(values: Tensor) -> tuple[float, float | None]:
     return values.mean().item(), error
 
 
-def count_bytes(sequences: Sequences, count: int, tokenizer_name: str, folder: Path) -> tuple[int, str]:
-    """The length in bytes of the text that the sequences' targets encode, end-of-text not counted; if it is
-    0, the second value says why. `folder` is the data set's."""
+def count_bytes(sequences: Sequences, count: int, tokenizer_name: str, folder: Path) -> int:
+    """The length in bytes of the text that the sequences' targets encode, end-of-text not counted; 0 with a
+    message if the tokenizer is missing. `folder` is the data set's."""
     try:
         lengths = token_byte_lengths(get_tokenizer(tokenizer_name, folder))
     except InputError as error:
-        return 0, str(error)
-    size = sum(int(lengths[sequences.read(index, 1)[0, 1:].numpy()].sum()) for index in range(count))
-    return size, "" if size else "the tokens encode no text"
+        print(f"Bits per byte cannot be computed: {error}")
+        return 0
+    return sum(int(lengths[sequences.read(index, 1)[0, 1:].numpy()].sum()) for index in range(count))
 
 
-def known(value: float | None, otherwise: str = "unknown") -> str:
+def known(value: float | None) -> str:
     """A value with four decimals."""
-    return otherwise if value is None else f"{value:.4f}"
+    return "unknown" if value is None else f"{value:.4f}"
 
 
 def print_table(weights: list[Path], results: list[MeasuredLoss], losses: Tensor) -> None:

@@ -64,9 +64,9 @@ def main(
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
     sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack characters
     if interactive:
-        settings = {"temperature": temperature, "top-k": top_k, "tokens": tokens, "seed": seed}
-        types = {option.opts[0].removeprefix("--"): option.type for option in ctx.command.params}
-        return PromptLine(model, tokenizer, settings, types).run()
+        settings = {"temperature": temperature, "top_k": top_k, "tokens": tokens, "seed": seed}
+        options = [option for option in ctx.command.params if option.name in settings]
+        return PromptLine(model, tokenizer, settings, options).run()
     starts = [prompt for prompt in prompts for _ in range(samples)]
     sampling = Sampling(temperature, top_k, random_generator(model, seed))
     texts = continuations(model, tokenizer, starts, tokens, sampling)

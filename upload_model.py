@@ -18,6 +18,7 @@ from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
 from basemodel.data.hub import check_push, push
 from basemodel.data.tokenizer import get_tokenizer
+from basemodel.model.generation import require_vocabulary
 from basemodel.model.weights import folder_of, load_model
 from basemodel.results.export import check_folder, write_model, write_model_card
 
@@ -62,19 +63,12 @@ def main(
     if not all(tensor.isfinite().all() for tensor in model.tensors().values()):
         raise InputError(f"{model_safetensors}: contains NaN or infinite weights")
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise InputError(
-            f"{model_json}: a vocabulary of {model.config.vocab_size} does not hold the {tokenizer.n_vocab} "
-            f"tokens of the tokenizer '{model.config.tokenizer}'; name the one it was trained with"
-        )
-    try:
-        if not pushes:
-            output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=".incomplete-", dir=None if pushes else output.parent)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be created: {error.strerror}") from None
-    with temporary:
-        folder = Path(temporary.name) / "model"
+    require_vocabulary(model, tokenizer)
+    if not pushes:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    place = None if pushes else output.parent  # where a rename is enough in the end
+    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=place) as temporary:
+        folder = Path(temporary) / "model"
         folder.mkdir()
         write_model(folder, model, tokenizer)
         name = destination if pushes else output.resolve().name

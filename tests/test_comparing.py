@@ -133,12 +133,9 @@ def test_the_chart_holds_what_it_draws(
 ) -> None:
     """Losses of the first steps, far above the others, would draw lines from outside the picture."""
     one = read_run(runs.path / "runs", "one")
-    one = dataclasses.replace(
-        one,
-        tokens=1000,
-        train=[(10, 9.0), (40, 6.0), (50, 5.0), (500, 4.0), (1000, 3.0)],
-        validation=[(0, 11.0), (500, 5.5), (1000, 3.5)],
-    )
+    curves = {"train": [(10, 9.0), (40, 6.0), (50, 5.0), (500, 4.0), (1000, 3.0)]}
+    curves["validation"] = [(0, 11.0), (500, 5.5), (1000, 3.5)]
+    one = dataclasses.replace(one, tokens=1000, curves=curves)
     figures = []
 
     @contextlib.contextmanager

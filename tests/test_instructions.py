@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -90,7 +91,9 @@ def test_the_mean_loss_counts_each_token_once(tmp_path: Path) -> None:
     assert instructions.mean_loss(model, records, 2, 256) == pytest.approx(total / 9, rel=1e-5)
 
 
-def test_generate_end_to_end_with_data_that_are_fetched_once(tmp_path: Path, serve) -> None:
+def test_generate_end_to_end_with_data_that_are_fetched_once(
+    tmp_path: Path, serve: Callable[[type], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fetched = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -104,8 +107,8 @@ def test_generate_end_to_end_with_data_that_are_fetched_once(tmp_path: Path, ser
             pass
 
     model = write_model(tmp_path / "model", context_length=256)
-    url = f"{serve(Handler)}/data.json"
-    options = ("--data-url", url, "--datasets-dir", tmp_path / "data", "--output-dir", tmp_path)
+    monkeypatch.setattr(instructions, "DATA_URL", f"{serve(Handler)}/data.json")
+    options = ("--datasets-dir", tmp_path / "data", "--output-dir", tmp_path)
     options += ("--max-epochs", "2", "--max-new-tokens", "8", "--learning-rate", "1e-12")
     options += ("--drop-rate", "0.1")
     command = ["generate", "one", *map(str, (*model, *options))]
@@ -120,18 +123,18 @@ def test_generate_end_to_end_with_data_that_are_fetched_once(tmp_path: Path, ser
     assert len(set(responses)) > 1
     assert [record.pop("model_response") for record in answered] == [text.strip() for text in responses]
     assert answered == RECORDS[34:38]
-    assert instructions.fetch_records(tmp_path / "data", url) == RECORDS
+    assert instructions.fetch_records(tmp_path / "data") == RECORDS
     assert fetched == ["/data.json"]
     with pytest.raises(InputError, match="already exists"):
         test_ift.main.main(command, standalone_mode=False)
 
 
-def test_wrong_data(tmp_path: Path) -> None:
+def test_wrong_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_model(tmp_path / "model", context_length=16)
     command = ["generate", "new", *map(str, model), "--output-dir", str(tmp_path), "--data"]
     file = tmp_path / "data.json"
     for content, message in (
-        (None, "cannot be read"),
+        (None, "data.json' does not exist"),
         ("[", "not valid JSON"),
         ("{}", "must contain a JSON list of records"),
         ('[{"instruction": "a", "input": ""}]', 'record 0 has no string "output"'),
@@ -140,10 +143,11 @@ def test_wrong_data(tmp_path: Path) -> None:
     ):
         if content is not None:
             file.write_text(content)
-        with pytest.raises(InputError, match=message):
+        with pytest.raises((InputError, click.UsageError), match=message):
             test_ift.main.main([*command, str(file)], standalone_mode=False)
+    monkeypatch.setattr(instructions, "DATA_URL", "http://127.0.0.1:9/data.json")
     with pytest.raises(InputError, match=r"could not download .* --data FILE"):
-        instructions.fetch_records(tmp_path / "data", "http://127.0.0.1:9/data.json")
+        instructions.fetch_records(tmp_path / "data")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.json", "model"]
 
 
@@ -221,7 +225,7 @@ def judge(serve: Callable[[type], str]) -> JudgeServer:
 def judge_command(judge_url: str, results: list[Path], *options: str) -> list[str]:
     folder = results[0].parent
     start = ["judge", *map(str, results), "--base-url", judge_url, "--model", "judge"]
-    return [*start, "--cache", str(folder / "cache.jsonl"), "--scores", str(folder / "scores.json"), *options]
+    return [*start, "--cache", str(folder / "cache.jsonl"), *options]
 
 
 def run_judge(command: list[str], key: str = KEY) -> str:
@@ -239,8 +243,6 @@ def test_scores_arrive_and_malformed_replies_are_asked_for_again(tmp_path: Path,
     assert "| good | 65.5 |" in printed
     assert "| bad | 5.5 |" in printed
     assert "| good minus bad | +60.0 | +60.0 to +60.0 |" in printed
-    scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores[7] == {**RECORDS[7], "Judged by judge": {"good": 67.0, "bad": 7.0}}
     # Both answers in one prompt, in an order that changes from question to question.
     orders = {
         tuple("good" if int(answer.split()[0]) >= 60 else "bad" for answer in judge.answers(request))
@@ -311,11 +313,9 @@ def test_without_a_model_words_are_counted(tmp_path: Path, capsys: pytest.Captur
     )
     test_ift.main.main(["judge", *map(str, results), "--no-llm"], standalone_mode=False)
     printed = capsys.readouterr().out
-    f1, exact = printed.split("Exact match")
-    assert "| right | 100.0 | 100.0 to 100.0 |" in f1
-    assert "| half | 75.0 |" in f1  # (1 + 2 * 1 / (1 + 3)) / 2
-    assert "| half | 50.0 |" in exact
-    assert "| right minus half | +50.0 |" in exact
+    assert "| right | 100.0 | 100.0 to 100.0 |" in printed
+    assert "| half | 75.0 |" in printed  # (1 + 2 * 1 / (1 + 3)) / 2
+    assert "| right minus half | +25.0 |" in printed
 
 
 def test_bootstrap_intervals_are_those_of_the_mean() -> None:

@@ -164,9 +164,7 @@ def test_of_a_small_data_set_what_there_is_is_measured(sandbox: Sandbox) -> None
     printed = CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False).stdout
     count = (len(tokens) - 1) // 16
     first, second, third, *rest = printed.splitlines()
-    assert first == (
-        f"There are only {len(tokens):,} tokens, none to measure after the first 50,000,000; starting at 0"
-    )
+    assert first == f"There are only {len(tokens):,} tokens; the slice starts at 0 instead of 50,000,000"
     assert second == f"There are only {count} of the 1,228,800 sequences; measuring all of them"
     assert third.startswith(f"{count} sequences of 16 tokens from")
     assert rest == measure(sandbox, *files, "--tokens", str(count * 16)).splitlines()[1:]

@@ -162,7 +162,7 @@ def test_a_question_without_scores_is_skipped_and_counted(
     for path, records in zip(paths, RESULTS.values(), strict=True):
         path.write_text(json.dumps(records))
     command = ["judge", *map(str, paths), "--base-url", server.url, "--model", "judge", "--retries", "1"]
-    command += ["--cache", str(tmp_path / "cache.jsonl"), "--scores", str(tmp_path / "scores.json")]
+    command += ["--cache", str(tmp_path / "cache.jsonl")]
     test_ift.main.main(command, standalone_mode=False)
     printed = capsys.readouterr()
     assert "Judged by judge, 3 questions\n1 of 4 questions have no valid scores" in printed.out
@@ -170,8 +170,6 @@ def test_a_question_without_scores_is_skipped_and_counted(
     assert "| good minus bad | +50.0 | +50.0 to +50.0 |" in printed.out
     reason = "for each answer, 1 to 2, in 'no'" if spoilt[0] == 200 else "status 400: .*filtered.*"
     assert re.fullmatch(f"Record 2 is skipped: .*{reason}\n", printed.err)
-    scores = [record["Judged by judge"] for record in json.loads((tmp_path / "scores.json").read_text())]
-    assert scores[1:3] == [{"good": 61.0, "bad": 11.0}, {"good": None, "bad": None}]
     asked = len(server.requests)
     test_ift.main.main(command, standalone_mode=False)
     assert all("colour 2." in request["messages"][0]["content"] for request in server.requests[asked:])

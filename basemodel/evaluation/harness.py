@@ -8,7 +8,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +35,7 @@ class Score:
     """A result, and what it was computed from."""
 
     result: TaskResult
-    values: list[Any]  # one per document; none for most groups
+    values: list[Any]  # one per document; none for a group of tasks
     aggregate: Callable[[list[Any]], float] | None
 
 
@@ -52,11 +52,6 @@ def require_harness() -> None:
         ) from None
     for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tasks
-# ------------------------------------------------------------------------------------------------------------
 
 
 def load_tasks(names: Sequence[str], folders: Sequence[Path], fewshot: int | None) -> dict[str, Any]:
@@ -100,9 +95,7 @@ def find_tasks(names: Sequence[str], folders: Sequence[Path]) -> "TaskManager":
 
 
 def load_task(manager: "TaskManager", name: str) -> Any:
-    """A task or group with its data, from the cache of `datasets` or else the Hub. Raises InputError."""
-    with contextlib.suppress(Exception), offline():
-        return manager.load([name])
+    """A task or group with its data, which `datasets` fetches once. Raises InputError."""
     try:
         return manager.load([name])
     except Exception as error:  # whatever a task's own code, datasets and the network can raise
@@ -111,29 +104,6 @@ def load_task(manager: "TaskManager", name: str) -> Any:
         if isinstance(error, ConnectionError):
             hint = "; run it once with a network, then the data stay in the cache of datasets (HF_HOME)"
         raise InputError(f"task '{name}' could not be loaded: {reason}{hint}") from None
-
-
-@contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """Restrict `datasets` to its cache. Otherwise it asks the Hub first, takes half a minute to give up where
-    there is no network, and takes new data where those on the Hub have changed."""
-    import datasets
-    import huggingface_hub
-
-    modules = datasets.config, huggingface_hub.constants
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    for module in modules:
-        module.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Evaluation
-# ------------------------------------------------------------------------------------------------------------
 
 
 def harness_model(scorer: Scorer) -> "LM":
@@ -196,8 +166,8 @@ def evaluate_task(scorer: Scorer, loaded: Any, limit: int | None) -> list[Score]
         report = evaluate(
             harness_model(scorer), loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=True
         )
-    scores: dict[tuple[str, str], Score] = {}
-    for name, values in report["results"].items():  # tasks come before the groups that hold them
+    scores = []
+    for name, values in report["results"].items():
         for key, value in values.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -206,11 +176,10 @@ def evaluate_task(scorer: Scorer, loaded: Any, limit: int | None) -> list[Score]
             if name in loaded["tasks"]:
                 samples = [s for s in report["samples"][name] if s["filter"] == kind and metric in s]
                 aggregate = loaded["tasks"][name].aggregation().get(metric)
-                scores[name, key] = Score(result, [sample[metric] for sample in samples], aggregate)
+                scores.append(Score(result, [sample[metric] for sample in samples], aggregate))
             else:
-                members = [scores.get((member, key)) for member in report["group_subtasks"][name]]
-                scores[name, key] = join_members(result, members)
-    return list(scores.values())
+                scores.append(Score(result, [], None))
+    return scores
 
 
 def task_result(report: dict[str, Any], name: str, key: str, limit: int | None) -> TaskResult:
@@ -232,18 +201,6 @@ def task_result(report: dict[str, Any], name: str, key: str, limit: int | None) 
         harness=importlib.metadata.version("lm_eval"),
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def join_members(result: TaskResult, members: list[Score | None]) -> Score:
-    """The score of a group; with the values of its members' documents where it is their mean, as it is if the
-    group weights its members by size."""
-    from lm_eval.api.metrics import mean
-
-    if all(member and member.aggregate is mean for member in members):
-        values = [value for member in members for value in member.values]
-        if math.isclose(mean(values), result.value):
-            return Score(result, values, mean)
-    return Score(result, [], None)
 
 
 def paired_difference(one: Score, other: Score) -> tuple[float, float | None]:

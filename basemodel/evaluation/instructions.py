@@ -18,11 +18,15 @@ from basemodel.common.output import Progress
 from basemodel.model.loss import IGNORED, chunked_cross_entropy
 from gpt import GPTModel
 
+DATA_URL = (
+    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
+    "ch07/01_main-chapter-code/instruction-data.json"
+)
 FIELDS = ("instruction", "input", "output")
 Record = dict[str, str]
 
 
-def parse_records(text: bytes, source: str, fields: tuple[str, ...] = FIELDS) -> list[Record]:
+def parse_records(text: bytes, source: Path | str, fields: tuple[str, ...] = FIELDS) -> list[Record]:
     """Parse a JSON list of objects with the string `fields`. Raises InputError, naming the first bad one."""
     try:
         records = json.loads(text)
@@ -37,27 +41,20 @@ def parse_records(text: bytes, source: str, fields: tuple[str, ...] = FIELDS) ->
     return records
 
 
-def read_records(path: Path, fields: tuple[str, ...] = FIELDS) -> list[Record]:
-    """The records in a file. Raises InputError."""
-    try:
-        return parse_records(path.read_bytes(), str(path), fields)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def fetch_records(folder: Path, url: str) -> list[Record]:
-    """The records at `url`, downloaded once and kept in `folder`. Raises InputError."""
+def fetch_records(folder: Path) -> list[Record]:
+    """The book's records, downloaded once and kept in `folder`. Raises InputError."""
     path = folder / "instruction-data.json"
     if not path.exists():
         try:
-            with urllib.request.urlopen(url, timeout=60) as reply:
+            with urllib.request.urlopen(DATA_URL, timeout=60) as reply:
                 text = reply.read()
         except (OSError, ValueError) as error:
-            raise InputError(f"could not download {url} ({error}); --data FILE takes a copy of it") from None
-        parse_records(text, url)
+            hint = "--data FILE takes a copy of it"
+            raise InputError(f"could not download {DATA_URL} ({error}); {hint}") from None
+        parse_records(text, DATA_URL)
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(path, text.decode("utf-8"))
-    return read_records(path)
+    return parse_records(path.read_bytes(), path)
 
 
 def split_records(records: list[Record]) -> tuple[list[Record], list[Record], list[Record]]:
@@ -78,15 +75,6 @@ def prompt_of(record: Record) -> str:
     )
     prompt += f"\n\n### Input:\n{record['input']}" if record["input"] else ""
     return prompt + "\n\n### Response:\n"
-
-
-def encode_records(records: list[Record], tokenizer: tiktoken.Encoding, model: GPTModel) -> list[list[int]]:
-    """Tokenize prompts with their responses. Raises InputError for tokens outside the model's vocabulary."""
-    encoded = [tokenizer.encode_ordinary(prompt_of(record) + record["output"]) for record in records]
-    size = model.config.vocab_size
-    if max(tokenizer.eot_token, *map(max, encoded)) >= size:
-        raise InputError(f"the model's vocabulary of {size} does not hold the tokenizer's tokens")
-    return encoded
 
 
 def check_lengths(records: list[Record], tokenizer: tiktoken.Encoding, length: int) -> None:

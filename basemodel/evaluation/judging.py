@@ -18,7 +18,7 @@ import numpy as np
 
 from basemodel.common.errors import InputError, RunError
 from basemodel.common.output import Progress
-from basemodel.evaluation.instructions import FIELDS, Record, read_records
+from basemodel.evaluation.instructions import FIELDS, Record, parse_records
 from basemodel.evaluation.measurements import AnswerCache, key_of
 
 RESULTS_ENDING = "-ift-results.json"
@@ -41,7 +41,7 @@ def read_questions(paths: tuple[Path, ...]) -> dict[str, list[Record]]:
         name = path.name.removesuffix(RESULTS_ENDING).removesuffix(".json")
         if name in results:
             raise InputError(f"{path}: two files are named {name}; rename one, names tell the models apart")
-        results[name] = read_records(path, (*FIELDS, "model_response"))
+        results[name] = parse_records(path.read_bytes(), path, (*FIELDS, "model_response"))
         pairs = itertools.zip_longest(results[name], next(iter(results.values())), fillvalue={})
         for index, (one, other) in enumerate(pairs):
             if any(one.get(field) != other.get(field) for field in FIELDS):
@@ -62,11 +62,6 @@ def token_f1(answer: str, reference: str) -> float:
         return 100.0 * (ours == theirs)
     common = sum((Counter(ours) & Counter(theirs)).values())
     return 100 * 2 * common / (len(ours) + len(theirs))
-
-
-def exact_match(answer: str, reference: str) -> float:
-    """100 if two texts are equal up to case, punctuation and articles, else 0."""
-    return 100.0 * (normalized(answer) == normalized(reference))
 
 
 def judge_prompt(answers: list[Record]) -> str:

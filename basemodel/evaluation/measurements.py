@@ -44,11 +44,6 @@ class MeasuredLoss:
     def __str__(self) -> str:
         return with_error(self.loss, self.standard_error)
 
-    def same_data(self, other: "MeasuredLoss") -> bool:
-        """Whether both were measured on the same sequences."""
-        keys = ("dataset", "split", "start_token", "tokens", "context_length", "document_masking")
-        return all(getattr(self, key) == getattr(other, key) for key in keys)
-
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -141,16 +136,13 @@ def headlines(results: Iterable[TaskResult]) -> list[TaskResult]:
 
 
 class AnswerCache:
-    """Answers by key, one JSON line each in the file at `path`. Raises InputError if it cannot be written."""
+    """Answers by key, one JSON line each in the file at `path`."""
 
     def __init__(self, path: Path) -> None:
         self.answers: dict[str, Any] = {}
-        try:
-            self._file = path.open("a+b", buffering=0)
-            self._file.seek(0)
-            text = self._file.read()
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+        self._file = path.open("a+b", buffering=0)
+        self._file.seek(0)
+        text = self._file.read()
         for line in text.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, after a kill
                 entry = json.loads(line)

@@ -2,8 +2,6 @@
 
 import codecs
 import contextlib
-import difflib
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,26 +18,22 @@ from gpt import GPTModel
 
 HELP = """\
 Type a prompt, and the model continues it. It does not remember earlier prompts.
-/temperature 0.7   randomness of the choice; 0 always takes the most likely token
-/top-k 25          number of most likely tokens to sample from; 0: all
-/tokens 100        tokens to add at most
-/seed 42           give the same answer to the same prompt every time; /seed none: a different one each time
-/help, /quit       show this text; leave, like Ctrl-D
-A setting without a value shows it. Ctrl-C stops an answer. For a prompt that begins with /, type //."""
+/temperature 0.7 changes an option of this command, and / shows /temperature, /top-k, /tokens and /seed.
+For a prompt that begins with /, type //. Ctrl-C stops an answer, Ctrl-D leaves."""
 
 
 @dataclass
 class PromptLine:
     """Reads prompts and settings from standard input until it ends.
 
-    `settings` are temperature, top-k, tokens and seed (None: a different one for each prompt), of the click
-    `types` with the same names.
+    `settings` are the values of temperature, top_k, tokens and seed (None: a different one for each prompt);
+    `options` are the click options with these names.
     """
 
     model: GPTModel
     tokenizer: tiktoken.Encoding
     settings: dict[str, Any]
-    types: dict[str, click.ParamType]
+    options: list[click.Parameter]
 
     def run(self) -> None:
         """Answer line after line."""
@@ -51,10 +45,7 @@ class PromptLine:
             print(HELP)
         while True:
             try:
-                line = input("> " if at_terminal else "")
-                if re.fullmatch(r"\s*/(quit|exit|q)\s*", line):
-                    return
-                self._take(line)
+                self._take(input("> " if at_terminal else ""))
             except EOFError:
                 print(end="\n" if at_terminal else "")
                 return
@@ -65,31 +56,19 @@ class PromptLine:
 
     def _take(self, line: str) -> None:
         if line.startswith("/") and not line.startswith("//"):
-            print(self._command(line))
+            self._change_settings(line)
         elif line.strip():
             self._answer(line.removeprefix("/") if line.startswith("//") else line)
 
-    def _command(self, line: str) -> str:
-        """Obey a line such as `/temperature 0.7`; return the answer."""
-        word, value = re.fullmatch(r"/\s*([^\s=]*)[\s=]*(.*?)\s*", line).groups()
-        word = word.lower().replace("_", "-")
-        names = [*self.settings, "help", "quit"]
-        matches = [name for name in names if name.startswith(word)]
-        if len(matches) != 1:
-            nearest = matches or difflib.get_close_matches(word, names, n=1, cutoff=0.0)
-            raise InputError(f"there is no /{word}; did you mean /{' or /'.join(nearest)}? Try /help")
-        (name,) = matches
-        if name not in self.settings:
-            return HELP
-        if name == "seed" and value.lower() == "none":
-            self.settings[name] = None
-        elif value:
-            try:
-                self.settings[name] = self.types[name].convert(value, None, None)
-            except click.BadParameter as error:
-                raise InputError(f"/{name}: {error.message}") from None
-        setting = self.settings[name]
-        return f"{name} {'none' if setting is None else setting}"
+    def _change_settings(self, line: str) -> None:
+        """Obey a line such as `/temperature 0.7`, which click reads as options."""
+        words = line.replace("/", "--").split()
+        command = click.Command("", params=self.options, add_help_option=False)
+        try:
+            self.settings |= command.make_context("", words, default_map=self.settings).params
+        except click.UsageError as error:
+            raise InputError(error.format_message()) from None
+        print(" ".join(f"/{name.replace('_', '-')} {value}" for name, value in self.settings.items()))
 
     def _answer(self, prompt: str) -> None:
         """Print the prompt and its continuation, token by token."""
@@ -106,7 +85,7 @@ class PromptLine:
         """What the model adds, token by token; a character spread over several tokens comes whole."""
         settings, stop = self.settings, self.tokenizer.eot_token
         generator = random_generator(self.model, settings["seed"])
-        sampling = Sampling(settings["temperature"], settings["top-k"], generator, stop)
+        sampling = Sampling(settings["temperature"], settings["top_k"], generator, stop)
         rows = torch.tensor([tokens], device=generator.device)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for column in stream(self.model, rows, settings["tokens"], sampling):

@@ -11,10 +11,10 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from basemodel.common.errors import InputError, RunError
+from basemodel.common.errors import RunError
 from basemodel.common.output import Progress
 from basemodel.evaluation.measurements import AnswerCache, key_of
-from basemodel.model.generation import GREEDY, continuations
+from basemodel.model.generation import GREEDY, continuations, require_vocabulary
 from gpt import GPTModel
 
 Window = tuple[list[int], list[int]]  # inputs, and targets for the last of them
@@ -25,21 +25,14 @@ class Scorer:
     """Answers questions about texts with a model. Answers are kept in the folder `cache`, in a file named by
     the hash of the weights, and never computed again.
 
-    Raises InputError if the model lacks tokens of the tokenizer, or the cache cannot be written.
+    Raises InputError if the model lacks tokens of the tokenizer.
     """
 
     def __init__(
         self, model: GPTModel, tokenizer: tiktoken.Encoding, *, batch_size: int, cache: Path
     ) -> None:
-        if tokenizer.n_vocab > model.config.vocab_size:
-            raise InputError(
-                f"the model's vocabulary of {model.config.vocab_size} does not hold the {tokenizer.n_vocab} "
-                f"tokens of the tokenizer '{model.config.tokenizer}'; is it the right tokenizer?"
-            )
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{cache}: cannot be a folder for answers: {error.strerror}") from None
+        require_vocabulary(model, tokenizer)
+        cache.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self.cache = AnswerCache(cache / f"{fingerprint_model(model)[:16]}.jsonl")
         self.asked = self.cut = 0  # texts scored, and how many of them did not fit with all their context

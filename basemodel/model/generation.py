@@ -82,6 +82,15 @@ def stream(
             break
 
 
+def require_vocabulary(model: GPTModel, tokenizer: tiktoken.Encoding) -> None:
+    """Raise InputError if the model lacks tokens of the tokenizer."""
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise InputError(
+            f"the model's vocabulary of {model.config.vocab_size} does not hold the {tokenizer.n_vocab} "
+            f"tokens of the tokenizer '{model.config.tokenizer}'; name the one it was trained with"
+        )
+
+
 def encode_prompts(tokenizer: tiktoken.Encoding, prompts: Sequence[str], vocab_size: int) -> list[list[int]]:
     """The tokens of each prompt; an empty prompt becomes end-of-text. Raises InputError for tokens outside a
     vocabulary of `vocab_size`."""

@@ -83,35 +83,24 @@ def write_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, context_length: 
     exported.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt
 
 
-def check_folder(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> None:
-    """Compare a written folder, as transformers loads it, with the model. Raises RunError if they differ."""
-    from transformers import AutoTokenizer
-
-    difference, largest = largest_logit_difference(folder, model)
-    print(
-        "Largest logit difference between transformers and gpt.py: "
-        f"{difference:.1e} (logits up to {largest:.1f})"
-    )
-    if not difference <= 2e-5 * max(1.0, largest):
-        raise RunError(
-            f"the export's logits differ by {difference:.1e} from gpt.py's; the export was removed"
-        )
-    exported = AutoTokenizer.from_pretrained(folder)
-    if exported(SAMPLE_TEXT)["input_ids"] != tokenizer.encode_ordinary(SAMPLE_TEXT):
-        raise RunError("the exported tokenizer's tokens differ from the model's; the export was removed")
-
-
 @torch.no_grad()
-def largest_logit_difference(folder: Path, model: GPTModel) -> tuple[float, float]:
-    """The largest difference between a written folder's logits and the model's, on the CPU, and the largest
-    logit, on two sequences of full length."""
-    from transformers import AutoModelForCausalLM
+def check_folder(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> None:
+    """Compare a written folder, as transformers loads it, with the model on the CPU: the logits of two full
+    sequences, and the tokens of a text. Raises RunError if they differ."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     exported = AutoModelForCausalLM.from_pretrained(folder).eval()
     shape = (2, model.config.context_length)
     tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     logits = model(tokens)
-    return (logits - exported(tokens).logits).abs().max().item(), logits.abs().max().item()
+    difference, largest = (logits - exported(tokens).logits).abs().max().item(), logits.abs().max().item()
+    sizes = f"{difference:.1e} (logits up to {largest:.1f})"
+    print(f"Largest logit difference between transformers and gpt.py: {sizes}")
+    if not difference <= 2e-5 * max(1.0, largest):
+        raise RunError(f"the export's logits differ from gpt.py's by {sizes}; the export was removed")
+    ids = AutoTokenizer.from_pretrained(folder)(SAMPLE_TEXT)["input_ids"]
+    if ids != tokenizer.encode_ordinary(SAMPLE_TEXT):
+        raise RunError("the exported tokenizer's tokens differ from the model's; the export was removed")
 
 
 CARD = """# {name}

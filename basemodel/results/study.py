@@ -1,15 +1,17 @@
 """An ablation study: a base run and variations of it, each trained with several seeds."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import re
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import checkpointing
 from basemodel.common.errors import InputError
@@ -125,8 +127,10 @@ def read_variation(text: str, base: Variant) -> Variant:
         changed.append(key)
         if word == "default":
             values[KEYS[key]].pop(key, None)
-        else:
-            values[KEYS[key]][key] = json_or_word(word)
+            continue
+        values[KEYS[key]][key] = word
+        with contextlib.suppress(ValueError):
+            values[KEYS[key]][key] = json.loads(word)
     checked, before = as_checked(values, source), as_checked(base.values, base.label)
     changes = {key: checked[key] for key in changed if checked[key] != before[key]}
     if len(changes) < len(changed):
@@ -134,14 +138,6 @@ def read_variation(text: str, base: Variant) -> Variant:
         raise InputError(f"{source}: {same} is already {json.dumps(before[same])} in {base.label}")
     values["train"]["validation_batches"] = matching_batches(before, checked, source)
     return Variant(text, values, changes)
-
-
-def json_or_word(text: str) -> Any:
-    """A value in JSON, or else the text itself, as a string without its quotes."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def as_checked(values: Values, source: str) -> dict[str, Any]:
@@ -204,34 +200,13 @@ COLORS = {"better": "tab:green", "worse": "tab:red"}
 UNKNOWN = "–"
 
 
-def student_t_within(theta: float, degrees: int) -> float:
-    """P(|T| <= sqrt(degrees) tan(theta)) for Student's t with a whole number of degrees of freedom.
-
-    The finite series of Abramowitz and Stegun, 26.7.3 and 26.7.4.
-    """
-    odd, cosine = degrees % 2, math.cos(theta)
-    term = math.sin(theta) * (cosine if odd else 1.0)
-    total = 0.0
-    for factor in range(1 + odd, degrees, 2):
-        total += term
-        term *= cosine**2 * factor / (factor + 1)
-    return 2 / math.pi * (theta + total) if odd else total
-
-
 def student_t_quantile(confidence: float, degrees: int) -> float:
-    """The t with P(|T| <= t) = `confidence`, in (0, 1), by bisection; 4.303 for 0.95 and 2 degrees."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_t_within(middle, degrees) < confidence else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
-def mean_interval(values: Sequence[float], confidence: float) -> tuple[float, float]:
-    """The t interval around the mean of two or more independent values."""
-    reach = student_t_quantile(confidence, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    mean = statistics.fmean(values)
-    return mean - reach, mean + reach
+    """The t with P(|T| <= t) = `confidence`, in (0, 1), for Student's t; 4.303 for 0.95 and 2 degrees."""
+    # With t = sqrt(degrees) tan(angle), the density is proportional to cos(angle) ** (degrees - 1).
+    angles = np.linspace(0, math.pi / 2, 10_001)
+    density = np.cos(angles) ** (degrees - 1)
+    probabilities = np.append(0, np.cumsum(density[1:] + density[:-1]))
+    return math.sqrt(degrees) * math.tan(np.interp(confidence * probabilities[-1], probabilities, angles))
 
 
 @dataclass(frozen=True)
@@ -269,7 +244,11 @@ def outcomes(study: Study) -> list[Outcome]:
         pairs = [(losses[seed], base[seed]) for seed in study.seeds]
         pairs = [(loss, base_loss) for loss, base_loss in pairs if None not in (loss, base_loss)]
         differences = [] if is_base else [loss - base_loss for loss, base_loss in pairs]
-        interval = mean_interval(differences, confidence) if len(differences) > 1 else None
+        interval = None
+        if (count := len(differences)) > 1:
+            mean, spread = statistics.fmean(differences), statistics.stdev(differences)
+            reach = student_t_quantile(confidence, count - 1) * spread / math.sqrt(count)
+            interval = mean - reach, mean + reach
         finished = [loss for loss in losses.values() if loss is not None]
         missing = len(study.seeds) - len(pairs)
         results.append(Outcome(variant.label, finished, differences, interval, missing))
@@ -304,7 +283,7 @@ def table(study: Study) -> str:
 
 def notes(study: Study) -> list[str]:
     """How to read the table, and what to mistrust in it."""
-    count, variations = len(study.seeds), len(study.variants) - 1
+    variations = len(study.variants) - 1
     confidence = single_confidence(study)
     paragraphs = [
         "Losses are those of the validation after the last step, in nats per token. A difference is the loss "
@@ -316,11 +295,10 @@ def notes(study: Study) -> list[str]:
             f" Each interval has {100 * confidence:.4g}% confidence, so that all {variations} together have "
             f"{100 * CONFIDENCE:g}%."
         )
-    if count > 1 and any(outcome.verdict == "within noise" for outcome in outcomes(study)[1:]):
-        now, more = (student_t_quantile(confidence, n - 1) / n**0.5 for n in (count, count + 2))
+    if any(outcome.verdict == "within noise" for outcome in outcomes(study)[1:]):
         paragraphs.append(
-            "Within noise means not shown to differ, rather than shown to be equal. With --seeds "
-            f"{count + 2} the intervals would be about {more / now:.2f} times as wide."
+            "Within noise means not shown to differ, rather than shown to be equal. More --seeds make the "
+            "intervals narrower."
         )
     if conditions := differing_conditions(study):
         differences = "; ".join(conditions)

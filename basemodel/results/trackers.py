@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
@@ -30,23 +30,10 @@ Line = dict[str, Any]  # of metrics.jsonl
 def require_packages(names: Iterable[str]) -> None:
     """Raise InputError for a tracker whose package is not installed."""
     for name in names:
-        package = importlib.util.find_spec(name)
-        if package is None or package.origin is None:  # a folder with that name is not the package
+        if not getattr(importlib.util.find_spec(name), "origin", None):  # a folder with that name has none
             raise InputError(
                 f"report_to: {name} is not installed; pip install -e '.[log]', or remove it from report_to"
             )
-
-
-class Tracker(Protocol):
-    """A destination of values; `last` is the last step that it has from before the run was resumed."""
-
-    last: int
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Send the values of a step."""
-
-    def close(self, *, failed: bool) -> None:
-        """Send what is still pending."""
 
 
 class TensorBoard:
@@ -56,6 +43,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run.directory / "tensorboard"
+        # As in each tracker, the last step that it has from before the run was resumed.
         self.last = step - 1 if folder.exists() else -1
         self._writer = SummaryWriter(folder, purge_step=self.last + 1)  # hides steps that will be repeated
 
@@ -66,7 +54,6 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self, *, failed: bool) -> None:
-        """Close the event file."""
         self._writer.close()
 
 
@@ -97,7 +84,6 @@ class WeightsAndBiases:
         self.last = self._run.starting_step - 1
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Hand the values of a step to W&B's own process."""
         self._run.log(values, step=step, commit=True)
 
     def close(self, *, failed: bool) -> None:
@@ -122,19 +108,14 @@ class Trackio:
         self.last = self._run._next_step - 1
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Hand the values of a step to Trackio's thread."""
         self._run.log(values, step=step)
 
     def close(self, *, failed: bool) -> None:
-        """Wait until the values are stored."""
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[Run, int], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-    "trackio": Trackio,
-}
+Tracker = TensorBoard | WeightsAndBiases | Trackio
+TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "trackio": Trackio}
 
 
 def run_id(folder: Path) -> str:
