@@ -25,7 +25,7 @@ from typing import Any
 
 import click
 
-from basemodel.common.command_line import FileSize, run_command
+from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
 from basemodel.common.files import DISK_FULL, fingerprint, sync
 from basemodel.common.json_config import read_json_object
@@ -86,13 +86,6 @@ from basemodel.prepare.sources import Request, Source, find_source
 @click.option("--split", default="train", show_default=True, help="Split to train on.")
 @click.option("--files", metavar="PATTERN", help="Take only the matching files, such as 'sample/10BT/*'.")
 @click.option("--revision", help="Commit, tag or branch of a Hub data set.")
-@click.option(
-    "--max-file-size",
-    type=FileSize(),
-    default="40GB",
-    show_default=True,
-    help="Size above which a split is written as several files.",
-)
 @click.option("--stats", is_flag=True, help="Also draw a histogram of document lengths.")
 @click.option("--push", "repo_id", metavar="OWNER/NAME", help="Then upload the data set to the Hub.")
 def main(
@@ -108,7 +101,6 @@ def main(
     split: str,
     files: str | None,
     revision: str | None,
-    max_file_size: int,
     repo_id: str | None,
     *,
     stats: bool,
@@ -152,7 +144,7 @@ def main(
                 f"{source} as tokens: one tensor 'tokens' per split, end-of-text after each document"
             )
             meta = {"description": description, **asdict(request), **counts}
-            meta |= write_dataset(finished, layout, settings, max_file_size)
+            meta |= write_dataset(finished, layout, settings)
             if stats:
                 title = f"{output_dir.name}: document lengths"
                 print(draw_lengths(layout, meta["end_of_text"], finished / "document-lengths.png", title))

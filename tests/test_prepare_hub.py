@@ -170,9 +170,11 @@ def hub() -> Iterator[FakeHub]:
         yield hub
 
 
-def start(hub: FakeHub, output: Path, *options: str, files: str = "sample/*", home: Path) -> Script:
+def start(
+    hub: FakeHub, output: Path, *options: str, files: str = "sample/*", home: Path, before: str = ""
+) -> Script:
     command = ["prepare_datasets.py", "test/texts", str(output), "--files", files, "--tokenizer", "bytes"]
-    return Script([*command, *options], hub.env(home))
+    return Script([*command, *options], hub.env(home), before)
 
 
 def prepare(hub: FakeHub, output: Path, *options: str, files: str = "sample/*", texts: list[str]) -> dict:
@@ -296,8 +298,8 @@ def test_an_uploaded_data_set_replaces_the_one_before(hub: FakeHub, tmp_path: Pa
     old = ("train.safetensors", "train-00001-of-00002.safetensors", "validation.safetensors")
     hub.committed |= dict.fromkeys((*old, "trainer.safetensors", "notes.md"), b"before")
     output, home = tmp_path / "mine", tmp_path / "home"
-    options = ("--push", "me/mine", "--max-file-size", "15kB")
-    done = start(hub, output, *options, home=home).wait()
+    small = "from basemodel.prepare import assemble; assemble.MAX_FILE_SIZE = 15_000"
+    done = start(hub, output, "--push", "me/mine", home=home, before=small).wait()
     assert done.returncode == 0, done.stderr
     ours = {path.name: path.read_bytes() for path in output.iterdir()}
     assert {"train-00000-of-00002.safetensors", "train-00001-of-00002.safetensors"} < ours.keys()
