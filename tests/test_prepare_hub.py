@@ -17,7 +17,7 @@ from huggingface_hub import DatasetCard
 from texts import assert_holds, split_texts
 
 from basemodel.common.errors import InputError
-from basemodel.data.hub import download, download_files
+from basemodel.data.hub import download
 from basemodel.data.tokenizer import get_tokenizer
 from prepare_datasets import main
 
@@ -215,8 +215,8 @@ def asked(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake
 
 def test_a_connection_that_breaks_is_opened_again(asked: FakeHub) -> None:
     asked.cut_off["large/4.jsonl"] = 150_000
-    (path,), commit = download("test/texts", "large/*", None)
-    assert (path.read_bytes(), commit) == (LINES["large"], "a" * 40)
+    folder, names = download("test/texts", ["large/*"], None)
+    assert ((folder / names[0]).read_bytes(), folder.name) == (LINES["large"], "a" * 40)
 
 
 def test_what_killed_downloads_left_is_removed(asked: FakeHub, tmp_path: Path) -> None:
@@ -226,30 +226,30 @@ def test_what_killed_downloads_left_is_removed(asked: FakeHub, tmp_path: Path) -
     for path in (old, recent):
         path.touch()
     os.utime(old, (0, 0))
-    download_files("test/texts", ["sample/1.jsonl"], "a" * 40)
+    download("test/texts", ["sample/1.jsonl"], "a" * 40)
     assert not old.exists() and recent.exists(), "another process may still be writing"
 
 
 def test_a_part_of_the_files_in_the_cache_is_not_taken_for_all(asked: FakeHub) -> None:
     huggingface_hub.hf_hub_download("test/texts", "sample/1.jsonl", repo_type="dataset", revision="a" * 40)
-    paths, _ = download("test/texts", "sample/*", "a" * 40)
-    assert [path.read_bytes() for path in paths] == [LINES["one"], LINES["two"]]
+    folder, names = download("test/texts", ["sample/*"], "a" * 40)
+    assert [(folder / name).read_bytes() for name in names] == [LINES["one"], LINES["two"]]
 
 
 def test_a_file_of_another_hash_or_size_is_refused(asked: FakeHub) -> None:
     asked.damaged.add("large/4.jsonl")
     problem = "test/texts: could not download 'large/.' from the Hub: .*the Hub announced sha256"
     with pytest.raises(InputError, match=problem):
-        download("test/texts", "large/*", None)
+        download("test/texts", ["large/*"], None)
     asked.damaged.clear()
-    (path,), _ = download("test/texts", "large/*", None)
-    assert path.read_bytes() == LINES["large"], "nothing of what was wrong is kept"
+    folder, _ = download("test/texts", ["large/*"], None)
+    assert (folder / "large/4.jsonl").read_bytes() == LINES["large"], "nothing of what was wrong is kept"
     asked.too_short.add("sample/2.jsonl")
     with pytest.raises(InputError, match=r"could not download 2 files .*should be of size"):
-        download_files("test/texts", ["sample/1.jsonl", "sample/2.jsonl"], "a" * 40)
+        download("test/texts", ["sample/1.jsonl", "sample/2.jsonl"], "a" * 40)
     asked.too_short.clear()
     asked.requests.clear()
-    download_files("test/texts", ["sample/1.jsonl", "sample/2.jsonl"], "a" * 40)
+    download("test/texts", ["sample/1.jsonl", "sample/2.jsonl"], "a" * 40)
     assert not asked.downloads("sample/1.jsonl"), "finished files are kept"
 
 

@@ -1,6 +1,7 @@
 """Where text comes from: files in a folder, or a data set on the Hub as the library `datasets` sees it."""
 
 import fnmatch
+import glob
 import os
 import re
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from basemodel.common.errors import InputError
 from basemodel.common.names import require_repo_id
-from basemodel.data.hub import download, download_files, reason
+from basemodel.data.hub import download, reason
 from basemodel.prepare.assemble import NANOGPT_FILES
 from basemodel.prepare.documents import KNOWN_TYPES, PYTHON_DOCS, TYPES, file_type
 from basemodel.prepare.encoding import CONTEXT
@@ -182,14 +183,15 @@ def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], str]
 
 
 def _fetch(dataset: str, files: list[tuple[str, str | None]], commit: str) -> Source:
-    paths = download_files(dataset, [name for name, _ in files], commit)
-    return Source([(path, split) for path, (_, split) in zip(paths, files, strict=True)], commit=commit)
+    folder, _ = download(dataset, [glob.escape(name) for name, _ in files], commit)
+    return Source([(folder / name, split) for name, split in files], commit=commit)
 
 
 def _fetch_matching(request: Request) -> Source:
-    paths, commit = download(request.source, request.files, request.revision)
+    folder, names = download(request.source, [request.files], request.revision)
+    paths = [folder / name for name in names]
     texts = [path for path in paths if file_type(path)]
     if not texts:
         raise InputError(f"{request.source}: has no {KNOWN_TYPES} files that match --files '{request.files}'")
     skipped = Counter(path.suffix.lower() or "no suffix" for path in paths if not file_type(path))
-    return Source([(path, None) for path in texts], skipped, commit)
+    return Source([(path, None) for path in texts], skipped, folder.name)
