@@ -219,12 +219,18 @@ TOKENS = random_tokens(4000)
 WRONG_TOKEN = TOKENS.copy()
 WRONG_TOKEN[700] = 64
 TOKEN_FILES = {
-    "wrong type": ({"tokens": TOKENS.astype(np.int32)}, "'tokens' must be uint16 (U16), not I32"),
+    "wrong type": (
+        {"tokens": TOKENS.astype(np.int32)},
+        "one 1-D uint16 tensor named 'tokens', not {'tokens': ('I32', 1)}",
+    ),
     "wrong shape": (
         {"tokens": TOKENS.reshape(2, -1)},
-        "'tokens' must have one dimension, not shape [2, 2000]",
+        "must contain one 1-D uint16 tensor named 'tokens', not {'tokens': ('U16', 2)}",
     ),
-    "wrong name": ({"input_ids": TOKENS}, "must contain one tensor named 'tokens', not ['input_ids']"),
+    "wrong name": (
+        {"input_ids": TOKENS},
+        "must contain one 1-D uint16 tensor named 'tokens', not {'input",
+    ),
     "too short": ({"tokens": TOKENS[:16]}, "too short: 16 tokens do not fill one sequence of 16"),
     "outside the vocabulary": (
         {"tokens": WRONG_TOKEN},
@@ -322,7 +328,7 @@ def test_evaluation_of_what_is_not_there(model_files: tuple[Path, Path], sandbox
         "test_smoke.py", config, weights.with_name("nothing.safetensors")
     )
     assert "nothing.json: no such file" in refused("test_smoke.py", config.with_name("nothing.json"), weights)
-    assert "model.json: is JSON, not weights" in refused("test_smoke.py", config, config)
+    assert "model.json: damaged or not a safetensors file" in refused("test_smoke.py", config, config)
     loss = ("test_loss.py", sandbox.datasets, *model_files, "--dataset")
     error = refused(*loss, "test/tokens", "--start-token", "50000000")
     assert "has 2,000 tokens, not one sequence of 16 and its target after --start-token 50000000" in error
@@ -345,7 +351,7 @@ def test_preparation_of_what_is_no_text(tmp_path: Path) -> None:
         ("text.doc", "text.doc: unknown file type"),
         ("broken.jsonl", 'broken.jsonl: line 2 is not a JSON object with a string "text"'),
         ("broken.jsonl.gz", "broken.jsonl.gz: cannot be read"),
-        ("broken.parquet", "broken.parquet: damaged or not a parquet file"),
+        ("broken.parquet", "broken.parquet: cannot be read: Parquet magic bytes not found"),
     ):
         done = run_script(*prepare, tmp_path / source, out, "--tokenizer", "bytes")
         assert done.returncode == 2, done.stderr

@@ -99,30 +99,33 @@ def test_each_file_is_checked_and_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"train-\*-of-00004.safetensors: too short: 200 tokens do not fill"):
         open_data(TrainConfig(**{**TRAIN, "dataset": "a/b", "start_train_token": 190}), model, tmp_path)
     save_file({"tokens": tokens.astype(np.int32)}, paths[1])
-    with pytest.raises(InputError, match=rf"^{paths[1]}: 'tokens' must be uint16"):
+    with pytest.raises(InputError, match=rf"^{paths[1]}: must contain one 1-D uint16"):
         TokenFiles(tmp_path / "a/b", "train")
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([*THREE, "train.safetensors"], f"{THREE[0]} and train.safetensors do not belong together"),
+        (
+            [*THREE, "train.safetensors"],
+            f"{THREE[0]} to train.safetensors are not one set numbered from 00000",
+        ),
         (
             [*THREE, "train-00001-of-00002.safetensors"],
-            f"{THREE[0]} and train-00001-of-00002.safetensors do not belong together",
+            f"{THREE[0]} to {THREE[2]} are not one set",
         ),
-        ([*THREE, "train-00003-of-00003.safetensors"], "train-00003-of-00003.safetensors do not belong"),
+        ([*THREE, "train-00003-of-00003.safetensors"], "train-00003-of-00003.safetensors are not one set"),
         (
             ["train-00003-of-00003.safetensors"],
-            "is misnamed; files are numbered from 00000",
+            "are not one set numbered from 00000",
         ),
         (
             ["train-00000-of-00000.safetensors"],
-            "is misnamed; files are numbered from 00000",
+            "are not one set numbered from 00000",
         ),
         ([THREE[0], THREE[2]], f"{THREE[1]}: no such file"),
         (THREE[:1], f"{THREE[1]}: no such file"),
-        (["train-00000-of-00001.safetensors", "train.safetensors"], "do not belong together"),
+        (["train-00000-of-00001.safetensors", "train.safetensors"], "are not one set"),
         (["train-0-of-3.safetensors", ".incomplete-train.safetensors-0"], "train.safetensors: no such file"),
     ],
 )
@@ -328,13 +331,13 @@ def test_what_is_missing_of_a_set_is_fetched_from_the_same_commit(sandbox: Sandb
     assert f"far/away: could not download {THREE[1]} from the Hub" in error
     (fetched / "train.safetensors").touch()
     error = refused(*sandbox.command("tiny"), env=sandbox.env)
-    assert f"{THREE[0]} and train.safetensors do not belong together; move one of the two" in error
+    assert f"{THREE[0]} to train.safetensors are not one set numbered from 00000; move strays" in error
 
 
 def test_a_hub_that_has_two_sets_is_not_guessed_at(sandbox: Sandbox, far: Hub) -> None:
     (sandbox.path / "hub/far/away/train-00000-of-00001.safetensors").touch()
     error = refused(*sandbox.command("tiny"), env=sandbox.env)
-    assert "far/away: train-00000-of-00001.safetensors and train-00000-of-00003.safetensors do not" in error
+    assert f"far/away: train-00000-of-00001.safetensors to {THREE[2]} are not one set" in error
     assert not list(sandbox.datasets.glob("far/away/*.safetensors"))
 
 
