@@ -77,10 +77,6 @@ class Part:
     resumed: bool  # finished by an earlier run
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The two libraries
-# ------------------------------------------------------------------------------------------------------------
-
 # With these versions, gigatoken's and tiktoken's tokens have been compared for each of Unicode's characters,
 # beside letters, digits, apostrophes and spaces. They are the same for all but those in the ranges below,
 # which contain what tiktoken's newer Unicode knows as letters and digits: texts with one go to tiktoken.
@@ -161,11 +157,6 @@ class GigatokenEncoder:
         return tokens
 
 
-# ------------------------------------------------------------------------------------------------------------
-# In a worker
-# ------------------------------------------------------------------------------------------------------------
-
-
 def encode_shard(
     number: int, shard: list[Piece], parts_dir: Path, settings: Settings, vocabulary: Path | None
 ) -> Part:
@@ -240,11 +231,6 @@ def _start_worker() -> None:
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# In the main process
-# ------------------------------------------------------------------------------------------------------------
 
 
 def sample_texts(pieces: list[Piece], settings: Settings) -> Iterator[str]:
