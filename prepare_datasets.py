@@ -15,6 +15,7 @@ Work in progress is kept in OUTPUT_DIR.incomplete; OUTPUT_DIR appears once it is
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -37,7 +38,6 @@ from basemodel.data.tokenizer import (
     MIN_TOKENS,
     get_tokenizer,
     read_tokenizer,
-    require_tokenizers,
     train_tokenizer,
 )
 from basemodel.prepare.assemble import Layout, count_skipped, lay_out, lay_out_nanogpt, write_dataset
@@ -159,7 +159,8 @@ def choose_tokenizer(tokenizer: str | None, train_size: int | None) -> dict[str,
     if train_size is not None:
         if tokenizer is not None:
             raise InputError("give either --tokenizer or --train-tokenizer")
-        require_tokenizers()
+        if importlib.util.find_spec("tokenizers") is None:
+            raise InputError("--train-tokenizer needs a library: pip install -e '.[tokenizer]'")
         return {"tokenizer": "dataset", "train_tokenizer": train_size}
     if tokenizer in (None, "gpt2", "bytes"):
         return {"tokenizer": tokenizer or "gpt2"}
