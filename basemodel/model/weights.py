@@ -41,12 +41,10 @@ def load_weights(model: GPTModel, path: Path) -> None:
     """Load weights into `model`: ours, the published runs', a Hugging Face GPT-2's or nanoGPT's. `path` is a
     safetensors file, an index of shards, or a folder that holds either.
 
-    Prints to standard error what they are, unless they are one file with our names. Raises InputError,
+    Prints to standard error what they are, unless they have our names. Raises InputError,
     naming the file and the tensor by our name, for a damaged file or one that does not fit the model.
     """
-    tensors, files = read_tensors(path)
-    remarks = [f"{files} shards"] if files > 1 else []
-    if remarks := remarks + load_tensors(model, tensors, str(path)):
+    if remarks := load_tensors(model, read_tensors(path), str(path)):
         print(f"{path}: {', '.join(remarks)}", file=sys.stderr)
 
 
@@ -55,18 +53,16 @@ def folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors by name as the files have them, and the number of files.
-
-    `path` is a safetensors file, an index of several, or a folder that holds either. Raises InputError.
-    """
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors by name as the files have them. `path` is a safetensors file, an index of several, or a
+    folder that holds either. Raises InputError."""
     if path.is_dir():
         path = find_weights(path)
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     if re.search(r"-\d{5}-of-\d{5}\.safetensors$", path.name):
         raise InputError(f"{path}: is one of several shards; give their index or their folder")
-    return read_file(path), 1
+    return read_file(path)
 
 
 def find_weights(folder: Path) -> Path:
@@ -80,12 +76,12 @@ def find_weights(folder: Path) -> Path:
     raise InputError(f"{folder}: holds neither {MODEL_FILE} nor {INDEX_FILE}{hint}")
 
 
-def _read_shards(index: Path) -> tuple[dict[str, Tensor], int]:
+def _read_shards(index: Path) -> dict[str, Tensor]:
     places = read_json_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise InputError(f"{index}: has no weight_map from tensors to files; is it an index of shards?")
     shards = [read_file(index.parent / name) for name in sorted(set(places.values()))]
-    return {name: tensor for shard in shards for name, tensor in shard.items()}, len(shards)
+    return {name: tensor for shard in shards for name, tensor in shard.items()}
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
