@@ -43,9 +43,9 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     All files come from one commit, and an interrupted download resumes where it stopped. Raises InputError,
     naming the data set, if that fails.
     """
+    from huggingface_hub.utils import WeakFileLock
+
     folder, splits = dataset_folder(datasets_dir, dataset), list(splits)
-    if datasets_dir.is_file():
-        raise InputError(f"{datasets_dir}: is a file; DATASETS_DIR is the folder of the data sets")
     commit = _commit_of(folder, splits)
     if None not in (commit, revision) and len(revision) >= 40 and revision != commit:
         raise InputError(
@@ -56,7 +56,9 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     if missing:
         with _failures_in_one_line(folder, ", ".join(missing)):
             info = hub.HfApi().dataset_info(dataset, revision=commit or revision)
-            with _one_process(folder, dataset):
+            folder.mkdir(parents=True, exist_ok=True)
+            tqdm.write(f"Downloading {dataset}, or waiting for the process that already does")
+            with WeakFileLock(folder / ".download.lock"):
                 _download(folder, info, splits)
     return folder
 
@@ -90,22 +92,6 @@ def _download(folder: Path, info: "hub.DatasetInfo", splits: list[str]) -> None:
             arrived = {**_fetch(folder / name, url), "revision": info.sha}
             arrived["mtime_ns"] = (folder / name).stat().st_mtime_ns
             _record_fingerprints(folder, _known_fingerprints(folder) | {name: arrived})
-
-
-@contextlib.contextmanager
-def _one_process(folder: Path, dataset: str) -> Iterator[None]:
-    """Make a folder if need be, and let one process at a time download into it."""
-    from filelock import Timeout
-    from huggingface_hub.utils import WeakFileLock
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(WeakFileLock(folder / ".download.lock", timeout=1))
-        except Timeout:
-            tqdm.write(f"Waiting for another process that is downloading {dataset}")
-            stack.enter_context(WeakFileLock(folder / ".download.lock"))
-        yield
 
 
 def _fetch(path: Path, url: str) -> dict[str, Any]:
@@ -279,8 +265,6 @@ def _failures_in_one_line(target: object, what: str) -> Iterator[None]:
 def check_push(repo_id: str) -> None:
     """Raise InputError unless `repo_id` is OWNER/NAME and the Hub accepts this user's token."""
     require_repo_id(repo_id, "repository")
-    if hub.get_token() is None:
-        raise InputError("--push: there is no Hub token; set HF_TOKEN, or run: hf auth login")
     try:
         hub.HfApi().whoami()
     except Exception as error:  # anything a network, a proxy or the Hub can raise
