@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from basemodel.common.errors import InputError
-from basemodel.common.names import require_repo_id
 from basemodel.data.hub import download, reason
 from basemodel.prepare.assemble import NANOGPT_FILES
 from basemodel.prepare.documents import KNOWN_TYPES, PYTHON_DOCS, TYPES, file_type
@@ -59,13 +58,13 @@ def find_source(request: Request, leave_out: Iterable[Path]) -> Callable[[], Sou
         return lambda: Source([], is_python_docs=True)
     if (path / NANOGPT_FILES["train"]).is_file():
         return lambda: Source([(path / name, split) for split, name in NANOGPT_FILES.items()], nanogpt=path)
-    if path.exists() or not _may_be_on_hub(request.source):
+    is_hub_id = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+", request.source)
+    if path.exists() or file_type(path) or not is_hub_id:
         for option in ("name", "revision"):
             if getattr(request, option) is not None:
                 raise InputError(f"--{option} is for a data set on the Hub; {path} is a folder or file here")
         source = find_files(path, request, leave_out)
         return lambda: source
-    require_repo_id(request.source)
     if request.files is not None:
         return lambda: _fetch_matching(request)
     with ProcessPoolExecutor(1, CONTEXT) as pool:  # `datasets` is 90 MB that forked workers would carry along
@@ -142,13 +141,6 @@ def named_split(path: str, train_split: str) -> str | None:
     if train_split not in SPLIT_WORDS and train_split in path:
         return train_split
     return next((split for word in words[::-1] for split in SPLIT_WORDS if word in SPLIT_WORDS[split]), None)
-
-
-def _may_be_on_hub(source: str) -> bool:
-    return (
-        file_type(Path(source)) is None
-        and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+", source) is not None
-    )
 
 
 def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], str]:
