@@ -15,6 +15,7 @@ Work in progress is kept in OUTPUT_DIR.incomplete; OUTPUT_DIR appears once it is
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ from typing import Any
 
 import click
 
-from basemodel.common.command_line import FileSize, run_command
+from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
 from basemodel.common.files import DISK_FULL, fingerprint, sync
 from basemodel.common.json_config import read_json_object
@@ -37,7 +38,6 @@ from basemodel.data.tokenizer import (
     MIN_TOKENS,
     get_tokenizer,
     read_tokenizer,
-    require_tokenizers,
     train_tokenizer,
 )
 from basemodel.prepare.assemble import Layout, count_skipped, lay_out, lay_out_nanogpt, write_dataset
@@ -86,13 +86,6 @@ from basemodel.prepare.sources import Request, Source, find_source
 @click.option("--split", default="train", show_default=True, help="Split to train on.")
 @click.option("--files", metavar="PATTERN", help="Take only the matching files, such as 'sample/10BT/*'.")
 @click.option("--revision", help="Commit, tag or branch of a Hub data set.")
-@click.option(
-    "--max-file-size",
-    type=FileSize(),
-    default="40GB",
-    show_default=True,
-    help="Size above which a split is written as several files.",
-)
 @click.option("--stats", is_flag=True, help="Also draw a histogram of document lengths.")
 @click.option("--push", "repo_id", metavar="OWNER/NAME", help="Then upload the data set to the Hub.")
 def main(
@@ -108,7 +101,6 @@ def main(
     split: str,
     files: str | None,
     revision: str | None,
-    max_file_size: int,
     repo_id: str | None,
     *,
     stats: bool,
@@ -152,7 +144,7 @@ def main(
                 f"{source} as tokens: one tensor 'tokens' per split, end-of-text after each document"
             )
             meta = {"description": description, **asdict(request), **counts}
-            meta |= write_dataset(finished, layout, settings, max_file_size)
+            meta |= write_dataset(finished, layout, settings)
             if stats:
                 title = f"{output_dir.name}: document lengths"
                 print(draw_lengths(layout, meta["end_of_text"], finished / "document-lengths.png", title))
@@ -167,7 +159,8 @@ def choose_tokenizer(tokenizer: str | None, train_size: int | None) -> dict[str,
     if train_size is not None:
         if tokenizer is not None:
             raise InputError("give either --tokenizer or --train-tokenizer")
-        require_tokenizers()
+        if importlib.util.find_spec("tokenizers") is None:
+            raise InputError("--train-tokenizer needs a library: pip install -e '.[tokenizer]'")
         return {"tokenizer": "dataset", "train_tokenizer": train_size}
     if tokenizer in (None, "gpt2", "bytes"):
         return {"tokenizer": tokenizer or "gpt2"}

@@ -219,12 +219,18 @@ TOKENS = random_tokens(4000)
 WRONG_TOKEN = TOKENS.copy()
 WRONG_TOKEN[700] = 64
 TOKEN_FILES = {
-    "wrong type": ({"tokens": TOKENS.astype(np.int32)}, "'tokens' must be uint16 (U16), not I32"),
+    "wrong type": (
+        {"tokens": TOKENS.astype(np.int32)},
+        "one 1-D uint16 tensor named 'tokens', not {'tokens': ('I32', 1)}",
+    ),
     "wrong shape": (
         {"tokens": TOKENS.reshape(2, -1)},
-        "'tokens' must have one dimension, not shape [2, 2000]",
+        "must contain one 1-D uint16 tensor named 'tokens', not {'tokens': ('U16', 2)}",
     ),
-    "wrong name": ({"input_ids": TOKENS}, "must contain one tensor named 'tokens', not ['input_ids']"),
+    "wrong name": (
+        {"input_ids": TOKENS},
+        "must contain one 1-D uint16 tensor named 'tokens', not {'input",
+    ),
     "too short": ({"tokens": TOKENS[:16]}, "too short: 16 tokens do not fill one sequence of 16"),
     "outside the vocabulary": (
         {"tokens": WRONG_TOKEN},

@@ -17,7 +17,7 @@ from huggingface_hub import DatasetCard
 from texts import assert_holds, split_texts
 
 from basemodel.common.errors import InputError
-from basemodel.data.hub import download, download_files
+from basemodel.data.hub import download
 from basemodel.data.tokenizer import get_tokenizer
 from prepare_datasets import main
 
@@ -170,9 +170,11 @@ def hub() -> Iterator[FakeHub]:
         yield hub
 
 
-def start(hub: FakeHub, output: Path, *options: str, files: str = "sample/*", home: Path) -> Script:
+def start(
+    hub: FakeHub, output: Path, *options: str, files: str = "sample/*", home: Path, before: str = ""
+) -> Script:
     command = ["prepare_datasets.py", "test/texts", str(output), "--files", files, "--tokenizer", "bytes"]
-    return Script([*command, *options], hub.env(home))
+    return Script([*command, *options], hub.env(home), before)
 
 
 def prepare(hub: FakeHub, output: Path, *options: str, files: str = "sample/*", texts: list[str]) -> dict:
@@ -213,8 +215,8 @@ def asked(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake
 
 def test_a_connection_that_breaks_is_opened_again(asked: FakeHub) -> None:
     asked.cut_off["large/4.jsonl"] = 150_000
-    (path,), commit = download("test/texts", "large/*", None)
-    assert (path.read_bytes(), commit) == (LINES["large"], "a" * 40)
+    folder, names = download("test/texts", ["large/*"], None)
+    assert ((folder / names[0]).read_bytes(), folder.name) == (LINES["large"], "a" * 40)
 
 
 def test_what_killed_downloads_left_is_removed(asked: FakeHub, tmp_path: Path) -> None:
@@ -224,30 +226,30 @@ def test_what_killed_downloads_left_is_removed(asked: FakeHub, tmp_path: Path) -
     for path in (old, recent):
         path.touch()
     os.utime(old, (0, 0))
-    download_files("test/texts", ["sample/1.jsonl"], "a" * 40)
+    download("test/texts", ["sample/1.jsonl"], "a" * 40)
     assert not old.exists() and recent.exists(), "another process may still be writing"
 
 
 def test_a_part_of_the_files_in_the_cache_is_not_taken_for_all(asked: FakeHub) -> None:
     huggingface_hub.hf_hub_download("test/texts", "sample/1.jsonl", repo_type="dataset", revision="a" * 40)
-    paths, _ = download("test/texts", "sample/*", "a" * 40)
-    assert [path.read_bytes() for path in paths] == [LINES["one"], LINES["two"]]
+    folder, names = download("test/texts", ["sample/*"], "a" * 40)
+    assert [(folder / name).read_bytes() for name in names] == [LINES["one"], LINES["two"]]
 
 
 def test_a_file_of_another_hash_or_size_is_refused(asked: FakeHub) -> None:
     asked.damaged.add("large/4.jsonl")
     problem = "test/texts: could not download 'large/.' from the Hub: .*the Hub announced sha256"
     with pytest.raises(InputError, match=problem):
-        download("test/texts", "large/*", None)
+        download("test/texts", ["large/*"], None)
     asked.damaged.clear()
-    (path,), _ = download("test/texts", "large/*", None)
-    assert path.read_bytes() == LINES["large"], "nothing of what was wrong is kept"
+    folder, _ = download("test/texts", ["large/*"], None)
+    assert (folder / "large/4.jsonl").read_bytes() == LINES["large"], "nothing of what was wrong is kept"
     asked.too_short.add("sample/2.jsonl")
     with pytest.raises(InputError, match=r"could not download 2 files .*should be of size"):
-        download_files("test/texts", ["sample/1.jsonl", "sample/2.jsonl"], "a" * 40)
+        download("test/texts", ["sample/1.jsonl", "sample/2.jsonl"], "a" * 40)
     asked.too_short.clear()
     asked.requests.clear()
-    download_files("test/texts", ["sample/1.jsonl", "sample/2.jsonl"], "a" * 40)
+    download("test/texts", ["sample/1.jsonl", "sample/2.jsonl"], "a" * 40)
     assert not asked.downloads("sample/1.jsonl"), "finished files are kept"
 
 
@@ -296,8 +298,8 @@ def test_an_uploaded_data_set_replaces_the_one_before(hub: FakeHub, tmp_path: Pa
     old = ("train.safetensors", "train-00001-of-00002.safetensors", "validation.safetensors")
     hub.committed |= dict.fromkeys((*old, "trainer.safetensors", "notes.md"), b"before")
     output, home = tmp_path / "mine", tmp_path / "home"
-    options = ("--push", "me/mine", "--max-file-size", "15kB")
-    done = start(hub, output, *options, home=home).wait()
+    small = "from basemodel.prepare import assemble; assemble.MAX_FILE_SIZE = 15_000"
+    done = start(hub, output, "--push", "me/mine", home=home, before=small).wait()
     assert done.returncode == 0, done.stderr
     ours = {path.name: path.read_bytes() for path in output.iterdir()}
     assert {"train-00000-of-00002.safetensors", "train-00001-of-00002.safetensors"} < ours.keys()

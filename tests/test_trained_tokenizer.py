@@ -345,7 +345,7 @@ def test_training_needs_a_library_that_is_named_where_it_is_missing(tmp_path: Pa
     message = refused(
         "prepare_datasets.py", source, tmp_path / "out", "--train-tokenizer", "300", before=without
     )
-    assert message.endswith("install it with: pip install -e '.[tokenizer]'")
+    assert message.endswith("needs a library: pip install -e '.[tokenizer]'")
 
 
 def test_errors_in_the_text_are_said_while_a_tokenizer_is_trained(tmp_path: Path) -> None:

@@ -95,22 +95,12 @@ def test_shards_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture, their
     index = write_shards(tmp_path, to_huggingface(model.tensors()) if theirs else model.tensors())
     assert_same(loaded(index), model)
     assert_same(loaded(tmp_path), model)
-    assert ("2 shards, Hugging Face's GPT-2\n" if theirs else "2 shards\n") in capsys.readouterr().err
+    assert capsys.readouterr().err.count("Hugging Face's GPT-2\n") == 2 * theirs
     second = tmp_path / "model-00002-of-00002.safetensors"
-    with pytest.raises(
-        InputError, match=r"is one of 2 shards; give their index, .*index.json, or the folder"
-    ):
+    with pytest.raises(InputError, match="is one of several shards; give their index or their folder"):
         loaded(second)
-    save_file({"other": torch.zeros(1)}, second)
-    with pytest.raises(
-        InputError, match=r"00002-of-00002.safetensors: has no tensor '.*', which model.safeten"
-    ):
-        loaded(tmp_path)
     second.unlink()
     with pytest.raises(InputError, match=r"model-00002-of-00002.safetensors: no such file"):
-        loaded(tmp_path)
-    index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
-    with pytest.raises(InputError, match=r"names '../a.safetensors', which is not a file beside it"):
         loaded(tmp_path)
     index.write_text("{}")
     with pytest.raises(InputError, match="has no weight_map"):
@@ -200,7 +190,7 @@ def test_a_model_is_fine_tuned_elsewhere_and_brought_back(tmp_path: Path, tied: 
     assert (tuned / "model.safetensors.index.json").exists()
     with pytest.raises(InputError) as caught:
         loaded(tuned, tie_weights=tied)
-    assert "tensor 'transformer.h.0.attn.c_attn.bias' has no place" in str(caught.value)
+    assert "tensor 'trf_blocks.0.att.W_key.bias' has no place" in str(caught.value)
     assert str(caught.value).endswith('; set "qkv_bias": true in the model\'s config')
     ours = load_model(tuned / "config.json", tuned).cpu()
     expected = GPTConfig(**{**MODEL, **BYTES, "qkv_bias": True, "tie_weights": tied})
@@ -263,8 +253,8 @@ def test_files_that_hold_no_weights(tmp_path: Path, content: bytes) -> None:
 
 def test_the_two_files_in_the_wrong_order(tmp_path: Path) -> None:
     model_json, weights = write_model(tmp_path)
-    assert "MODEL_JSON comes first" in refused("test_smoke.py", weights, model_json)
-    with pytest.raises(InputError, match=r"is a folder; name the model\.json or config\.json in it"):
+    assert "MODEL_JSON comes before the weights" in refused("test_smoke.py", weights, model_json)
+    with pytest.raises(InputError, match=r"must be a model\.json or config\.json"):
         load_model(tmp_path, weights)
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     with pytest.raises(InputError, match=r"holds neither .*; a run's are in .*run/checkpoints$"):
@@ -308,17 +298,15 @@ def test_pickles_are_refused_and_the_documented_command_converts_them(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_layers": 3}, "no tensor 'transformer.h.2.attn.c_attn.weight', .*; set \"n_layers\": 2 in"),
-        ({"n_layers": 1}, "'transformer.h.1.*' has no place .*; set \"n_layers\": 2 in the model's config$"),
+        ({"n_layers": 3}, "no tensor 'trf_blocks.2.att.W_query.weight', .*; set \"n_layers\": 2 in"),
+        ({"n_layers": 1}, "'trf_blocks.1.*' has no place .*; set \"n_layers\": 2 in the model's config$"),
         (
             {"vocab_size": 300, "context_length": 8},
-            r"er.wte.weight has shape \(257, 32\).*; set \"vocab_size\": 257, \"context_length\": 16",
+            r"tok_emb.weight has shape \(257, 32\).*; set \"vocab_size\": 257, \"context_length\": 16",
         ),
     ],
 )
-def test_errors_name_tensors_as_the_file_has_them_and_the_keys_to_set(
-    tmp_path: Path, changes: dict, message: str
-) -> None:
+def test_errors_name_tensors_and_the_keys_to_set(tmp_path: Path, changes: dict, message: str) -> None:
     save_file(to_huggingface(random_model().tensors()), tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=message):
         loaded(tmp_path / "model.safetensors", **changes)

@@ -1,7 +1,6 @@
 """Command-line plumbing for all scripts: one-line errors, exit statuses, checks of names and paths."""
 
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -45,20 +44,6 @@ def say_error(message: str, status: int) -> int:
         time.sleep(SILENCE_SECONDS)
     print("Error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return status
-
-
-class FileSize(click.ParamType):
-    """A file size with a decimal unit, as disks and the Hub count: 500kB, 1.5MB or 40GB."""
-
-    name = "size"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The size in bytes, at least 1,000: fewer could not hold a file's header and a sequence."""
-        match = re.fullmatch(r"(\d+\.?\d*) ?([kmg])b", value.strip(), re.IGNORECASE)
-        size = round(float(match[1]) * 1000 ** " kmg".index(match[2].lower())) if match else 0
-        if size < 1000:
-            self.fail(f"'{value}' is not a size of at least 1kB, such as 500kB, 1.5MB or 40GB", param, ctx)
-        return size
 
 
 def require_file_path(path: Path) -> None:

@@ -6,10 +6,7 @@ the next try continues over HTTP.
 """
 
 import contextlib
-import glob
 import json
-import math
-import os
 import shutil
 import sys
 import time
@@ -21,7 +18,7 @@ import huggingface_hub as hub  # loads its parts, and the network's, when they a
 from tqdm import tqdm
 
 from basemodel.common.errors import InputError, RunError
-from basemodel.common.files import DISK_FULL, fingerprint, lock, replace_text, sync
+from basemodel.common.files import fingerprint, replace_text, sync
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import TOKENIZER_FILE, require_inside, require_repo_id
 from basemodel.common.output import Progress
@@ -46,9 +43,9 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     All files come from one commit, and an interrupted download resumes where it stopped. Raises InputError,
     naming the data set, if that fails.
     """
+    from huggingface_hub.utils import WeakFileLock
+
     folder, splits = dataset_folder(datasets_dir, dataset), list(splits)
-    if datasets_dir.is_file():
-        raise InputError(f"{datasets_dir}: is a file; DATASETS_DIR is the folder of the data sets")
     commit = _commit_of(folder, splits)
     if None not in (commit, revision) and len(revision) >= 40 and revision != commit:
         raise InputError(
@@ -57,9 +54,11 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     missing = missing_files(folder, splits)
     missing += [name for name in _own_tokenizer(folder) if not (folder / name).exists()]
     if missing:
-        with _failures_in_one_line(folder, ", ".join(missing), dataset):
+        with _failures_in_one_line(folder, ", ".join(missing)):
             info = hub.HfApi().dataset_info(dataset, revision=commit or revision)
-            with _one_process(folder, dataset):
+            folder.mkdir(parents=True, exist_ok=True)
+            tqdm.write(f"Downloading {dataset}, or waiting for the process that already does")
+            with WeakFileLock(folder / ".download.lock"):
                 _download(folder, info, splits)
     return folder
 
@@ -93,19 +92,6 @@ def _download(folder: Path, info: "hub.DatasetInfo", splits: list[str]) -> None:
             arrived = {**_fetch(folder / name, url), "revision": info.sha}
             arrived["mtime_ns"] = (folder / name).stat().st_mtime_ns
             _record_fingerprints(folder, _known_fingerprints(folder) | {name: arrived})
-
-
-@contextlib.contextmanager
-def _one_process(folder: Path, dataset: str) -> Iterator[None]:
-    """Make a folder if need be, and let one process at a time download into it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    waiting = f"Waiting for another process that is downloading {dataset}"
-    handle = lock(folder, math.inf, lambda: tqdm.write(waiting))
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
 
 
 def _fetch(path: Path, url: str) -> dict[str, Any]:
@@ -168,9 +154,9 @@ def _receive(file: "hub.HfFileMetadata", url: str, incomplete: Path, label: str)
                         raise
                     time.sleep(pause)
                 except OSError as error:
-                    if error.errno is not None:
-                        raise
-                    return  # of another size than expected, as a proxy's page is: the caller refuses it
+                    if error.errno is None:
+                        return  # of another size than expected, as a proxy's page is: the caller refuses it
+                    raise
 
 
 def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -223,87 +209,62 @@ def _known_fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def download(dataset: str, pattern: str, revision: str | None) -> tuple[list[Path], str]:
-    """The files of a Hub data set that match a pattern, and the commit they come from.
+def download(dataset: str, patterns: list[str], revision: str | None) -> tuple[Path, list[str]]:
+    """Download the files of a Hub data set that match the patterns. Returns the folder in the Hub's cache,
+    which has the commit's name, and the names of the files in it.
 
-    They are kept in the Hub's cache, shared by all processes; when all are there, the Hub is not asked.
-    Raises InputError, naming the data set, on any failure.
+    All processes share the cache; if all files are there, the Hub is not asked. Raises InputError, naming the
+    data set, on any failure.
     """
-    with _failures_in_one_line(dataset, f"'{pattern}'", dataset):
-        folder, names = _snapshot(dataset, [pattern], revision)
-    return [folder / name for name in sorted(names)], folder.name
-
-
-def download_files(dataset: str, names: list[str], commit: str) -> list[Path]:
-    """The paths of a Hub data set's files at a commit, in the Hub's cache, as `download` gives them."""
-    with _failures_in_one_line(dataset, names[0] if len(names) == 1 else f"{len(names)} files", dataset):
-        folder, _ = _snapshot(dataset, [glob.escape(name) for name in names], commit)
-    return [folder / name for name in names]
-
-
-def _snapshot(dataset: str, patterns: list[str], revision: str | None) -> tuple[Path, list[str]]:
-    """The folder of a commit in the Hub's cache, and the names of its files that match, all of them there."""
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
     from huggingface_hub.utils import filter_repo_objects
 
     place, started = {"repo_type": "dataset", "revision": revision}, time.time()
-    try:
-        hub.get_cached_repo_tree(dataset, **place)  # without which a part of the files would pass for all
-        folder = hub.snapshot_download(dataset, allow_patterns=patterns, local_files_only=True, **place)
-    except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
-        folder = hub.snapshot_download(dataset, allow_patterns=patterns, tqdm_class=Progress, **place)
-    listed = hub.get_cached_repo_tree(dataset, repo_type="dataset", revision=Path(folder).name)
-    names = list(filter_repo_objects((file.path for file in listed), allow_patterns=patterns))
-    for path in (Path(folder, name) for name in names):
-        blob = path.readlink().name if path.is_symlink() else ""  # a large file's is its SHA-256
-        if len(blob) == 64 and path.stat().st_mtime > started and fingerprint(path)["sha256"] != blob:
-            path.resolve().unlink()
-            raise InputError(
-                f"{path.name}: the Hub announced sha256 {blob} but sent another content; run the same "
-                "command again to download it anew"
-            )
-    # What killed downloads left is never used again.
-    for leftover in Path(folder).parents[1].glob("blobs/*.incomplete"):
+    what = f"'{patterns[0]}'" if len(patterns) == 1 else f"{len(patterns)} files"
+    with _failures_in_one_line(dataset, what):
+        try:
+            hub.get_cached_repo_tree(dataset, **place)  # without which a part of the files would pass for all
+            folder = hub.snapshot_download(dataset, allow_patterns=patterns, local_files_only=True, **place)
+        except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
+            folder = hub.snapshot_download(dataset, allow_patterns=patterns, tqdm_class=Progress, **place)
+        listed = hub.get_cached_repo_tree(dataset, repo_type="dataset", revision=Path(folder).name)
+        names = sorted(filter_repo_objects((file.path for file in listed), allow_patterns=patterns))
+        for path in (Path(folder, name) for name in names):
+            blob = path.readlink().name if path.is_symlink() else ""  # a large file's is its SHA-256
+            if len(blob) == 64 and path.stat().st_mtime > started and fingerprint(path)["sha256"] != blob:
+                path.resolve().unlink()
+                raise InputError(
+                    f"{path.name}: the Hub announced sha256 {blob} but sent another content; run the same "
+                    "command again to download it anew"
+                )
+    for leftover in Path(folder).parents[1].glob("blobs/*.incomplete"):  # killed downloads never use it again
         if started - leftover.stat().st_mtime > STALE_SECONDS:
             leftover.unlink(missing_ok=True)
     return Path(folder), names
 
 
 @contextlib.contextmanager
-def _failures_in_one_line(target: object, what: str, dataset: str) -> Iterator[None]:
+def _failures_in_one_line(target: object, what: str) -> Iterator[None]:
     """Turn whatever a network, a proxy, a disk or the Hub can raise into one line."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
         yield
+    except InputError as error:  # says what to do
+        raise InputError(f"{target}: could not download {what} from the Hub: {error}") from None
     except Exception as error:
-        ours = isinstance(error, InputError)  # which says what to do
-        detail = f": {error}" if ours else f" ({reason(error)}); {_advice(error, dataset)}"
-        raise InputError(f"{target}: could not download {what} from the Hub{detail}") from None
-
-
-def _advice(error: Exception, dataset: str) -> str:
-    """What to do about an error of the network, the disk or the Hub."""
-    from huggingface_hub import constants, errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError):  # snapshot_download wraps the Hub's answers
-        error = error.__cause__ or error
-    page = f"{constants.ENDPOINT}/datasets/{dataset}"
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    if isinstance(error, errors.GatedRepoError):
-        return f"accept the terms at {page} and log in with `hf auth login`"
-    if status == 403:
-        return f"your token is not allowed to read {page}; grant it read access"
-    if status == 401 or isinstance(error, errors.RepositoryNotFoundError):
-        return f"check the name '{dataset}', or, if the data set is private, log in with `hf auth login`"
-    disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
-    fix = "free some space" if disk_full else "check the name, the revision and the network"
-    return f"{fix}, and run the same command again: what has arrived is kept"
+        # snapshot_download puts advice about the network in front of what the Hub answered.
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+        raise InputError(
+            f"{target}: could not download {what} from the Hub ({reason(cause or error)}); check the name, "
+            "the network and your access (`hf auth login`), and run the same command again: what has "
+            "arrived is kept"
+        ) from None
 
 
 def check_push(repo_id: str) -> None:
     """Raise InputError unless `repo_id` is OWNER/NAME and the Hub accepts this user's token."""
     require_repo_id(repo_id, "repository")
-    if hub.get_token() is None:
-        raise InputError("--push: there is no Hub token; set HF_TOKEN, or run: hf auth login")
     try:
         hub.HfApi().whoami()
     except Exception as error:  # anything a network, a proxy or the Hub can raise

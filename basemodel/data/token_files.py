@@ -40,12 +40,9 @@ def whole_set(listed: Iterable[str], split: str, where: object) -> list[str]:
         return []
     count = pattern.fullmatch(present[0])[2]
     names = _numbered(split, int(count)) if count else split_names(split, 1)
-    strays = sorted(set(present) - set(names))
-    if present[0] in strays:
-        raise InputError(f"{where}: {present[0]} is misnamed; files are numbered from 00000")
-    if strays:
+    if not set(present) <= set(names):
         raise InputError(
-            f"{where}: {present[0]} and {strays[0]} do not belong together; move one of the two sets away"
+            f"{where}: {present[0]} to {present[-1]} are not one set numbered from 00000; move strays away"
         )
     return names
 
@@ -88,16 +85,12 @@ class TokenFile:
             raise InputError(
                 f"{path}: not a complete safetensors file ({error}); fetch or prepare it again"
             ) from None
-        names = list(file.keys())
-        if names != ["tokens"]:
-            raise InputError(f"{path}: must contain one tensor named 'tokens', not {names}")
-        self._tokens = file.get_slice("tokens")
-        shape, dtype = self._tokens.get_shape(), self._tokens.get_dtype()
-        if len(shape) != 1:
-            raise InputError(f"{path}: 'tokens' must have one dimension, not shape {shape}")
-        if dtype != "U16":
-            raise InputError(f"{path}: 'tokens' must be uint16 (U16), not {dtype}")
-        self.count: int = shape[0]
+        tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        layout = {name: (tensor.get_dtype(), len(tensor.get_shape())) for name, tensor in tensors.items()}
+        if layout != {"tokens": ("U16", 1)}:
+            raise InputError(f"{path}: must contain one 1-D uint16 tensor named 'tokens', not {layout}")
+        self._tokens = tensors["tokens"]
+        self.count: int = self._tokens.get_shape()[0]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1, copied into a new uint16 array."""

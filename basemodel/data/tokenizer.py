@@ -67,21 +67,13 @@ def same_tokenizer(one: tiktoken.Encoding, other: tiktoken.Encoding) -> bool:
     return (one._mergeable_ranks, one.eot_token) == (other._mergeable_ranks, other.eot_token)
 
 
+@functools.lru_cache(maxsize=8)
 def read_tokenizer(path: Path) -> tiktoken.Encoding:
     """The tokenizer of a tokenizer.json, as a tiktoken encoding with the same ids.
 
     Raises InputError, saying what is different, for anything but a byte-level BPE with GPT-2's pattern and
     one added token, end-of-text, and for one that tiktoken would encode differently.
     """
-    try:
-        stat = path.stat()
-    except OSError:
-        raise InputError(f"{path}: no such file") from None
-    return _read_tokenizer(path, stat.st_mtime_ns, stat.st_size)
-
-
-@functools.lru_cache(maxsize=8)  # until the file changes
-def _read_tokenizer(path: Path, mtime_ns: int, size: int) -> tiktoken.Encoding:
     content = read_json_object(path)
     try:
         model = _checked_model(content)
@@ -102,7 +94,8 @@ def _read_tokenizer(path: Path, mtime_ns: int, size: int) -> tiktoken.Encoding:
 
 def _checked_model(content: dict[str, Any]) -> dict[str, Any]:
     """The part of a tokenizer.json that holds vocabulary and merges, if all else is as in GPT-2's."""
-    model, pre_tokenizer = _object(content.get("model")), _object(content.get("pre_tokenizer"))
+    parts = ("model", "pre_tokenizer", "post_processor")
+    model, splitting, processor = (_object(content.get(part)) for part in parts)
     is_bpe = isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list)
     if not is_bpe or model.get("type", "BPE") != "BPE":
         raise InputError("must be a byte-pair encoding (BPE) with a vocab and merges")
@@ -112,13 +105,12 @@ def _checked_model(content: dict[str, Any]) -> dict[str, Any]:
     for key in ("normalizer", "truncation", "padding"):
         if content.get(key):
             raise InputError(f"has a {key}, which must be null")
-    splitting = {"type": None, "add_prefix_space": True, "use_regex": True} | pre_tokenizer
-    if [splitting[key] for key in ("type", "add_prefix_space", "use_regex")] != ["ByteLevel", False, True]:
+    is_gpt2s = splitting.get("type") == "ByteLevel" and splitting.get("add_prefix_space") is False
+    if not is_gpt2s or splitting.get("use_regex", True) is not True:
         raise InputError("has a pre_tokenizer other than GPT-2's: ByteLevel, its regex, no prefix space")
-    processor = _object(content.get("post_processor"))
-    if processor.get("type") == "TemplateProcessing" and processor.get("special_tokens") == {}:
-        processor = {}  # transformers writes a template that adds nothing
-    if processor.get("type", "ByteLevel") != "ByteLevel":
+    # transformers writes a template that adds nothing.
+    adds_nothing = processor.get("type") == "TemplateProcessing" and processor.get("special_tokens") == {}
+    if not adds_nothing and processor.get("type", "ByteLevel") != "ByteLevel":
         raise InputError("has a post_processor that adds tokens, which must be null")
     return model
 
@@ -195,16 +187,6 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 MIN_TOKENS = 256 + 1 + 1  # the bytes, end-of-text and one merge
-
-
-def require_tokenizers() -> None:
-    """Raise InputError if the library `tokenizers`, which trains, is not installed."""
-    try:
-        import tokenizers  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "--train-tokenizer needs the library tokenizers; install it with: pip install -e '.[tokenizer]'"
-        ) from None
 
 
 def train_tokenizer(texts: Iterator[str], size: int, path: Path) -> None:

@@ -23,8 +23,6 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
-
-
 # Hugging Face's modules -> ours; those of block N stand behind `h.N.` and `trf_blocks.N.`.
 MODULES = {
     "wte": "tok_emb",
@@ -49,10 +47,8 @@ QKV = ("W_query", "W_key", "W_value")
 
 def build_model(path: Path) -> GPTModel:
     """The model that a model.json or config.json describes, with initial weights. Raises InputError."""
-    if path.suffix == ".safetensors":
-        raise InputError(f"{path}: holds weights; MODEL_JSON comes first, then MODEL_SAFETENSORS")
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name the model.json or config.json in it")
+    if path.is_dir() or path.suffix == ".safetensors":
+        raise InputError(f"{path}: must be a model.json or config.json; MODEL_JSON comes before the weights")
     values = read_json_object(path)
     if not values.keys() & {"model_type", "n_embd"}:
         return GPTModel(read_config(GPTConfig, path))
@@ -132,13 +128,6 @@ def from_huggingface(
     return ours
 
 
-def huggingface_name(name: str) -> str:
-    """The name that Hugging Face gives one of our tensors, without `transformer.`; an unknown one is kept."""
-    block, part = re.fullmatch(r"(trf_blocks\.\d+\.|)(.+)", name).groups()
-    part = re.sub(rf"^att\.(?:{'|'.join(QKV)})\.", "attn.c_attn.", THEIRS.get(part, part))
-    return block.replace("trf_blocks", "h") + part
-
-
 def to_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `from_huggingface`, for `GPTModel.tensors()`, with the prefix `transformer.`.
 
@@ -147,14 +136,14 @@ def to_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     theirs: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         block, part = re.fullmatch(r"(trf_blocks\.\d+\.|)(.+)", name).groups()
-        target = ("" if part == "out_head.weight" else "transformer.") + huggingface_name(name)
+        prefix = "" if part == "out_head.weight" else f"transformer.{block.replace('trf_blocks', 'h')}"
         if part in THEIRS:
-            theirs[target] = tensor.T.contiguous() if block and tensor.dim() == 2 else tensor
+            theirs[prefix + THEIRS[part]] = tensor.T.contiguous() if block and tensor.dim() == 2 else tensor
         elif part == "att.W_query.weight":
             stem = name.removesuffix("W_query.weight")
             weights = [tensors[f"{stem}{which}.weight"] for which in QKV]
             no_bias = tensor.new_zeros(len(tensor))
             biases = [tensors.get(f"{stem}{which}.bias", no_bias) for which in QKV]
-            theirs[target] = torch.cat(weights).T.contiguous()
-            theirs[target.removesuffix("weight") + "bias"] = torch.cat(biases)
+            theirs[f"{prefix}attn.c_attn.weight"] = torch.cat(weights).T.contiguous()
+            theirs[f"{prefix}attn.c_attn.bias"] = torch.cat(biases)
     return theirs

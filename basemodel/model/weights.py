@@ -4,7 +4,6 @@ loading them into a model by their names: ours, Hugging Face's or nanoGPT's."""
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from basemodel.common.errors import InputError
 from basemodel.common.json_config import read_json_object
 from basemodel.model.config import GPTConfig
-from basemodel.model.hf_format import build_model, from_huggingface, huggingface_name, set_gelu
+from basemodel.model.hf_format import build_model, from_huggingface, set_gelu
 from gpt import GPTModel
 
 MODEL_FILE = "model.safetensors"
@@ -42,12 +41,10 @@ def load_weights(model: GPTModel, path: Path) -> None:
     """Load weights into `model`: ours, the published runs', a Hugging Face GPT-2's or nanoGPT's. `path` is a
     safetensors file, an index of shards, or a folder that holds either.
 
-    Prints to standard error what they are, unless they are one file with our names. Raises InputError,
-    naming the file and the tensor as the file has it, for a damaged file or one that does not fit the model.
+    Prints to standard error what they are, unless they have our names. Raises InputError,
+    naming the file and the tensor by our name, for a damaged file or one that does not fit the model.
     """
-    tensors, files = read_tensors(path)
-    remarks = [f"{files} shards"] if files > 1 else []
-    if remarks := remarks + load_tensors(model, tensors, str(path)):
+    if remarks := load_tensors(model, read_tensors(path), str(path)):
         print(f"{path}: {', '.join(remarks)}", file=sys.stderr)
 
 
@@ -56,21 +53,16 @@ def folder_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], int]:
-    """The tensors by name as the files have them, and the number of files.
-
-    `path` is a safetensors file, an index of several, or a folder that holds either. Raises InputError.
-    """
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors by name as the files have them. `path` is a safetensors file, an index of several, or a
+    folder that holds either. Raises InputError."""
     if path.is_dir():
         path = find_weights(path)
     if path.name.endswith(".index.json"):
         return _read_shards(path)
-    if part := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", path.name):
-        raise InputError(
-            f"{path}: is one of {int(part[2])} shards; give their index, "
-            f"{path.with_name(part[1] + '.safetensors.index.json')}, or the folder"
-        )
-    return read_file(path), 1
+    if re.search(r"-\d{5}-of-\d{5}\.safetensors$", path.name):
+        raise InputError(f"{path}: is one of several shards; give their index or their folder")
+    return read_file(path)
 
 
 def find_weights(folder: Path) -> Path:
@@ -84,19 +76,12 @@ def find_weights(folder: Path) -> Path:
     raise InputError(f"{folder}: holds neither {MODEL_FILE} nor {INDEX_FILE}{hint}")
 
 
-def _read_shards(index: Path) -> tuple[dict[str, Tensor], int]:
+def _read_shards(index: Path) -> dict[str, Tensor]:
     places = read_json_object(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise InputError(f"{index}: has no weight_map from tensors to files; is it an index of shards?")
-    names = sorted(set(places.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise InputError(f"{index}: names '{name}', which is not a file beside it")
-    shards = {name: read_file(index.parent / name) for name in names}
-    for tensor, name in places.items():
-        if tensor not in shards[name]:
-            raise InputError(f"{index.parent / name}: has no tensor '{tensor}', which {index.name} looks for")
-    return {tensor: shards[name][tensor] for tensor, name in places.items()}, len(names)
+    shards = [read_file(index.parent / name) for name in sorted(set(places.values()))]
+    return {name: tensor for shard in shards for name, tensor in shard.items()}
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
@@ -137,15 +122,9 @@ def load_tensors(model: GPTModel, tensors: dict[str, Tensor], source: str) -> li
                 ends = (".bias", ".shift")
                 ours |= {name: torch.zeros(shapes[name]) for name in shapes if name.endswith(ends)}
 
-    def name_in_file(name: str) -> str:
-        """The name in the file of one of our tensors, whether it is there or missing."""
-        theirs = huggingface_name(name) if fused is not None else name
-        prefix = "transformer." if any(name.startswith("transformer.") for name in plain) else ""
-        return plain.get(theirs) or plain.get(prefix + theirs) or prefix + theirs
-
     ours = {name: tensor for name, tensor in ours.items() if not name.endswith("att.mask")}
     share_tied(ours, model.config, source)
-    if problem := misfit(ours, shapes, name_in_file):
+    if problem := misfit(ours, shapes):
         raise InputError(f"{source}: {problem}{change_config(ours, model.config)}")
     model.load_state_dict(ours)
     return remarks
@@ -175,22 +154,20 @@ def share_tied(tensors: dict[str, Tensor], config: GPTConfig, source: str) -> No
         raise InputError(f"{source}: out_head.weight differs from tok_emb.weight; set tie_weights to false")
 
 
-def misfit(
-    tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], name_in_file: Callable[[str], str]
-) -> str | None:
+def misfit(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> str | None:
     """The first reason why tensors do not fit a model whose own have these shapes; None if they fit."""
     if not tensors.keys() & shapes.keys():
         first = f", but '{min(tensors)}'" if tensors else ""
         return f"holds no tensor of a GPT-2, by this project's names or Hugging Face's{first}"
     for name, shape in shapes.items():
         if name not in tensors:
-            return f"has no tensor '{name_in_file(name)}', which the model's config calls for"
+            return f"has no tensor '{name}', which the model's config calls for"
         if (stored := tuple(tensors[name].shape)) != shape:
-            return f"{name_in_file(name)} has shape {stored}, the model's config makes it {shape}"
+            return f"{name} has shape {stored}, the model's config makes it {shape}"
         if not tensors[name].is_floating_point():
-            return f"{name_in_file(name)} is {tensors[name].dtype}; quantized weights cannot be read"
+            return f"{name} is {tensors[name].dtype}; quantized weights cannot be read"
     if strangers := tensors.keys() - shapes.keys():
-        return f"tensor '{name_in_file(min(strangers))}' has no place in a model with this config"
+        return f"tensor '{min(strangers)}' has no place in a model with this config"
     return None
 
 

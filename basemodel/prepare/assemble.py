@@ -19,13 +19,14 @@ from basemodel.data.tokenizer import get_tokenizer, token_byte_lengths
 from basemodel.prepare.encoding import COUNTED, SPLITS, Part, Settings
 
 NANOGPT_FILES = {"train": "train.bin", "validation": "val.bin"}  # raw uint16 tokens
+MAX_FILE_SIZE = 40_000_000_000  # bytes; the Hub refuses files above 50 GB
 Segment = tuple[Path, int, int]  # a file of raw tokens, and the range of its tokens
 Layout = dict[str, tuple[list[int], list[Segment]]]  # of each split: its size, and where its tokens are
 
 
-def write_dataset(folder: Path, layout: Layout, settings: Settings, max_file_size: int) -> dict[str, Any]:
-    """Write the token files of both splits, none above `max_file_size` bytes, and the data set's own
-    tokenizer, if it has one; return what meta.json says of them.
+def write_dataset(folder: Path, layout: Layout, settings: Settings) -> dict[str, Any]:
+    """Write the token files of both splits, none above MAX_FILE_SIZE, and the data set's own tokenizer, if
+    it has one; return what meta.json says of them.
 
     Raises RunError if a part is damaged.
     """
@@ -34,7 +35,7 @@ def write_dataset(folder: Path, layout: Layout, settings: Settings, max_file_siz
         shutil.copyfile(settings.folder / TOKENIZER_FILE, folder / TOKENIZER_FILE)
         sha256[TOKENIZER_FILE] = settings.tokenizer_sha256
     for split, (_, segments) in layout.items():
-        files = cut_segments(segments, tokens_in(max_file_size))
+        files = cut_segments(segments, tokens_in(MAX_FILE_SIZE))
         for name, file_segments in zip(split_names(split, len(files)), files, strict=True):
             sha256[name] = join_segments(file_segments, folder / name)
     return {

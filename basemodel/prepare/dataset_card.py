@@ -12,6 +12,14 @@ from basemodel.prepare.assemble import Layout, token_blocks
 from basemodel.prepare.encoding import COUNTED
 
 CONTEXT_LENGTH = 1024  # GPT-2's, for the histogram
+# What the numbers in meta.json count
+SUMMARY = {
+    "files_read": "Files read",
+    "empty": "Empty documents skipped",
+    "null": "Nulls skipped",
+    "replaced": "Invalid UTF-8 sequences that became U+FFFD",
+    "duplicates": "Documents that are copies of others",
+}
 
 
 def document_lengths(layout: Layout, end_of_text: int) -> np.ndarray:
@@ -93,21 +101,9 @@ tokens = np.concatenate([load_file(file)["tokens"] for file in files])
 
 def summary(meta: dict[str, Any]) -> list[str]:
     """Lines that say what was read, and what was skipped or changed on the way."""
-    lines = []
-    if meta["files_read"]:
-        skipped = ", ".join(f"{count:,} {reason}" for reason, count in meta["files_skipped"].items() if count)
-        lines.append(
-            f"Read {counted(meta['files_read'], 'file')}" + (f"; skipped: {skipped}" if skipped else "")
-        )
-    if meta.get("empty") or meta.get("null"):
-        lines.append(
-            f"Skipped {counted(meta['empty'], 'empty document')} and {counted(meta['null'], 'null')}"
-        )
-    if meta.get("replaced"):
-        lines.append(f"Invalid UTF-8: {counted(meta['replaced'], 'character')} became U+FFFD")
-    if meta.get("duplicates"):
-        lines.append(f"Duplicates: {counted(meta['duplicates'], 'document')}, each a copy of another")
-    return lines
+    lines = [f"{what}: {meta[key]:,}" for key, what in SUMMARY.items() if meta.get(key)]
+    skipped = [f"{count:,} {reason}" for reason, count in meta["files_skipped"].items() if count]
+    return [*lines, f"Files skipped: {', '.join(skipped)}"] if skipped else lines
 
 
 def excerpts(folder: Path, tokenizer: tiktoken.Encoding) -> list[str]:

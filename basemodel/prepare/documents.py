@@ -39,11 +39,6 @@ BYTE_ORDER_MARKS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------------------
-
-
 def compression(path: Path) -> str | None:
     """How a file is compressed, by its last suffix; None if it is not."""
     return COMPRESSIONS.get(path.suffix.lower())
@@ -104,11 +99,6 @@ def check_is_text(path: Path) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Shards
-# ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Piece:
     """A file or part of one. `start` and `stop` count row groups in .parquet and bytes in .jsonl."""
@@ -142,10 +132,8 @@ def make_shards(pieces: Iterable[Piece]) -> list[list[Piece]]:
     return shards
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Documents: a Text or a LongText, which iterate over fragments of UTF-8. Encoded one by one, the fragments
+# A document is a Text or a LongText, which iterate over fragments of UTF-8. Encoded one by one, the fragments
 # give the tokens of the whole.
-# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass

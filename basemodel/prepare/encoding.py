@@ -77,10 +77,6 @@ class Part:
     resumed: bool  # finished by an earlier run
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The two libraries
-# ------------------------------------------------------------------------------------------------------------
-
 # With these versions, gigatoken's and tiktoken's tokens have been compared for each of Unicode's characters,
 # beside letters, digits, apostrophes and spaces. They are the same for all but those in the ranges below,
 # which contain what tiktoken's newer Unicode knows as letters and digits: texts with one go to tiktoken.
@@ -132,15 +128,11 @@ def load_gigatoken(vocabulary: Path) -> Any:
     return gigatoken.Tokenizer.from_tiktoken(vocabulary, pretokenizer="gpt2", special_tokens={})
 
 
-class EnginesDisagree(Exception):
-    """gigatoken and tiktoken produced different tokens."""
-
-
 class GigatokenEncoder:
     """An Encoder that uses gigatoken, and tiktoken for texts with a DIFFERING character.
 
-    The first 16 texts and every 512th after them are encoded with both libraries. Raises EnginesDisagree if
-    one of them gets different tokens.
+    The first 16 texts and every 512th after them are encoded with both libraries. Raises RunError if one of
+    them gets different tokens.
     """
 
     RENEWAL_BYTES = 32_000_000  # of text, after which gigatoken's ever-growing cache of words is dropped
@@ -159,22 +151,17 @@ class GigatokenEncoder:
         tokens = self._gigatoken.encode(text)
         is_sampled = self._texts < 16 or self._texts % 512 == 0
         if is_sampled and not np.array_equal(tokens, encode(self._tokenizer, text)):
-            raise EnginesDisagree(f"gigatoken and tiktoken encode the text {text[:40]!r}... differently")
+            raise RunError(f"gigatoken encodes {text[:40]!r}... unlike tiktoken; try --engine tiktoken")
         self._texts += 1
         self._bytes += len(text)
         return tokens
-
-
-# ------------------------------------------------------------------------------------------------------------
-# In a worker
-# ------------------------------------------------------------------------------------------------------------
 
 
 def encode_shard(
     number: int, shard: list[Piece], parts_dir: Path, settings: Settings, vocabulary: Path | None
 ) -> Part:
     """Encode a shard into a folder in `parts_dir`, which gets its name once it is complete, unless an earlier
-    run has done so. `vocabulary` is gigatoken's, None to use tiktoken. Raises InputError."""
+    run has done so. `vocabulary` is gigatoken's, None to use tiktoken. Raises InputError and RunError."""
     key = [settings.identity(), *(piece.identity() for piece in shard)]
     folder = parts_dir / f"{number:06d}"
     if record := finished_record(folder, key):
@@ -183,13 +170,8 @@ def encode_shard(
     unfinished = parts_dir / f"{folder.name}.{os.getpid()}"  # removed by the main process after any error
     unfinished.mkdir()
     tokenizer = get_tokenizer(settings.tokenizer, settings.folder)
-    encoder = functools.partial(encode, tokenizer)
-    try:
-        fast = GigatokenEncoder(tokenizer, vocabulary) if vocabulary else encoder
-        record = write_part(shard, unfinished, fast, settings)
-    except EnginesDisagree as error:
-        print(f"\n{error}; encoding shard {number} with tiktoken", file=sys.stderr)
-        record = write_part(shard, unfinished, encoder, settings)
+    encoder = GigatokenEncoder(tokenizer, vocabulary) if vocabulary else functools.partial(encode, tokenizer)
+    record = write_part(shard, unfinished, encoder, settings)
     record |= {"key": key, "sha256": _hashes(unfinished)}
     (unfinished / "record.json").write_text(json.dumps(record), encoding="utf-8")
     return Part(unfinished.rename(folder), record, resumed=False)
@@ -249,11 +231,6 @@ def _start_worker() -> None:
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# In the main process
-# ------------------------------------------------------------------------------------------------------------
 
 
 def sample_texts(pieces: list[Piece], settings: Settings) -> Iterator[str]:

@@ -85,11 +85,6 @@ def _whole_text(piece: Piece, _: str) -> Iterator[Text | LongText]:
     yield Text.from_bytes(start) if is_short else LongText(piece.path)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tables
-# ------------------------------------------------------------------------------------------------------------
-
-
 def _open_table(path: Path) -> Any:
     """Open a file for readers that seek in it: a pyarrow file, mapped or, if compressed, read into memory."""
     import pyarrow
@@ -112,15 +107,14 @@ def _column_texts(column: Any) -> Iterator[Text | None]:
 
 def _check_column(path: Path, schema: Any, text_column: str) -> None:
     """Raise InputError unless a pyarrow schema has a column of text with this name."""
-    from pyarrow import types
+    import pyarrow
 
     if text_column not in schema.names:
         raise InputError(f"{path}: has no column '{text_column}'; --text-column is one of {schema.names}")
-    kind = schema.field(text_column).type
-    stored = kind.value_type if types.is_dictionary(kind) else kind
-    texts = (types.is_string, types.is_large_string, types.is_string_view)
-    if not any(holds(stored) for holds in (*texts, types.is_binary, types.is_large_binary, types.is_null)):
-        raise InputError(f"{path}: column '{text_column}' is {kind}, not text")
+    try:
+        list(_column_texts(pyarrow.nulls(1, schema.field(text_column).type)))
+    except pyarrow.ArrowNotImplementedError as error:
+        raise InputError(f"{path}: column '{text_column}' is not text: {error}") from None
 
 
 @contextlib.contextmanager
@@ -205,11 +199,6 @@ def _header(path: Path, text_column: str) -> tuple[str, list[str]]:
     raise InputError(f"{path}: has no column '{text_column}'; --text-column is one of {names[',']}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# JSON
-# ------------------------------------------------------------------------------------------------------------
-
-
 def _has_an_object_per_line(path: Path) -> bool:
     with open_utf8(path) as file:
         line = file.readline(1 << 20)
@@ -219,16 +208,12 @@ def _has_an_object_per_line(path: Path) -> bool:
         return False
 
 
-def _text_of(value: Any, text_column: str) -> Text | None:
-    """The text in a JSON object, None for a null. Raises ValueError if there is neither."""
+def _text_of(value: Any, text_column: str, place: str) -> Text | None:
+    """The text in the JSON object at `place`, None for a null. Raises ValueError if there is neither."""
     text = value.get(text_column, 0) if isinstance(value, dict) else 0
     if not isinstance(text, str | None):
-        raise ValueError("no text")
+        raise ValueError(f'{place} is not a JSON object with a string "{text_column}"')
     return None if text is None else Text.from_str(text)
-
-
-def _no_text(path: Path, place: str, text_column: str) -> InputError:
-    return InputError(f'{path}: {place} is not a JSON object with a string "{text_column}"')
 
 
 def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
@@ -236,10 +221,12 @@ def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
         if line.strip():
             valid = Text.from_bytes(line)
             try:
-                text = _text_of(json.loads(valid.content), text_column)
+                text = _text_of(json.loads(valid.content), text_column, "the line")
             except (ValueError, RecursionError):
                 number += sum(1 for _ in _lines(replace(piece, start=0, stop=piece.start)))
-                raise _no_text(piece.path, f"line {number}", text_column) from None
+                raise InputError(
+                    f'{piece.path}: line {number} is not a JSON object with a string "{text_column}"'
+                ) from None
             if text is not None:
                 text.replaced += valid.replaced
             yield text
@@ -262,10 +249,7 @@ def _json_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
     with _open_text(piece.path) as file:
         values = json.load(file)
     for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
-        try:
-            yield _text_of(value, text_column)
-        except ValueError:
-            raise _no_text(piece.path, f"object {number}", text_column) from None
+        yield _text_of(value, text_column, f"object {number}")
 
 
 READERS = {
@@ -276,11 +260,6 @@ READERS = {
     "json": _json_texts,
     "text": _whole_text,
 }
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The Python documentation
-# ------------------------------------------------------------------------------------------------------------
 
 
 def python_docs() -> list[str]:

@@ -1,6 +1,7 @@
 """Where text comes from: files in a folder, or a data set on the Hub as the library `datasets` sees it."""
 
 import fnmatch
+import glob
 import os
 import re
 from collections import Counter
@@ -10,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from basemodel.common.errors import InputError
-from basemodel.common.names import require_repo_id
-from basemodel.data.hub import download, download_files, reason
+from basemodel.data.hub import download, reason
 from basemodel.prepare.assemble import NANOGPT_FILES
 from basemodel.prepare.documents import KNOWN_TYPES, PYTHON_DOCS, TYPES, file_type
 from basemodel.prepare.encoding import CONTEXT
@@ -58,13 +58,13 @@ def find_source(request: Request, leave_out: Iterable[Path]) -> Callable[[], Sou
         return lambda: Source([], is_python_docs=True)
     if (path / NANOGPT_FILES["train"]).is_file():
         return lambda: Source([(path / name, split) for split, name in NANOGPT_FILES.items()], nanogpt=path)
-    if path.exists() or not _may_be_on_hub(request.source):
+    is_hub_id = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+", request.source)
+    if path.exists() or file_type(path) or not is_hub_id:
         for option in ("name", "revision"):
             if getattr(request, option) is not None:
                 raise InputError(f"--{option} is for a data set on the Hub; {path} is a folder or file here")
         source = find_files(path, request, leave_out)
         return lambda: source
-    require_repo_id(request.source)
     if request.files is not None:
         return lambda: _fetch_matching(request)
     with ProcessPoolExecutor(1, CONTEXT) as pool:  # `datasets` is 90 MB that forked workers would carry along
@@ -143,13 +143,6 @@ def named_split(path: str, train_split: str) -> str | None:
     return next((split for word in words[::-1] for split in SPLIT_WORDS if word in SPLIT_WORDS[split]), None)
 
 
-def _may_be_on_hub(source: str) -> bool:
-    return (
-        file_type(Path(source)) is None
-        and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+", source) is not None
-    )
-
-
 def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], str]:
     """The names of a data set's files, each with its split, and the commit. Raises InputError."""
     os.environ["USE_TORCH"] = "0"  # not needed, and slow
@@ -182,14 +175,15 @@ def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], str]
 
 
 def _fetch(dataset: str, files: list[tuple[str, str | None]], commit: str) -> Source:
-    paths = download_files(dataset, [name for name, _ in files], commit)
-    return Source([(path, split) for path, (_, split) in zip(paths, files, strict=True)], commit=commit)
+    folder, _ = download(dataset, [glob.escape(name) for name, _ in files], commit)
+    return Source([(folder / name, split) for name, split in files], commit=commit)
 
 
 def _fetch_matching(request: Request) -> Source:
-    paths, commit = download(request.source, request.files, request.revision)
+    folder, names = download(request.source, [request.files], request.revision)
+    paths = [folder / name for name in names]
     texts = [path for path in paths if file_type(path)]
     if not texts:
         raise InputError(f"{request.source}: has no {KNOWN_TYPES} files that match --files '{request.files}'")
     skipped = Counter(path.suffix.lower() or "no suffix" for path in paths if not file_type(path))
-    return Source([(path, None) for path in texts], skipped, commit)
+    return Source([(path, None) for path in texts], skipped, folder.name)
