@@ -107,7 +107,7 @@ def published_peak(microbatch: int) -> float:
     C, H, L, T, V = shape.emb_dim, shape.n_heads, shape.n_layers, shape.context_length, shape.vocab_size
     per_token = L * (106 * C + 7 * H * T) + 14 * V + 14 * C
     cast_weights = 2 * (shape.hidden_parameters + V * C)
-    return 12 * shape.parameters + cast_weights + microbatch * T * per_token
+    return 12 * shape.parameter_count + cast_weights + microbatch * T * per_token
 
 
 def published_largest(machine: Published) -> int:

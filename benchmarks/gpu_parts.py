@@ -19,7 +19,7 @@ from common import ROOT, require, run_python, spread
 from throughput import in_turns, make_side, synchronize
 
 from basemodel.common.errors import RunError
-from basemodel.common.json_config import read_json_object
+from basemodel.common.json_config import checked_config, read_json_object
 from basemodel.data.token_files import TokenFiles
 from basemodel.model.config import GPTConfig
 from basemodel.model.memory import is_out_of_memory, peak_memory
@@ -147,7 +147,10 @@ def measure(setting: dict[str, Any]) -> dict[str, Any]:
     two looks at the clock. Where memory runs out, that is the only thing returned, as `problem`.
     """
     world, steps = join_world(), setting["steps"]
-    model_config, config = GPTConfig(**setting["model"]), TrainConfig(**setting["train"])
+    model_config, config = (
+        GPTConfig(**setting["model"]),
+        checked_config(TrainConfig, setting["train"], "train"),
+    )
     start = time.perf_counter()
     try:
         step = make_side(setting["side"], config, model_config, world)

@@ -67,10 +67,10 @@ def plan_study(ladder: Ladder, entry: dict[str, Any], folder: Path) -> Study:
 def train(study: Study, datasets: Path) -> int | None:
     """Train what is missing of a study and print its table; return the signal that stopped it, if one did."""
     study.write_configs()
-    with ablate.Trainings(study, [sys.executable], datasets) as trainings:
-        trainings.check()
-        if stopped := trainings.run():
-            return stopped
+    trainings = ablate.Trainings(study, [sys.executable], datasets)
+    trainings.check()
+    if stopped := trainings.run():
+        return stopped
     require(not trainings.failed, f"{study.base}: {trainings.failed}")
     print(f"\n{table(study)}", flush=True)
     return None

@@ -1,14 +1,16 @@
 """How long commands take that compute nothing, beside `python -c "import torch"`, in turns.
 
-python benchmarks/startup.py [ROUNDS]
+python benchmarks/startup.py --rounds 7
 """
 
+import itertools
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 
+import click
 from common import ROOT
 
 COMMANDS = {
@@ -21,20 +23,23 @@ COMMANDS = {
 }
 
 
-def main() -> None:
-    """Print the median seconds of each command, and its median ratio to the first."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
-    seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--rounds", type=click.IntRange(1), default=7, help="Times that each command is measured.")
+@click.option("--only", default="", help="Measure only the commands whose line contains this word.")
+def main(rounds: int, only: str) -> None:
+    """Print the median seconds of each command, and its median ratio to `import torch`."""
+    commands = {name: words for name, words in COMMANDS.items() if name == "import torch" or only in name}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as datasets:
         COMMANDS["ddp_train.py --plan"] += [datasets, "--plan"]
-        for _ in range(rounds + 1):
-            for name, command in COMMANDS.items():
-                start = time.perf_counter()
-                subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        for number, (name, command) in itertools.product(range(rounds + 1), commands.items()):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            if number > 0:  # the first round fills the caches
                 seconds[name].append(time.perf_counter() - start)
-    base, *_ = (values[1:] for values in seconds.values())  # the first round fills the caches
+    base = seconds["import torch"]
     print("| command | seconds | least to most | beside import torch |\n| --- | --- | --- | --- |")
-    for name, (_, *values) in seconds.items():
+    for name, values in seconds.items():
         ratio = statistics.median(ours / theirs for ours, theirs in zip(values, base, strict=True))
         spread = f"{min(values):.2f} to {max(values):.2f}"
         print(f"| {name} | {statistics.median(values):.2f} | {spread} | {ratio:.2f} |")

@@ -132,7 +132,7 @@ def in_turns(sides: dict[str, Step], rounds: int, least: float, world: World) ->
     for number in range(rounds + 1):
         for side, step in sides.items():
             if world.device.type == "cpu":
-                as_if_untuned() if side == "plain" else keep_freed_memory()
+                as_if_untuned() if side == "plain" else keep_freed_memory(world.device)
                 step()  # whatever the allocator has to get anew
             synchronize(world.device)
             start, steps = time.perf_counter(), 0

@@ -32,10 +32,11 @@ from helpers import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from basemodel.model.config import GPTConfig
-from basemodel.model.masks import attend, within_documents
+from basemodel.model.masks import within_documents
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import World
 from ddp_train import Learner
+from gpt import attend
 
 CUDA = [
     pytest.mark.gpu,

@@ -117,7 +117,7 @@ def test_the_size_of_a_checkpoint_is_that_of_its_tensors(tmp_path: Path, optimiz
     shape = GPTConfig(257, 16, 32, 2, 2, drop_rate=0.0, qkv_bias=False)
     config, model = TrainConfig("local/none", 1, 1, optimizer=optimizer), GPTModel(shape)
     alone = World(0, 0, 1, 1, torch.device("cpu"), control=None)
-    state = make_optimizer(model, config, "fp32", peers=alone)
+    state = make_optimizer(model, config, "fp32", alone)
     allocate_state(state)
     tensors = [*model.tensors().values(), *checkpointing.optimizer_tensors(model, state).values()]
     size = sum(tensor.nbytes for tensor in tensors)

@@ -104,7 +104,7 @@ def test_sigterm_to_one_process_checkpoints_all_and_the_run_goes_on_to_the_same_
     sandbox.train("whole", processes=processes)
     finished = sandbox.launch("stopped", processes=processes, before=STOPPED)
     assert {done.returncode for done in finished} == {128 + 15}
-    assert "with a checkpoint; --resume continues from there" in finished[0].stdout
+    assert "and saved a checkpoint; --resume continues from there" in finished[0].stdout
     status = sandbox.status("stopped")
     assert status["status"] == "preempted" and status["step"] in (7, 8, 9)
     assert sandbox.checkpoints("stopped")[-1].name.endswith(f"-iteration-{status['step']}")

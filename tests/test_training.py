@@ -215,7 +215,7 @@ def test_a_non_finite_loss_ends_the_run_and_says_what_is_left(sandbox: Sandbox) 
     done = run_script(*sandbox.command("tiny"))
     assert done.returncode == 1
     error = done.stderr.splitlines()[-1]
-    assert error.startswith("Error: the training loss is nan, the gradient norm nan at step ")
+    assert error.startswith("Error: the training loss is nan and the gradient norm nan at step ")
     assert "16 steps in a row were skipped" in error
     assert sandbox.checkpoints()[-1].name in error
     assert sandbox.status()["status"] == "failed" and sandbox.status()["loss"] is None
@@ -259,7 +259,7 @@ def test_a_process_takes_the_device_that_torch_finds(
         monkeypatch.setenv("LOCAL_RANK", "7")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     if processes > devices:
-        with pytest.raises(InputError, match="2 processes on a node with 1 devices; --nproc_per_node=1"):
+        with pytest.raises(InputError, match="2 processes on a node with 1 devices; use --nproc_per_node=1"):
             join_world()
         return
     world = join_world()
