@@ -1,4 +1,4 @@
-# make demo    prepare a small corpus, train runs/demo on it, let the model continue a prompt: under 4 minutes on 2 cores
+# make demo    prepare a small corpus, train runs/demo on it, let the model continue a prompt: under 200 s on 2 cores
 # make test    run the tests: under 10 minutes on 2 cores, no network, no GPU
 # make mutants break the code in known ways, one by one, and check that a test fails for each: 10 minutes on 2 cores
 # make torture kill a run 200 times, half of them inside a save, and compare how it ends: 5 minutes on 2 cores

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import click
 
-from basemodel.common.command_line import require_file_path, run_command
+from basemodel.common.command_line import require_file_path, run_command, runs_dir_option
 from basemodel.common.errors import InputError, RunError
 from basemodel.results.study import Study, draw_chart, final_loss, notes, outcomes, table
 from basemodel.training.run_folder import is_locked, read_status
@@ -48,13 +48,7 @@ from basemodel.training.run_folder import is_locked, read_status
 )
 @click.option("--chart", type=Path, default="ablate.png", help="PNG file to draw the chart to.")
 @click.option("--report", is_flag=True, help="Train nothing and show the results so far.")
-@click.option(
-    "--runs-dir",
-    type=Path,
-    default=Path(__file__).parent / "runs",
-    show_default="runs/ beside this script",
-    help="Folder of the runs.",
-)
+@runs_dir_option
 def main(
     base: str,
     datasets_dir: Path,

@@ -24,7 +24,7 @@ from urllib.parse import quote
 import click
 import numpy as np
 
-from basemodel.common.command_line import require_file_path, run_command
+from basemodel.common.command_line import require_file_path, run_command, runs_dir_option
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
 from basemodel.common.json_config import read_config
@@ -53,13 +53,7 @@ Points = list[tuple[int, float]]  # tokens seen, value
 @click.option(
     "--refresh", type=click.IntRange(1), default=30, help="Seconds between two updates of the page."
 )
-@click.option(
-    "--runs-dir",
-    type=Path,
-    default=Path(__file__).parent / "runs",
-    show_default="runs/ beside this script",
-    help="Folder of the runs.",
-)
+@runs_dir_option
 def main(run_names: tuple[str, ...], chart: Path, page: Path | None, refresh: int, runs_dir: Path) -> None:
     """Compare several runs, by the names of their folders: print a Markdown table and chart their losses."""
     for path in filter(None, (chart, page)):

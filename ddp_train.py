@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpointing
-from basemodel.common.command_line import run_command
+from basemodel.common.command_line import run_command, runs_dir_option
 from basemodel.common.errors import InputError, RunError
 from basemodel.data.sequences import Sequences, to_device
 from basemodel.model import memory
@@ -118,6 +118,7 @@ class Learner:
         over the processes in the last backward pass, so they are those of the global batch's mean loss.
         """
         mean_loss = torch.zeros((), device=self.world.device)
+        # In fp16 the loss, which computes the head's gradients itself, scales them before it rounds them.
         loss_scale = self.scaler.scale(torch.ones_like(mean_loss)) if self.scaler.is_enabled() else None
         for index, sequences in enumerate(microbatches):
             # no_sync must cover the forward pass too: it decides whether the backward pass all-reduces.
@@ -174,7 +175,7 @@ class Progress:
     """How far a run has come, as each checkpoint's meta.json records it."""
 
     global_step: int = 0  # finished optimizer steps
-    settled: bool = False  # the validation and checkpoint due after this step are done
+    settled: bool = False  # whether the validation and checkpoint due after this step are done
     skipped: int = 0  # consecutive non-finite steps, up to this one
     seconds: float = 0.0  # of training, including before a resume
     best_loss: float | None = None
@@ -252,7 +253,7 @@ class Trainer:
         Returns False if a signal arrived before all work was done.
         """
         run, progress = self.run, self.progress
-        # Before the first step, and after a stop that left it undone.
+        # Before the first step, or if a stop interrupted this work.
         if not progress.settled and not self._validate_and_save(stop):
             return False
         steps.restart_clock()
@@ -264,7 +265,7 @@ class Trainer:
             ]
             result = self.learner.train_step(microbatches, run.learning_rate_at(step), stop=bool(stop))
             progress.global_step += 1
-            self.budget.look(progress.global_step, self.clock)
+            self.budget.move_end(progress.global_step, self.clock)
             progress.settled = not run.has_work_after(progress.global_step)
 
             # A GPU's results are read one step late, so that it never waits for Python.
@@ -352,7 +353,7 @@ class Trainer:
         """
         model, step = self.learner.model, self.progress.global_step
         with self.clock.pause("checkpoint"):
-            is_best = scheduled and self._close_interval()
+            is_best = scheduled and self._update_best_loss()
             if not nn.utils.get_total_norm(model.tensors().values(), math.inf).isfinite():
                 raise Diverged(f"the weights are NaN or infinite after step {step}")
             self._await_save()
@@ -376,8 +377,8 @@ class Trainer:
         self.saver.busy()
         self.reporter.close("failed", self.progress.global_step, error=reason)
 
-    def _close_interval(self) -> bool:
-        """Take the mean loss since the last checkpoint; return whether this checkpoint is the best so far."""
+    def _update_best_loss(self) -> bool:
+        """Average the loss since the last checkpoint; return whether this checkpoint is the best so far."""
         progress, validates = self.progress, self.run.config.validation_interval is not None
         if progress.recent_losses:
             progress.train_loss = math.fsum(progress.recent_losses) / len(progress.recent_losses)
@@ -448,12 +449,7 @@ class Trainer:
 @click.option("-f", "--find-max-microbatch-size", is_flag=True, help="Find the largest microbatch that fits.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print what the run would do and cost, then exit.")
 @plan_options
-@click.option(
-    "--runs-dir",
-    type=click.Path(path_type=Path),
-    default=Path(__file__).parent / "runs",
-    help="Folder that holds the runs.  [default: runs/ beside this script]",
-)
+@runs_dir_option
 @click.option(
     "--allow-config-change", is_flag=True, help="Continue even if the configs or the data set have changed."
 )

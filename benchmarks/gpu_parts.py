@@ -404,7 +404,7 @@ def run(setup: Setup, report: Report) -> None:
     report.row("largest microbatch", f"{largest}, {gib:.2f} GiB, {speed:,.0f} tokens/s; -f {ended}")
     size = min(largest, 2 if setup.tiny else (tokens.validation - 1) // setup.length)
     seconds = max(20.0, min(120.0, setup.left() - 150))
-    steps = 160 if setup.tiny else max(16, int(seconds * speed / (size * setup.length)))
+    steps = 80 if setup.tiny else max(16, int(seconds * speed / (size * setup.length)))
     fits = True
     try:
         killed = train_with_a_kill(training, train | tokens.settings(setup, steps, size, size), steps)

@@ -58,6 +58,7 @@ KEYS_INTRODUCTION = """\
 
 A run is a folder `runs/RUN` with these two files. A key that is unknown or out of range, or that contradicts
 another, is an error that names the file, the key and the fix. A key without a default is required.
+[surviving.md](surviving.md) lists the keys that may change when a run is resumed.
 
 This page is generated from `GPTConfig` and `TrainConfig` by `make docs`; edit those instead.
 """

@@ -85,8 +85,8 @@ def test_50_steps_have_the_plain_losses_in_float32(model: dict) -> None:
     assert ours == pytest.approx(plain, rel=1e-5)
 
 
-def test_50_steps_have_the_plain_losses_in_bf16() -> None:
-    plain, ours = losses_of_both({"init": "gpt2"}, "bf16")
+def test_20_steps_have_the_plain_losses_in_bf16() -> None:
+    plain, ours = losses_of_both({"init": "gpt2"}, "bf16", steps=20)
     assert ours == pytest.approx(plain, abs=2e-3)
 
 

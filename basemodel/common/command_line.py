@@ -15,6 +15,14 @@ from basemodel.common.errors import InputError, RunError
 # is still alive after that is the only one that hit the error.
 SILENCE_SECONDS = 5.0
 
+runs_dir_option = click.option(
+    "--runs-dir",
+    type=Path,
+    default=Path(__file__).parents[2] / "runs",
+    show_default="runs/ beside this script",
+    help="Folder of the runs.",
+)
+
 
 def run_command(command: click.Command, *, abruptly: bool = False) -> NoReturn:
     """Run a click command and exit with its status.

@@ -1,4 +1,4 @@
-"""The training loss: the head and cross-entropy in chunks, so that the full logits never exist at once.
+"""The training loss: document masks, the head, and cross-entropy in chunks, without ever having all logits.
 
 The logits of one GPT-2 small sequence take 200 MB in float32, and so does their gradient: more than all the
 activations of the twelve blocks. They are needed only briefly, because the gradient of the mean cross-entropy

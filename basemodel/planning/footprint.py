@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from basemodel.model.config import GPTConfig
 from basemodel.training.config import TrainConfig
 
-CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 24}  # as the loss has them
+CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 24}  # as in model/loss.py
 # Bytes moved for each activation (tokens x width x layers), hidden weight and logit, by whether the step is
 # compiled and by the bytes of an element
 TRAFFIC = {

@@ -17,6 +17,7 @@ PYTHON_DOCS = "python-docs"
 SHARD_BYTES = 64_000_000  # of text, roughly
 SAMPLE_BYTES = 1 << 16  # from the beginning of a file, to tell whether it is text
 
+# To add a type, add its suffix here and its reader to READERS in readers.py.
 TYPES = {
     ".parquet": "parquet",
     ".arrow": "arrow",

@@ -89,7 +89,7 @@ class Budget:
         batches = plan.batches(step)
         self._end_after(plan.steps_for(batches + remaining * batches / max(seconds, 1e-9)))
 
-    def look(self, step: int, clock: Clock) -> None:
+    def move_end(self, step: int, clock: Clock) -> None:
         """After step `step`, move the run's last step to where the budget ends, if an update is due."""
         if self.limit is None or step < self._next_look:
             return

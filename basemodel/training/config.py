@@ -94,7 +94,12 @@ class TrainConfig:
         "number of newest checkpoints to keep, in addition to the best; null: keep all", None, above=0
     )
     random_seed: int = key("seed for weights, dropout and shuffling", 42, min=0, below=2**63)
-    usd_per_hour: float | None = key("hourly price of the machine in dollars; null: no cost", None, above=0)
+    usd_per_hour: float | None = key(
+        "price of this machine in dollars an hour, for costs in --plan and in training (those of other "
+        "machines are in machines.toml); null: no cost",
+        None,
+        above=0,
+    )
     max_hours: float | None = key(
         "hours after which the run ends, with its schedule completed; null: no limit", None, above=0
     )

@@ -21,8 +21,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest.
 
-    To add an optimizer, add it here and to TrainConfig.optimizer. Its groups need an `lr_scale`, and its step
-    must change nothing if `found_inf` is 1 (see Muon), a value on the device that the host never waits for.
+    To add an optimizer, add it here and to config.py, and say what it stores and computes where they ask for
+    "muon": Run.checkpoint_bytes, planning/footprint.py and planning/estimate.py. Its groups need `lr_scale`,
+    and its step must change nothing if `found_inf` is 1 (see Muon), a value that the host never waits for.
     Weight decay applies to everything, or only to matrices that are not embeddings.
     """
     hidden = [p for p in model.trf_blocks.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
@@ -182,9 +183,10 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def step_if(finite: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Step the optimizer, or skip the step if it is not `finite`; the device decides.
+    """Step the optimizer, or skip the step if not `finite` (see Learner.train_step); the device decides.
 
-    In fp16 the scaler skips the step if the gradients, identical on all processes, are not finite.
+    In fp16 the scaler skips the step if the gradients, identical on all processes, are not finite, which they
+    never are after a non-finite loss.
     """
     if scaler.is_enabled():  # it has checked the gradients itself, and adapts its scale
         scaler.step(optimizer)

@@ -117,7 +117,7 @@ class World:
         return flags.item() > 0
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum a device tensor over all processes, in place. No host synchronization on a GPU."""
+        """Sum a device tensor over all processes, in place, without host synchronization (gradients: DDP)."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor

@@ -15,8 +15,9 @@ SHORT_PARTS = 4
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which sequences each process reads in each step.
+    """Which sequences each process reads in each step; data/sequences.py has the tokens of each sequence.
 
+    Steps count from 0 here, and in logs from 1: what step 100 reads shows in the line of step 101.
     Pure arithmetic: the g-th global batch has the same sequences in the same order whatever the number of
     processes, the microbatch size and the accumulation. The first `half_steps` have half the size: while the
     loss falls fast, gradients agree, and many small steps get further than a few large ones (McCandlish et
@@ -108,22 +109,22 @@ def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: in
     return dataclasses.replace(plan, short_steps=short)
 
 
-def learning_rate_at(step: float, steps: float, config: TrainConfig) -> float:
-    """The learning rate of step `step` (from 0) of `steps`.
+def learning_rate_at(batch: float, batches: float, config: TrainConfig) -> float:
+    """The learning rate of full global batch number `batch` (from 0) of `batches`.
 
-    "constant" never changes. The others start with a linear warm-up over warmup_period_percent of the steps,
-    which reaches the peak at its last step. Then "cosine" falls along half a cosine to a tenth of the peak at
-    the last step; "wsd" stays at the peak and falls linearly over the last decay_period_percent of the steps,
-    reaching zero one step after the last (Hägele et al. 2024).
+    "constant" never changes. The others start with a linear warm-up over warmup_period_percent of them, which
+    reaches the peak at its last. Then "cosine" falls along half a cosine to a tenth of the peak at the
+    last batch; "wsd" stays at the peak and falls linearly over the last decay_period_percent of the batches,
+    reaching zero one batch after the last (Hägele et al. 2024).
     """
     peak = config.learning_rate
     if config.lr_schedule in (None, "constant"):
         return peak
-    warmup = round(steps * config.warmup_period_percent / 100)
-    if step < warmup:
-        return peak * (step + 1) / warmup
+    warmup = round(batches * config.warmup_period_percent / 100)
+    if batch < warmup:
+        return peak * (batch + 1) / warmup
     if config.lr_schedule == "wsd":
-        decay = round(steps * config.decay_period_percent / 100)
-        return peak * min(1.0, (steps - step) / (decay + 1))
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
+        decay = round(batches * config.decay_period_percent / 100)
+        return peak * min(1.0, (batches - batch) / (decay + 1))
+    progress = (batch - warmup) / max(1, batches - 1 - warmup)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
