@@ -22,6 +22,7 @@ import click
 
 from basemodel.common.command_line import require_file_path, run_command, runs_dir_option
 from basemodel.common.errors import InputError, RunError
+from basemodel.common.names import METRICS
 from basemodel.results.study import Study, draw_chart, final_loss, notes, outcomes, table
 from basemodel.training.run_folder import is_locked, read_status
 
@@ -123,7 +124,7 @@ class Trainings:
         """
         for variant in self.study.variants:
             folder = self.study.folder(variant, self.study.seeds[0])
-            if self.stopped or (folder / "metrics.jsonl").exists():
+            if self.stopped or (folder / METRICS).exists():
                 continue
             process = self._start(folder, "--plan", output=subprocess.PIPE)
             _, output = process.communicate()

@@ -28,6 +28,7 @@ from basemodel.common.command_line import require_file_path, run_command, runs_d
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
 from basemodel.common.json_config import read_config
+from basemodel.common.names import CHECKPOINTS, METRICS, MODEL_JSON, SAMPLES, TRAIN_JSON
 from basemodel.common.output import markdown_table
 from basemodel.common.xkcd import xkcd_chart
 from basemodel.evaluation.measurements import (
@@ -99,12 +100,10 @@ class RunSummary:
 def read_run(runs_dir: Path, name: str) -> RunSummary:
     """Summarize a run's folder, whether training has started or not. Raises InputError if there is none."""
     folder = find_run(runs_dir, name)
-    model_config = read_config(GPTConfig, folder / "model.json")
-    config = read_config(TrainConfig, folder / "train.json")
-    checkpoints = [folder / "checkpoints" / link for link in ("best", "latest")]
-    metrics = [
-        line for line in read_metrics(folder / "metrics.jsonl") if {"tokens", "seconds"} <= line.keys()
-    ]
+    model_config = read_config(GPTConfig, folder / MODEL_JSON)
+    config = read_config(TrainConfig, folder / TRAIN_JSON)
+    checkpoints = [folder / CHECKPOINTS / link for link in ("best", "latest")]
+    metrics = [line for line in read_metrics(folder / METRICS) if {"tokens", "seconds"} <= line.keys()]
     last = metrics[-1] if metrics else {}
     validation = curve(metrics, "val_loss")
     before, after = ([{"step": 0, "tokens": 0}] * 2 + metrics)[-2:]
@@ -122,7 +121,7 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
             "learning_rate": binned(curve(metrics, "learning_rate")),
             "grad_norm": binned(curve(metrics, "grad_norm")),
         },
-        samples=read_samples(folder / "samples.jsonl"),
+        samples=read_samples(folder / SAMPLES),
         validation_loss=min((loss for _, loss in validation), default=None),
         test=next(filter(None, map(read_test_loss, checkpoints)), None),
         tasks=next(filter(None, map(read_task_results, checkpoints)), []),

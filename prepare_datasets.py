@@ -30,7 +30,7 @@ from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
 from basemodel.common.files import DISK_FULL, fingerprint, sync
 from basemodel.common.json_config import read_json_object
-from basemodel.common.names import TOKENIZER_FILE
+from basemodel.common.names import META, TOKENIZER_FILE
 from basemodel.data.hub import check_push, push
 from basemodel.data.token_files import as_one_path, split_files
 from basemodel.data.tokenizer import (
@@ -124,7 +124,7 @@ def main(
     fetch = find_source(request, leave_out=(output_dir, unfinished))
     if repo_id:
         check_push(repo_id)
-    if repo_id and (output_dir / "meta.json").exists():
+    if repo_id and (output_dir / META).exists():
         check_prepared(output_dir, {**asdict(request), **settings.identity()})
         print(f"{output_dir}: already prepared")
     else:
@@ -237,7 +237,7 @@ def require_empty(output_dir: Path) -> None:
 
 def check_prepared(folder: Path, options: dict[str, Any]) -> None:
     """Raise InputError unless the folder holds an undamaged data set prepared with these options."""
-    meta = read_json_object(folder / "meta.json")
+    meta = read_json_object(folder / META)
     for key, value in options.items():
         if key != "revision" and meta.get(key) != value:  # meta.json has the commit instead
             raise InputError(f"{folder}: contains a data set with another {key}, '{meta.get(key)}'")
@@ -289,7 +289,7 @@ def remove_unfinished(folder: Path) -> None:
 def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
     """Add meta.json and the card to a finished folder, sync it to disk, rename it to OUTPUT_DIR, remove the
     unfinished folder, and print a summary with excerpts of the text."""
-    (finished / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+    (finished / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     (finished / "README.md").write_text(card(output_dir.name, meta), encoding="utf-8")
     for path in (*finished.iterdir(), finished):
         sync(path)

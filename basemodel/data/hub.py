@@ -20,7 +20,7 @@ from tqdm import tqdm
 from basemodel.common.errors import InputError, RunError
 from basemodel.common.files import fingerprint, replace_text, sync
 from basemodel.common.json_config import read_json_object
-from basemodel.common.names import TOKENIZER_FILE, require_inside, require_repo_id
+from basemodel.common.names import META, TOKENIZER_FILE, require_inside, require_repo_id
 from basemodel.common.output import Progress
 from basemodel.data.token_files import PATTERNS, missing_files, split_files, whole_set
 
@@ -65,7 +65,7 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
 
 def _commit_of(folder: Path, splits: list[str]) -> str | None:
     """The commit that the files in a folder were downloaded from, if any was."""
-    paths = [folder / "meta.json", *(path for split in splits for path in split_files(folder, split))]
+    paths = [folder / META, *(path for split in splits for path in split_files(folder, split))]
     known = _known_fingerprints(folder)
     commits = (known.get(path.name, {}).get("revision") for path in paths if path.exists())
     return next(filter(None, commits), None)
@@ -73,7 +73,7 @@ def _commit_of(folder: Path, splits: list[str]) -> str | None:
 
 def _own_tokenizer(folder: Path) -> list[str]:
     """The name of the data set's own tokenizer, if its meta.json says that it has one."""
-    meta = read_json_object(folder / "meta.json") if (folder / "meta.json").exists() else {}
+    meta = read_json_object(folder / META) if (folder / META).exists() else {}
     return [TOKENIZER_FILE] if meta.get("tokenizer") == "dataset" else []
 
 
@@ -82,7 +82,7 @@ def _download(folder: Path, info: "hub.DatasetInfo", splits: list[str]) -> None:
     if _commit_of(folder, splits) not in (None, info.sha):
         raise InputError("another process has fetched another commit; run the same command again")
     listed = {file.rfilename for file in info.siblings or []}
-    names = [name for name in ("meta.json", TOKENIZER_FILE) if name in listed]  # older data sets have none
+    names = [name for name in (META, TOKENIZER_FILE) if name in listed]  # older data sets have none
     here = {path.name for path in folder.iterdir()}
     for split in splits:
         names += whole_set(listed | here, split, info.id) or [f"{split}.safetensors"]
@@ -166,7 +166,7 @@ def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str
     They are cached in the folder; a file is hashed again only if its size or modification time changed.
     Raises InputError if a hash differs from the one in the data set's meta.json.
     """
-    meta = read_json_object(folder / "meta.json") if (folder / "meta.json").exists() else {}
+    meta = read_json_object(folder / META) if (folder / META).exists() else {}
     promised = meta.get("sha256") if isinstance(meta.get("sha256"), dict) else {}
     recorded = _known_fingerprints(folder)
     known = dict(recorded)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from basemodel.common.errors import InputError
 from basemodel.common.json_config import read_json_object
+from basemodel.common.names import CHECKPOINTS
 from basemodel.model.config import GPTConfig
 from basemodel.model.hf_format import build_model, from_huggingface, set_gelu
 from gpt import GPTModel
@@ -70,7 +71,7 @@ def find_weights(folder: Path) -> Path:
     for name in (MODEL_FILE, INDEX_FILE):
         if (folder / name).exists():
             return folder / name
-    hint = f"; a run's are in {folder / 'checkpoints'}" if (folder / "checkpoints").is_dir() else ""
+    hint = f"; a run's are in {folder / CHECKPOINTS}" if (folder / CHECKPOINTS).is_dir() else ""
     if pickles := sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES):
         hint = f"; {pickles[0]} {IS_A_PICKLE}"
     raise InputError(f"{folder}: holds neither {MODEL_FILE} nor {INDEX_FILE}{hint}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from basemodel.common.errors import InputError
+from basemodel.common.names import META
 from basemodel.data.hub import download, reason
 from basemodel.prepare.assemble import NANOGPT_FILES
 from basemodel.prepare.documents import KNOWN_TYPES, PYTHON_DOCS, TYPES, file_type
@@ -105,7 +106,7 @@ def _walk(source: Path, leave_out: set[Path]) -> tuple[list[Path], Counter[str]]
         skipped["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
         folders[:] = [name for name in folders if not name.startswith(".")]
         folders[:] = [name for name in folders if Path(folder, name).resolve() not in leave_out]
-        if "meta.json" in names and any(fnmatch.fnmatch(name, "train*.safetensors") for name in names):
+        if META in names and any(fnmatch.fnmatch(name, "train*.safetensors") for name in names):
             skipped["prepared data sets"] += 1
             continue
         for path in (Path(folder, name) for name in names if not name.startswith(".")):

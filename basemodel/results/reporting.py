@@ -139,7 +139,7 @@ class StatusFile:
         if time.monotonic() - self._written > STATUS_SECONDS:
             self.write("running", step)
 
-    def write(self, status: str, step: int, **more: Any) -> None:
+    def write(self, status: str, step: int, error: str | None = None) -> None:
         """Replace the file; a failure is only a warning."""
         run, clock, self._written = self._run, self._clock, time.monotonic()
         eta = 0.0 if status == "finished" else clock.eta(step)
@@ -164,7 +164,7 @@ class StatusFile:
             "pid": os.getpid(),
             "launchers": run.launchers,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
-            **more,
+            **({} if error is None else {"error": error}),
         }
         try:
             replace_text(run.directory / STATUS, json.dumps(values, indent=1))
@@ -278,10 +278,10 @@ class Reporter:
         for name, loss in (("train", train_loss), ("val", val_loss)):
             say(f"Final {name} loss: " + ("not measured" if loss is None else f"{loss:.3f}"))
 
-    def close(self, status: str, step: int, **more: Any) -> None:
+    def close(self, status: str, step: int, error: str | None = None) -> None:
         """Write the final status and close the progress line and the files."""
         self.metrics.flush()
-        self.status.write(status, step, **more)
+        self.status.write(status, step, error)
         self.progress.close()
         self.metrics.close(status)
 

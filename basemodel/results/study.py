@@ -17,6 +17,7 @@ import checkpointing
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
 from basemodel.common.json_config import checked_config, read_json_object, require_known
+from basemodel.common.names import CHECKPOINTS, METRICS
 from basemodel.common.output import markdown_table
 from basemodel.common.xkcd import xkcd_chart
 from basemodel.model.config import GPTConfig
@@ -168,7 +169,7 @@ def write_run(folder: Path, values: Values, seed: int) -> None:
     Raises InputError if the run has begun with other settings, apart from those that may change.
     """
     values = {**values, "train": {**values["train"], "random_seed": seed}}
-    if (folder / "metrics.jsonl").exists():
+    if (folder / METRICS).exists():
         earlier = {file: read_json_object(folder / f"{file}.json") for file in CONFIGS}
         old, new = as_checked(earlier, str(folder)), as_checked(values, str(folder))
         changes = [
@@ -191,7 +192,7 @@ def final_loss(folder: Path) -> float | None:
     status = read_status(folder)
     if status.get("status") != "finished":
         return None
-    losses = {line["step"]: line.get("val_loss") for line in read_metrics(folder / "metrics.jsonl")}
+    losses = {line["step"]: line.get("val_loss") for line in read_metrics(folder / METRICS)}
     return losses.get(status.get("total_steps"))
 
 
@@ -310,7 +311,7 @@ def differing_conditions(study: Study) -> list[str]:
     """Code, machine and data as the last checkpoints record them, where they differ and are not varied."""
     metas = []
     for folder in study.runs():
-        for path in checkpointing.list_checkpoints(folder / "checkpoints")[-1:]:
+        for path in checkpointing.list_checkpoints(folder / CHECKPOINTS)[-1:]:
             try:
                 metas.append(read_json_object(path / checkpointing.META_FILE))
             except InputError:
