@@ -19,7 +19,6 @@ import dataclasses
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -390,7 +389,7 @@ class Trainer:
         progress.best_loss = measured if is_best else best
         return is_best
 
-    def _meta(self) -> dict[str, Any]:
+    def _meta(self) -> dict[str, object]:
         """The contents of a checkpoint's meta.json."""
         run, step = self.run, self.progress.global_step
         self.progress.seconds = self.clock.seconds()
