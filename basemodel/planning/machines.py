@@ -1,4 +1,7 @@
-"""GPUs and the machines that hold them: what they can do and what they cost, by machines.toml."""
+"""GPUs and machines for --on and --budget: what they can do and cost, by machines.toml.
+
+A plain --plan takes the price of this machine from train.json, `usd_per_hour`.
+"""
 
 import difflib
 import functools

@@ -252,6 +252,7 @@ def _json_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
         yield _text_of(value, text_column, f"object {number}")
 
 
+# By type; the suffixes of each type are in TYPES (documents.py).
 READERS = {
     "parquet": _parquet_texts,
     "arrow": _arrow_texts,

@@ -117,7 +117,10 @@ class World:
         return flags.item() > 0
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum a device tensor over all processes, in place, without host synchronization (gradients: DDP)."""
+        """Sum a device tensor over all processes, in place, without host synchronization.
+
+        Not for gradients: DDP all-reduces those, as Learner in ddp_train.py wraps the loss.
+        """
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
