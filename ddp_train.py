@@ -97,7 +97,7 @@ class Learner:
         """Take an optimizer step on this process's share of the global batch: microbatches of (B, T + 1).
 
         Returns the fields of StepResult as a tensor of shape (4,) on the device. A step with a non-finite
-        loss or gradient on any process is skipped on all. No host synchronization except in `step_if`.
+        loss or gradient on any process is skipped on all. No host synchronization but GradScaler's, in fp16.
         """
         loss = self._accumulate_gradients(microbatches)
         grad_norm = self._clip_gradients()
@@ -117,7 +117,7 @@ class Learner:
         over the processes in the last backward pass, so they are those of the global batch's mean loss.
         """
         mean_loss = torch.zeros((), device=self.world.device)
-        # In fp16 the loss, which computes the head's gradients itself, scales them before it rounds them.
+        # In fp16 the loss needs the scale in its forward pass, where it computes and rounds the head's gradients.
         loss_scale = self.scaler.scale(torch.ones_like(mean_loss)) if self.scaler.is_enabled() else None
         for index, sequences in enumerate(microbatches):
             # no_sync must cover the forward pass too: it decides whether the backward pass all-reduces.
@@ -252,7 +252,7 @@ class Trainer:
         Returns False if a signal arrived before all work was done.
         """
         run, progress = self.run, self.progress
-        # Before the first step, or if a stop interrupted this work.
+        # Validate and save before the first step, or where a stop interrupted that.
         if not progress.settled and not self._validate_and_save(stop):
             return False
         steps.restart_clock()

@@ -23,7 +23,7 @@ def make_optimizer(
 
     To add an optimizer, add it here and to config.py, and say what it stores and computes where they ask for
     "muon": Run.checkpoint_bytes, planning/footprint.py and planning/estimate.py. Its groups need `lr_scale`,
-    and its step must change nothing if `found_inf` is 1 (see Muon, MuonWithAdamW); the host never waits for it.
+    and its step must change nothing if `found_inf` is 1 (see Muon, MuonWithAdamW); no host waits for it.
     Weight decay applies to everything, or only to matrices that are not embeddings.
     """
     hidden = [p for p in model.trf_blocks.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
