@@ -117,7 +117,7 @@ class Learner:
         over the processes in the last backward pass, so they are those of the global batch's mean loss.
         """
         mean_loss = torch.zeros((), device=self.world.device)
-        # In fp16 the loss needs the scale in its forward pass, where it computes and rounds the head's gradients.
+        # In fp16 the loss needs the scale in its forward pass: it rounds the head's gradients there.
         loss_scale = self.scaler.scale(torch.ones_like(mean_loss)) if self.scaler.is_enabled() else None
         for index, sequences in enumerate(microbatches):
             # no_sync must cover the forward pass too: it decides whether the backward pass all-reduces.
