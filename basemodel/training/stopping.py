@@ -78,7 +78,7 @@ def hung_steps_ended(
     done = threading.Event()
 
     def watch() -> None:
-        late = 0.0  # seconds counted by this thread, which stands still while the process is suspended
+        late = 0.0  # seconds overdue, counted in ticks so that time spent suspended (SIGSTOP) does not count
         while not done.wait(TICK):
             late = late + TICK if overdue() > 0 else 0.0
             if late > (world.timeout if stop.received is None else min(world.timeout, GRACE_SECONDS)):
