@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass
 
 from basemodel.model.config import GPTConfig
+from basemodel.model.loss import CHUNK_LOGITS, DEFAULT_CHUNK_LOGITS
 from basemodel.training.config import TrainConfig
 
-CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 24}  # as in model/loss.py
 # Bytes moved for each activation (tokens x width x layers), hidden weight and logit, by whether the step is
 # compiled and by the bytes of an element
 TRAFFIC = {
@@ -62,7 +62,9 @@ class Step:
 
     @property
     def chunks(self) -> int:
-        return math.ceil(self.tokens * self.model.vocab_size / CHUNK_LOGITS[self.device])
+        return math.ceil(
+            self.tokens * self.model.vocab_size / CHUNK_LOGITS.get(self.device, DEFAULT_CHUNK_LOGITS)
+        )
 
     @property
     def rows(self) -> int:

@@ -107,10 +107,10 @@ def summary(meta: dict[str, Any]) -> list[str]:
 
 
 def excerpts(folder: Path, tokenizer: tiktoken.Encoding) -> list[str]:
-    """Three short excerpts of the text to train on, from its beginning, its middle and its end."""
+    """Up to three short excerpts of the text to train on, from its beginning, its middle and its end."""
     tokens = TokenFiles(folder, "train")
     length = min(60, tokens.count)
-    places = (0, (tokens.count - length) // 2, tokens.count - length)
+    places = dict.fromkeys((0, (tokens.count - length) // 2, tokens.count - length))  # short text has one
     texts = (tokenizer.decode(tokens.read(place, place + length).tolist()) for place in places)
     return [one_line(text)[:100] for text in texts]
 

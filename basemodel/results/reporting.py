@@ -75,7 +75,7 @@ def keep_samples(run: Run, step: int, samples: list[dict[str, Any]]) -> None:
 class MetricsLog:
     """Writes metrics.jsonl, a line per step, and sends the same values to the trackers."""
 
-    def __init__(self, run: Run, step: int, say: Callable[[str], None]) -> None:
+    def __init__(self, run: Run, step: int) -> None:
         """Continue after `step` steps; lines of later steps, which will be repeated, are dropped."""
         self._run, self._begun_at = run, step
         self._line: dict[str, Any] = {}  # of the newest step; more values may follow
@@ -205,7 +205,7 @@ class Reporter:
 
     def __init__(self, run: Run, clock: Clock, step: int, device_name: str, *, compiled: bool) -> None:
         self.run, self.clock, self._device, self._compiled = run, clock, device_name, compiled
-        self.metrics = MetricsLog(run, step, say)
+        self.metrics = MetricsLog(run, step)
         self.status = StatusFile(run, clock, device_name)
         self.progress = ProgressLine(run, clock, step)
         self._last_chart = 0.0

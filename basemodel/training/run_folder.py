@@ -33,13 +33,8 @@ def find_run(runs_dir: Path, name: str) -> Path:
 
 def read_status(run_dir: Path) -> dict[str, Any]:
     """The contents of status.json; empty if it is missing or damaged."""
-    return read_json_or_nothing(run_dir / STATUS)
-
-
-def read_json_or_nothing(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if it is missing or damaged."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads((run_dir / STATUS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 
