@@ -158,7 +158,7 @@ def choose_tokenizer(tokenizer: str | None, train_size: int | None) -> dict[str,
     """The values of Settings for the tokenizer that the options ask for. Raises InputError."""
     if train_size is not None:
         if tokenizer is not None:
-            raise InputError("give either --tokenizer or --train-tokenizer")
+            raise InputError("use either --tokenizer or --train-tokenizer, not both")
         if importlib.util.find_spec("tokenizers") is None:
             raise InputError("--train-tokenizer needs a library: pip install -e '.[tokenizer]'")
         return {"tokenizer": "dataset", "train_tokenizer": train_size}
@@ -300,7 +300,7 @@ def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
         print(line)
     for split, counts in meta["splits"].items():
         files = as_one_path(split_files(output_dir, split))
-        print(f"{files}: {counted(counts['documents'], 'document')}, {counts['tokens']:,} tokens")
+        print(f"{files}: {counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')}")
     print("Excerpts:", *excerpts(output_dir, get_tokenizer(meta["tokenizer"], output_dir)), sep="\n  ")
 
 

@@ -68,7 +68,7 @@ def start(hub: Hub, tmp_path: Path) -> Script:
 def test_what_is_needed_comes_once_with_progress(hub: Hub, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(output, "LINE_SECONDS", 0.0)
     folder = fetch(tmp_path)
-    assert {path.name for path in folder.iterdir() if path.name != ".download.lock"} == {
+    assert {path.name for path in folder.iterdir()} == {
         "train.safetensors",
         ".fingerprints.json",
     }, "no split that nobody asked for, and nothing incomplete"

@@ -5,7 +5,8 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,14 @@ def lock(path: Path, patience: float = 0.0, on_wait: Callable[[], None] | None =
             on_wait()
             on_wait = None
         time.sleep(0.2)
+
+
+@contextmanager
+def locked(path: Path, patience: float = 0.0, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a `lock`, which see, for as long as the context lasts."""
+    handle = lock(path, patience, on_wait)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)

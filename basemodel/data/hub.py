@@ -7,6 +7,7 @@ the next try continues over HTTP.
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -18,11 +19,11 @@ import huggingface_hub as hub  # loads its parts, and the network's, when they a
 from tqdm import tqdm
 
 from basemodel.common.errors import InputError, RunError
-from basemodel.common.files import fingerprint, replace_text, sync
+from basemodel.common.files import fingerprint, locked, replace_text, sync
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import META, TOKENIZER_FILE, require_inside, require_repo_id
 from basemodel.common.output import Progress
-from basemodel.data.token_files import PATTERNS, missing_files, split_files, whole_set
+from basemodel.data.token_files import PATTERNS, missing_files, read_meta, split_files, whole_set
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds before another try when a connection breaks
@@ -43,8 +44,6 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     All files come from one commit, and an interrupted download resumes where it stopped. Raises InputError,
     naming the data set, if that fails.
     """
-    from huggingface_hub.utils import WeakFileLock
-
     folder, splits = dataset_folder(datasets_dir, dataset), list(splits)
     commit = _commit_of(folder, splits)
     if None not in (commit, revision) and len(revision) >= 40 and revision != commit:
@@ -57,8 +56,8 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
         with _failures_in_one_line(folder, ", ".join(missing)):
             info = hub.HfApi().dataset_info(dataset, revision=commit or revision)
             folder.mkdir(parents=True, exist_ok=True)
-            tqdm.write(f"Downloading {dataset}, or waiting for the process that already does")
-            with WeakFileLock(folder / ".download.lock"):
+            waiting = f"Waiting for another process that is downloading {dataset}"
+            with locked(folder, math.inf, lambda: tqdm.write(waiting)):
                 _download(folder, info, splits)
     return folder
 
@@ -73,8 +72,7 @@ def _commit_of(folder: Path, splits: list[str]) -> str | None:
 
 def _own_tokenizer(folder: Path) -> list[str]:
     """The name of the data set's own tokenizer, if its meta.json says that it has one."""
-    meta = read_json_object(folder / META) if (folder / META).exists() else {}
-    return [TOKENIZER_FILE] if meta.get("tokenizer") == "dataset" else []
+    return [TOKENIZER_FILE] if read_meta(folder).get("tokenizer") == "dataset" else []
 
 
 def _download(folder: Path, info: "hub.DatasetInfo", splits: list[str]) -> None:
@@ -166,7 +164,7 @@ def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str
     They are cached in the folder; a file is hashed again only if its size or modification time changed.
     Raises InputError if a hash differs from the one in the data set's meta.json.
     """
-    meta = read_json_object(folder / META) if (folder / META).exists() else {}
+    meta = read_meta(folder)
     promised = meta.get("sha256") if isinstance(meta.get("sha256"), dict) else {}
     recorded = _known_fingerprints(folder)
     known = dict(recorded)

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from basemodel.common.errors import InputError
-from basemodel.common.json_config import read_json_object
-from basemodel.common.names import META
-from basemodel.data.token_files import TokenFiles
+from basemodel.data.token_files import TokenFiles, read_meta
 from basemodel.model.config import GPTConfig
 
 
@@ -68,7 +66,7 @@ def match_tokenizer(folder: Path, model: GPTConfig) -> GPTConfig:
     Raises InputError if the data set was made with another tokenizer than the model's, or one with more
     tokens than the model has.
     """
-    meta = read_json_object(folder / META) if (folder / META).exists() else {}
+    meta = read_meta(folder)
     name, vocab_size = meta.get("tokenizer", model.tokenizer), meta.get("vocab_size", 0)
     if name != model.tokenizer:
         is_own = model.tokenizer == "dataset"

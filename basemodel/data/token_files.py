@@ -10,11 +10,14 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from basemodel.common.errors import InputError
+from basemodel.common.json_config import read_json_object
+from basemodel.common.names import META
 
 # What the names of all token files match.
 PATTERNS = [f"{split}{part}.safetensors" for split in ("train", "validation") for part in ("", "-*-of-*")]
@@ -66,6 +69,11 @@ def as_one_path(files: list[Path]) -> str:
     """A split's files as one path: FOLDER/train.safetensors, or FOLDER/train-*-of-00003.safetensors."""
     first = files[0]
     return str(first.with_name(first.name.replace("-00000-", "-*-")))
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What a data set's meta.json says; empty without one. Raises InputError if it is malformed."""
+    return read_json_object(folder / META) if (folder / META).exists() else {}
 
 
 class TokenFile:

@@ -22,7 +22,7 @@ from basemodel.common.names import TOKENIZER_FILE
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's, as tiktoken writes it: possessive, because words never give characters back.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-MAX_TOKENS = 65_535
+MIN_TOKENS, MAX_TOKENS = 256 + 1 + 1, 65_535  # at least the bytes, end-of-text and one merge
 
 
 def get_tokenizer(name: str, folder: Path | None = None) -> tiktoken.Encoding:
@@ -184,9 +184,6 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
         if len(parts) == 2:
             pairs.append((parts[0], parts[1]))
     return pairs
-
-
-MIN_TOKENS = 256 + 1 + 1  # the bytes, end-of-text and one merge
 
 
 def train_tokenizer(texts: Iterator[str], size: int, path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from basemodel.common.errors import InputError
-from basemodel.common.files import lock
+from basemodel.common.files import lock, locked
 from basemodel.common.names import (
     CHART,
     CHECKPOINTS,
@@ -87,12 +87,10 @@ def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
 def is_locked(run_dir: Path) -> bool:
     """Whether another process holds the lock of a run's folder, because it trains the run."""
     try:
-        handle = lock(run_dir)
+        with locked(run_dir):
+            return False
     except BlockingIOError:
         return True
-    if handle is not None:
-        os.close(handle)
-    return False
 
 
 def set_earlier_results_aside(directory: Path) -> Path | None:
