@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from basemodel.common.errors import InputError
 from basemodel.planning.footprint import Step, Work
 from basemodel.planning.machines import GPU, Machine, device_memory_gib, gpu_of
-from basemodel.training.config import TrainConfig
 from basemodel.training.run import Run
 from basemodel.training.run_folder import read_status
 from basemodel.training.schedule import plan_batches
@@ -143,7 +142,8 @@ def estimate(run: Run, machine: Machine, train_count: int | None) -> Estimate:
         config, microbatch_size=size, gradient_accumulation_steps=None, global_batch_size=share * count
     )
     plan = plan_batches(config, run.model_config.context_length, count, train_count)
-    memory, precision = memory_by_part(run, machine, size), precision_on(config, machine)
+    memory = memory_by_part(run, machine, size)
+    precision = config.precision_on("cuda", has_bf16=machine.gpu.bf16)
     validation_sequences = run.config.validation_batches * run.config.microbatch_size
     run = dataclasses.replace(run, config=config, plan=plan)
     result = Estimate(machine, run, precision, largest, memory, measured=measured_speed(run, machine))
@@ -154,11 +154,6 @@ def estimate(run: Run, machine: Machine, train_count: int | None) -> Estimate:
     saving = run.saves_from(0) * run.checkpoint_bytes / COPY_BYTES_PER_SECOND
     parts = roofline.step(step, plan.accumulation, machine, precision)
     return dataclasses.replace(result, step_parts=parts, between_steps=run.validations * validation + saving)
-
-
-def precision_on(config: TrainConfig, machine: Machine) -> str:
-    """The precision that a run would choose on a machine."""
-    return config.precision_on("cuda", has_bf16=machine.gpu.bf16)
 
 
 def memory_by_part(run: Run, machine: Machine, microbatch: int) -> dict[str, float]:
@@ -194,7 +189,7 @@ def slower_than_planned(
     if gpu is None:
         return None
     machine = Machine(run.plan.processes, gpu)
-    if (precision := precision_on(run.config, machine)) not in RATE:
+    if (precision := run.config.precision_on("cuda", has_bf16=machine.gpu.bf16)) not in RATE:
         return None
     step = Step(run.model_config, run.config, run.plan.microbatch_size)
     seconds = sum(Roofline().step(step, run.plan.accumulation, machine, precision).values())
