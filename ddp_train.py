@@ -526,7 +526,7 @@ def make_trainer(run: Run, world: processes.World, name: str | None, allow_chang
     if world.is_first:
         print_plan(run, world)
         if step is None:
-            resume.set_earlier_results_aside(run)
+            resume.start_from_scratch(run)
     world.agree(lambda: resume.check_space(run, step or 0), on=world.is_first)
     trainer = Trainer(run, world)
     if step is not None:

@@ -44,6 +44,7 @@ from basemodel.results.study import (
     outcomes,
     student_t_quantile,
 )
+from basemodel.training.run import Run
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
 FORKED = f"import test_ablate; test_ablate.fork_trainings(); {NO_CHART}"
@@ -286,6 +287,7 @@ def test_launch_says_what_starts_the_script(sandbox: Sandbox) -> None:
 
 WRONG = {
     "learning_rte=0.1": "--vary learning_rte=0.1: unknown key 'learning_rte'; did you mean 'learning_rate'?",
+    "use_amp=false": "--vary use_amp=false: use_amp is an old key; vary precision instead",
     "ctx_length=8": "did you mean 'context_length'?",
     "qkv_bias": "must be KEY=VALUE[,KEY=VALUE...], such as",
     "=0.1": "must be KEY=VALUE",
@@ -309,6 +311,14 @@ WRONG = {
 def test_wrong_variations(sandbox: Sandbox, text: str) -> None:
     with pytest.raises(InputError, match=re.escape(WRONG[text])):
         Study.plan(sandbox.path / "runs", "tiny", (text,), 3)
+
+
+def test_the_schedule_of_a_base_with_old_keys_can_vary(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={**VALIDATE, "schedule_learning_rate": True})
+    study = Study.plan(sandbox.path / "runs", "tiny", ("lr_schedule=wsd",), 1)
+    study.write_configs()
+    schedules = [Run.read(folder.parent, folder.name).config.lr_schedule for folder in study.runs()]
+    assert schedules == ["cosine", "wsd"]
 
 
 def test_wrong_studies(sandbox: Sandbox) -> None:

@@ -21,7 +21,7 @@ from basemodel.common.names import CHECKPOINTS, METRICS
 from basemodel.common.output import markdown_table
 from basemodel.common.xkcd import xkcd_chart
 from basemodel.model.config import GPTConfig
-from basemodel.training.config import TrainConfig
+from basemodel.training.config import OLD_KEYS, TrainConfig
 from basemodel.training.resume import FREE_ON_RESUME
 from basemodel.training.run import Run
 from basemodel.training.run_folder import find_run, read_metrics, read_status
@@ -34,6 +34,9 @@ SAME_FOR_ALL |= {"validation_batches", "validation_interval"}
 # Keys that may change in a study that has begun, because they change no loss.
 MAY_CHANGE = FREE_ON_RESUME - SAME_FOR_ALL
 MAY_CHANGE -= {"microbatch_size", "gradient_accumulation_steps", "global_batch_size"}
+CONFIDENCE = 0.95  # of all intervals of a study together
+COLORS = {"better": "tab:green", "worse": "tab:red"}
+UNKNOWN = "–"
 Values = dict[str, dict[str, Any]]  # the contents of model.json and train.json
 
 
@@ -77,6 +80,7 @@ class Study:
                 "validation_interval and validation_batches"
             )
         values = {file: read_json_object(folder / f"{file}.json") for file in CONFIGS}
+        values["train"] = TrainConfig.from_old_keys(values["train"])  # so that a variation can replace them
         variants = [Variant(base, values)]
         for text in variations:
             variant = read_variation(text, variants[0])
@@ -118,6 +122,8 @@ def read_variation(text: str, base: Variant) -> Variant:
         key, equals, word = (text.strip() for text in part.partition("="))
         if not (key and equals and word):
             raise InputError(f"{source}: must be KEY=VALUE[,KEY=VALUE...], such as drop_rate=0.1")
+        if key in OLD_KEYS:
+            raise InputError(f"{source}: {key} is an old key; vary {OLD_KEYS[key][1]} instead")
         require_known(key, KEYS, source)
         if key in changed:
             raise InputError(f"{source}: {key} appears twice; keep one")
@@ -194,11 +200,6 @@ def final_loss(folder: Path) -> float | None:
         return None
     losses = {line["step"]: line.get("val_loss") for line in read_metrics(folder / METRICS)}
     return losses.get(status.get("total_steps"))
-
-
-CONFIDENCE = 0.95  # of all intervals of a study together
-COLORS = {"better": "tab:green", "worse": "tab:red"}
-UNKNOWN = "–"
 
 
 def student_t_quantile(confidence: float, degrees: int) -> float:

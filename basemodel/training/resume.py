@@ -84,7 +84,7 @@ def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpoin
     return checkpoint
 
 
-def set_earlier_results_aside(run: Run) -> None:
+def start_from_scratch(run: Run) -> None:
     """Move the results of an earlier training run, if any, into a new subfolder, and say so."""
     if aside := run_folder.set_earlier_results_aside(run.directory):
         print(f"Starting from scratch; earlier results are now in {aside} (--resume would have continued)")
