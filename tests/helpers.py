@@ -6,6 +6,7 @@ environment, output and exit status of its own, as if it had been typed. `run_py
 """
 
 import contextlib
+import inspect
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -18,7 +19,9 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -71,6 +74,8 @@ TORTURED_TRAIN = {
 BYTES = {"vocab_size": 257, "tokenizer": "bytes"}
 # Drawing takes longer than training.
 NO_CHART = "from basemodel.results import run_chart; run_chart.draw_chart = lambda *_: None"
+
+FORKED = f"import helpers; helpers.fork_python(); {NO_CHART}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -128,6 +133,13 @@ HEAVY = (
     "openai",
     "pytest",
     "pyarrow.parquet",
+    # What `datasets` imports; itself and huggingface_hub read the environment as they are imported.
+    "pandas",
+    "pyarrow.dataset",
+    "fsspec",
+    "multiprocess",
+    "httpx",
+    "yaml",
 )
 
 
@@ -153,20 +165,83 @@ class Finished:
 
 def _be_script(command: list[str], env: dict[str, str], files: tuple[str, str], before: str) -> None:
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
     for number, name in enumerate(files, start=1):
         handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(handle, number)
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    os.chdir(ROOT)
+    be_python(command, env, before)
+
+
+def be_python(words: list[str], env: dict[str, str], before: str = "") -> None:
+    """Do what `python WORDS` would do, in this process, after the statements `before`."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+    buffered = words[0] != "-u" and "PYTHONUNBUFFERED" not in env
+    sys.stdout = open(1, "w", closefd=False, buffering=-1 if buffered else 1)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
     os.environ.clear()
     os.environ.update(env)
-    os.chdir(ROOT)
-    sys.argv, sys.path[:0] = command, [str(ROOT)]
     if "GPT2_STAND_IN" in env:  # set by the fixture `gpt2`
         import_module("tiktoken.registry").ENCODINGS["gpt2"] = import_module("texts").gpt2_stand_in()
+    words = words[words[0] == "-u" :]
+    is_script = words[0] not in ("-c", "-m")
+    sys.path.insert(0, str(Path(words[0]).resolve().parent if is_script else ROOT))
+    sys.argv = words if is_script else words[1:]
     exec(before, {})
-    runpy.run_path(command[0], run_name="__main__")
+    if is_script:
+        runpy.run_path(words[0], run_name="__main__")
+    elif words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        exec(words[1], {"__name__": "__main__"})
+
+
+def fork_python() -> None:
+    """Have the Python commands that this process starts from now on forked from it, by `subprocess` itself in
+    all but how the process comes to be."""
+    execute = subprocess.Popen._execute_child
+    names = list(inspect.signature(execute).parameters)[1:]
+
+    def fork(popen: subprocess.Popen, *values: Any) -> None:
+        start = dict(zip(names, values, strict=True))
+        if start["args"][0] != sys.executable:
+            execute(popen, *values)
+            return
+        popen.pid = os.fork()
+        if popen.pid == 0:
+            _be_forked(**start)
+        popen._child_created = True
+        popen._close_pipe_fds(*values[names.index("p2cread") : names.index("errwrite") + 1])
+
+    subprocess.Popen._execute_child = fork
+
+
+def _be_forked(args: list[str], cwd: str | None, env: dict[str, str] | None, **start: Any) -> None:
+    status = 1
+    try:
+        if start["start_new_session"]:
+            os.setsid()
+        elif start["process_group"] >= 0:
+            os.setpgid(0, start["process_group"])
+        for number, name in enumerate(("p2cread", "c2pwrite", "errwrite")):
+            if start[name] != -1:
+                os.dup2(start[name], number)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        os.chdir(cwd or ".")
+        be_python([str(word) for word in args[1:]], dict(os.environ if env is None else env))
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()
+        sys.stdout.flush()
+        os._exit(status)
 
 
 class Script:
@@ -193,8 +268,12 @@ class Script:
         return Path(self.files[1]).read_text()
 
     @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode  # negative: the signal that ended it
+
+    @property
     def has_ended(self) -> bool:
-        return self._process.exitcode is not None
+        return self.returncode is not None
 
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)

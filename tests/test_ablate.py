@@ -8,20 +8,15 @@ import math
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from helpers import (
-    NO_CHART,
+    FORKED,
     ROOT,
     Finished,
     Sandbox,
@@ -47,52 +42,7 @@ from basemodel.results.study import (
 from basemodel.training.run import Run
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
-FORKED = f"import test_ablate; test_ablate.fork_trainings(); {NO_CHART}"
 QUICK = f"{FORKED}; from basemodel.results import study; study.draw_chart = lambda *_: None"
-
-
-class ForkedProcess:
-    """As much of subprocess.Popen as ablate.py uses, for the project's scripts: forked from this process,
-    which has imported PyTorch and computed nothing."""
-
-    def __init__(self, command: list[str], process_group: int, stdout: Any = None, **_: Any) -> None:
-        self._output = tempfile.TemporaryFile("w+") if stdout else None  # noqa: SIM115
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.setpgid(0, process_group)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
-            for number in (1, 2) if self._output else ():
-                os.dup2(self._output.fileno(), number)
-            script = next(word for word in command if word.endswith("ddp_train.py"))
-            sys.argv = command[command.index(script) :]
-            try:
-                runpy.run_path(script, run_name="__main__")
-            finally:
-                os._exit(99)
-
-    def wait(self) -> int:
-        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.returncode
-
-    def communicate(self) -> tuple[str, str]:
-        self.wait()
-        self._output.seek(0)
-        return "", self._output.read()
-
-    def terminate(self) -> None:
-        os.kill(self.pid, signal.SIGTERM)
-
-
-def fork_trainings() -> None:
-    """Have this process fork its trainings, because starting Python anew takes longer than they do."""
-    started_anew = subprocess.Popen
-
-    def popen(command: list[str], **options: Any) -> Any:
-        trains = any(str(word).endswith("ddp_train.py") for word in command)
-        return (ForkedProcess if trains else started_anew)(command, **options)
-
-    subprocess.Popen = popen
 
 
 def study_command(sandbox: Sandbox, *options: object) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import (
     BYTES,
+    FORKED,
     MODEL,
     ROOT,
     TRAIN,
@@ -37,7 +38,6 @@ import optimizers
 FIGURE = r"-?[\d,]*\.?\d+"
 SPREAD = rf"{FIGURE} \({FIGURE} to {FIGURE}\)"
 SIGNED = SPREAD.replace("-?", "[+-]")
-BESIDE = "import sys; sys.path.insert(0, 'benchmarks')"  # where Python looks first for a script
 
 
 @pytest.fixture
@@ -62,13 +62,12 @@ def measured(
     name: str,
     *options: object,
     runs: bool = True,
-    before: str = BESIDE,
-    seconds: float = 120,
+    before: str = FORKED,
 ) -> str:
     """What a benchmark prints."""
     words = [f"benchmarks/{name}.py", *map(str, options)]
     words += ["--runs-dir", str(sandbox.path / "runs")] if runs else []
-    done = Script(words, sandbox.env, before).wait(seconds)
+    done = Script(words, sandbox.env, before).wait()
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -90,8 +89,7 @@ def test_every_benchmark_is_run_here() -> None:
 
 def test_ablations(sandbox: Sandbox) -> None:
     command = sandbox.datasets, sandbox.path / "kept", "--seeds", 1, "--tokens", 256, "--rounds", 2
-    forked = f"{BESIDE}; import test_ablate; test_ablate.fork_trainings()"
-    said = measured(sandbox, "ablations", *command, before=forked)
+    said = measured(sandbox, "ablations", *command)
     assert_lines(said, rf"\| demo \| 1 \| {FIGURE} \| .*", rf"\| learning_rate=0.02 \| 1 \| {FIGURE} \| .*")
     assert_lines(said, rf"\| demo \| \| {FIGURE} \| 1.00 \|")
     assert_lines(said, rf"\| demo-rate \| learning_rate=0.02 \| {FIGURE} \| {FIGURE} \|")
@@ -117,15 +115,11 @@ def test_footprint(sandbox: Sandbox) -> None:
 
 def test_gpu(sandbox: Sandbox) -> None:
     """All its parts, in a rehearsal, without the packages that the rented machine may lack."""
-    for name in ABSENT:
-        (sandbox.path / f"absent/{name}.py").parent.mkdir(exist_ok=True)
-        (sandbox.path / f"absent/{name}.py").write_text(
-            f"raise ModuleNotFoundError('no {name}', name='{name}')"
-        )
+    without = f"{FORKED}; import sys; sys.modules.update(dict.fromkeys({ABSENT}))"
     (sandbox.datasets / "test/tokens/meta.json").write_text('{"tokenizer": "bytes", "vocab_size": 257}')
-    sandbox.env |= {"PYTHONPATH": str(sandbox.path / "absent"), "CUDA_VISIBLE_DEVICES": ""}
+    sandbox.env |= {"CUDA_VISIBLE_DEVICES": ""}
     options = "all", "--tiny", "--datasets-dir", sandbox.datasets, "--out", sandbox.path / "out"
-    said = measured(sandbox, "gpu", *options, runs=False, seconds=500)
+    said = measured(sandbox, "gpu", *options, runs=False, before=without)
     figure = rf"\| {FIGURE} \|"
     for part in ("correct", "speed", "run", "recipe"):
         assert_lines(said, rf"\| {part} \| passed {figure}")
@@ -230,7 +224,7 @@ def test_gpu_needs_a_gpu_but_for_a_rehearsal(sandbox: Sandbox) -> None:
         ["benchmarks/gpu.py", "speed", "--out", str(sandbox.path / "out")],
         {"CUDA_VISIBLE_DEVICES": ""},
     )
-    done = Script(words, env, BESIDE).wait()
+    done = Script(words, env, FORKED).wait()
     assert done.returncode == 2 and done.stderr.startswith("Error: torch.cuda is not available; --tiny")
     assert not (sandbox.path / "out").exists()
 
@@ -248,8 +242,7 @@ def test_ladder(sandbox: Sandbox) -> None:
     ladder_json = {"sizes": {"tiny": {}}, "shared": shared, "recipes": recipes, "studies": studies}
     (sandbox.path / "ladder.json").write_text(json.dumps(ladder_json))
     command = [sandbox.datasets, sandbox.path / "kept", "--ladder", sandbox.path / "ladder.json", "--time"]
-    forked = f"{BESIDE}; import test_ablate; test_ablate.fork_trainings()"
-    said = measured(sandbox, "ladder", *command, runs=False, before=forked)
+    said = measured(sandbox, "ladder", *command, runs=False)
     assert_lines(
         said, rf"\| learning_rate=0.02 \| 1 \| {FIGURE} \| .*", r"\| min_train_tokens=512 \| 1 \| .*"
     )
@@ -312,7 +305,7 @@ def test_overlap(sandbox: Sandbox) -> None:
     words = ["--layers", "2", "--width", "32", "--heads", "2", "--context", "16", "--rounds", "1"]
     with reserve_port() as holder:
         envs = [sandbox.env | rank_environment(rank, 2, holder) for rank in range(2)]
-        scripts = [Script(["benchmarks/overlap.py", *words], env, f"{BESIDE}\n{eager}") for env in envs]
+        scripts = [Script(["benchmarks/overlap.py", *words], env, f"{FORKED}\n{eager}") for env in envs]
         done = [script.wait() for script in scripts]
     assert [each.returncode for each in done] == [0, 0], done[0].stderr
     sides = (rf"\| {side} \| \d+(, \d+)* \| {SPREAD} \|" for side in ("eager", "compiled"))
@@ -331,7 +324,7 @@ def test_overhead(sandbox: Sandbox) -> None:
 def test_prepare(sandbox: Sandbox) -> None:
     command = "--megabytes", 0.5, "--rounds", 1, "--only", "tiktoken, 1"
     stand_in = "readers.python_docs = lambda: ['Few words do.']"
-    few = f"{BESIDE}; from basemodel.prepare import readers; {stand_in}"
+    few = f"{FORKED}; from basemodel.prepare import readers; {stand_in}"
     said = measured(sandbox, "prepare", *command, runs=False, before=few)
     for side in ("plain loop", "tiktoken, 1"):
         assert_lines(said, rf"\| {side} \| {SPREAD} \| {SPREAD} \| {FIGURE} \| {FIGURE}, {FIGURE} \|")
@@ -365,7 +358,7 @@ def test_saving(sandbox: Sandbox) -> None:
 
 
 def test_startup(sandbox: Sandbox) -> None:
-    said = measured(sandbox, "startup", "--rounds", 1, "--only", "compare_runs", runs=False)
+    said = measured(sandbox, "startup", "--rounds", 1, "--only", "compare_runs", runs=False, before="")
     for command in ("import torch", "compare_runs.py --help"):
         assert_lines(said, rf"\| {command} \| {FIGURE} \| {FIGURE} to {FIGURE} \| {FIGURE} \|")
 

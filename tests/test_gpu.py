@@ -24,6 +24,7 @@ from helpers import (
     TORTURED_MODEL,
     TORTURED_TRAIN,
     Sandbox,
+    Script,
     assert_same_tensors,
     step_reached,
     wait_for,
@@ -212,21 +213,13 @@ def test_a_step_never_waits_for_the_device(
 # ------------------------------------------------------------------------------------------------------------
 
 
-class Training:
-    """A run that trains on a device in a process of its own, started afresh: forks cannot use CUDA."""
-
-    def __init__(self, sandbox: Sandbox, run: str, device: str, *options: str) -> None:
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-        code = f"import runpy, sys; sys.argv = sys.argv[1:]; {NO_CHART}; "
-        code += 'runpy.run_path(sys.argv[0], run_name="__main__")'
-        command = [sys.executable, "-c", code, *sandbox.command(run, *options)]
-        self.process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **hidden})
-
-    def end(self, number: int | None = None) -> int:
-        """Wait for its end, after a signal if one is given; return its exit status."""
-        if number:
-            self.process.send_signal(number)
-        return self.process.wait(120)
+def start(sandbox: Sandbox, run: str, device: str) -> Script | subprocess.Popen:
+    """Train a run on a device, from its last checkpoint. Forked processes cannot use CUDA."""
+    if device == "cpu":
+        return sandbox.start(run, "--resume")
+    code = f"import runpy, sys; sys.argv = sys.argv[1:]; {NO_CHART}; "
+    code += 'runpy.run_path(sys.argv[0], run_name="__main__")'
+    return subprocess.Popen([sys.executable, "-c", code, *sandbox.command(run, "--resume")], cwd=ROOT)
 
 
 @pytest.mark.parametrize("device", on_both(()))
@@ -238,11 +231,14 @@ def test_a_run_that_is_stopped_then_killed_ends_like_an_undisturbed_one(tmp_path
     for run in ("whole", "disturbed"):
         changes = {**steps, "checkpoint_interval": 20, "precision": "auto", "compile": False}
         sandbox.write_run(run, TORTURED_MODEL, {**TORTURED_TRAIN, **changes})
-    assert Training(sandbox, "whole", device).end() == 0
+    start(sandbox, "whole", device).wait(120)
     for least, number, status in ((20, signal.SIGTERM, 143), (70, signal.SIGKILL, -9), (120, None, 0)):
-        training = Training(sandbox, "disturbed", device, "--resume")
+        training = start(sandbox, "disturbed", device)
         wait_for(step_reached(sandbox, "disturbed", least), f"step {least}")
-        assert training.end(number) == status
+        if number:
+            os.kill(training.pid, number)
+        training.wait(120)
+        assert training.returncode == status
         if number == signal.SIGTERM:
             stopped = sandbox.status("disturbed")
             assert stopped["status"] == "preempted" and 20 <= stopped["step"] < 120

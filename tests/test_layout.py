@@ -59,7 +59,8 @@ def test_rooms_import_only_what_the_plan_allows() -> None:
 
 
 TORCH = ["torch"]
-SLOW = ["torch._dynamo", "torch._inductor", "matplotlib", "tiktoken", "datasets", "openai", "transformers"]
+SLOW = ["torch._dynamo", "torch._inductor", "matplotlib", "tiktoken", "datasets", "pyarrow", "openai"]
+SLOW += ["transformers"]
 
 
 @pytest.mark.parametrize(

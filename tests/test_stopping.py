@@ -16,10 +16,11 @@ from types import SimpleNamespace
 
 import click
 import pytest
+import torch
 import torch.distributed as dist
-import torch.distributed.run
 from forked import forked
 from helpers import (
+    FORKED,
     Sandbox,
     Script,
     children_of,
@@ -331,7 +332,7 @@ def torchrun() -> Iterator[Callable[..., Script]]:
         command = sandbox.command(run, *options, processes=processes, torchrun=launch)
         # The second: else torchrun (2.13) tells a node that joins later nothing of the store it has kept.
         env = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        agents.append(Script([torch.distributed.run.__file__, *command[2:]], env))
+        agents.append(Script(command, env, FORKED))
         return agents[-1]
 
     yield start
