@@ -227,7 +227,11 @@ def _be_forked(args: list[str], cwd: str | None, env: dict[str, str] | None, **s
         for number, name in enumerate(("p2cread", "c2pwrite", "errwrite")):
             if start[name] != -1:
                 os.dup2(start[name], number)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        # Nothing that is open is shared, yet each number stays taken: objects of the parent may close theirs.
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for path in Path("/proc/self/fd").iterdir():
+            if int(path.name) > 2:
+                os.dup2(nowhere, int(path.name))
         os.chdir(cwd or ".")
         be_python([str(word) for word in args[1:]], dict(os.environ if env is None else env))
         status = 0

@@ -158,14 +158,14 @@ def test_gpu_goes_on_after_a_part_that_fails_or_hangs(
 ) -> None:
     (tmp_path / "part.py").write_text(PART)
     monkeypatch.setattr(gpu, "__file__", str(tmp_path / "part.py"))
-    monkeypatch.setattr(gpu, "LIMIT", 5.0)
+    monkeypatch.setattr(gpu, "LIMIT", 2.0)
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     assert gpu.run_all(tmp_path, [str(tmp_path / "child")]) == 1
     results = [line.split(" | ")[:2] for line in (tmp_path / "all.md").read_text().splitlines()[3:]]
     assert results == [
         ["| correct", "passed"],
         ["| speed", "FAILED with status 1"],
-        ["| run", "FAILED: not finished after 5 s"],
+        ["| run", "FAILED: not finished after 2 s"],
         ["| recipe", "passed"],
     ]
     assert not is_alive(int((tmp_path / "child").read_text())), "what the part had started"

@@ -227,12 +227,12 @@ def test_a_run_that_is_stopped_then_killed_ends_like_an_undisturbed_one(tmp_path
     sandbox = Sandbox(tmp_path)
     write_dataset(sandbox.datasets / "test/tokens")
     # Steps enough for a signal to come in between; dropout shows whether random numbers go on.
-    steps = {"min_train_tokens": 120 * 8 * 16, "learning_rate": 1e-3, "validation_interval": 40}
+    steps = {"min_train_tokens": 60 * 8 * 16, "learning_rate": 1e-3, "validation_interval": 20}
     for run in ("whole", "disturbed"):
-        changes = {**steps, "checkpoint_interval": 20, "precision": "auto", "compile": False}
+        changes = {**steps, "checkpoint_interval": 10, "precision": "auto", "compile": False}
         sandbox.write_run(run, TORTURED_MODEL, {**TORTURED_TRAIN, **changes})
     start(sandbox, "whole", device).wait(120)
-    for least, number, status in ((20, signal.SIGTERM, 143), (70, signal.SIGKILL, -9), (120, None, 0)):
+    for least, number, status in ((10, signal.SIGTERM, 143), (35, signal.SIGKILL, -9), (60, None, 0)):
         training = start(sandbox, "disturbed", device)
         wait_for(step_reached(sandbox, "disturbed", least), f"step {least}")
         if number:
@@ -241,7 +241,7 @@ def test_a_run_that_is_stopped_then_killed_ends_like_an_undisturbed_one(tmp_path
         assert training.returncode == status
         if number == signal.SIGTERM:
             stopped = sandbox.status("disturbed")
-            assert stopped["status"] == "preempted" and 20 <= stopped["step"] < 120
+            assert stopped["status"] == "preempted" and 10 <= stopped["step"] < 60
             assert sandbox.checkpoints("disturbed")[-1].name.endswith(f"-iteration-{stopped['step']}")
     expected, found = (sandbox.metrics(run) for run in ("whole", "disturbed"))
     assert found == (expected if device == "cpu" else pytest.approx(expected, rel=2e-2))

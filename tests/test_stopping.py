@@ -255,7 +255,7 @@ def hung_device(rank: int) -> None:
 def test_when_a_gpu_hangs_all_end_at_the_timeout(tmp_path: Path, whole: Path) -> None:
     sandbox = make_sandbox(tmp_path, "run")
     sandbox.run_dir("whole").symlink_to(whole)
-    training = Training(sandbox, "run", "--collective-timeout", "2", patch=hung_device)
+    training = Training(sandbox, "run", "--collective-timeout", "1", patch=hung_device)
     assert training.wait(30) == [1, 1]
     line = "Error: another training process died or hung; restart with --resume, or"
     assert training.log.read_text().count(line) == 2
@@ -287,10 +287,10 @@ def test_a_save_may_take_longer_than_the_timeout(tmp_path: Path, whole: Path) ->
 
     def very_slow_save(rank: int) -> None:
         real = checkpointing.save_checkpoint
-        checkpointing.save_checkpoint = lambda *arguments: time.sleep(5) or real(*arguments)
+        checkpointing.save_checkpoint = lambda *arguments: time.sleep(3) or real(*arguments)
 
     sandbox = make_sandbox(tmp_path, "run", checkpoint_interval=15)
-    train(sandbox, "run", "--collective-timeout", "2", patch=very_slow_save)
+    train(sandbox, "run", "--collective-timeout", "1", patch=very_slow_save)
     assert [path.name.rpartition("-")[2] for path in sandbox.checkpoints("run")] == ["15", "30"]
 
 
