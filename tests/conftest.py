@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: tests run beside one another
 
 import contextlib
+import gc
 import hashlib
 import http.server
 import json
@@ -22,6 +23,13 @@ import tiktoken
 import tiktoken.registry
 from helpers import Sandbox, make_sandbox, requested_range, write_dataset
 from texts import gpt2_stand_in
+
+gc.disable()  # while all tests are imported, and what they need, of which nothing goes
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @dataclass

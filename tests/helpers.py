@@ -146,9 +146,12 @@ HEAVY = (
 @cache
 def start_forkserver() -> None:
     """Start the process that imports everything once; it finds modules as this one does."""
-    few = os.environ.get("PRELOAD")  # for a single test, where to import all would take longer than it saves
-    FORKSERVER.set_forkserver_preload(few.split(",") if few else [*SCRIPTS, *HEAVY])
+    FORKSERVER.set_forkserver_preload(["preload"])
     with pytest.MonkeyPatch.context() as patch:
+        if (
+            "PRELOAD" not in os.environ
+        ):  # given for a single test, where to import all takes longer than it saves
+            patch.setenv("PRELOAD", ",".join([*SCRIPTS, *HEAVY]))
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()
