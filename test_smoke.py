@@ -6,7 +6,6 @@ python test_smoke.py ... --prompt "Return the" --prompt "If the file" --samples 
 python test_smoke.py ... --interactive
 """
 
-import sys
 from pathlib import Path
 
 import click
@@ -62,7 +61,6 @@ def main(
         raise InputError("--interactive reads its prompts itself; leave out --prompt and --samples")
     model = load_model(model_json, model_safetensors)
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
-    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack characters
     if interactive:
         settings = {"temperature": temperature, "top_k": top_k, "tokens": tokens, "seed": seed}
         options = [option for option in ctx.command.params if option.name in settings]

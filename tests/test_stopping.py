@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from forked import forked
 from helpers import (
     FORKED,
+    NO_CHART,
     Sandbox,
     Script,
     children_of,
@@ -68,6 +70,12 @@ def second_validation(sandbox: Sandbox, run: str) -> bool:
     return (sandbox.path / f"{run}.log").read_text().count("validating") >= 2 * 2 + 1
 
 
+STEPS_WAIT = """
+import time
+from basemodel.training.pending import PendingSteps
+add = PendingSteps.add
+PendingSteps.add = lambda *arguments: time.sleep(0.05) or add(*arguments)
+"""
 MOMENTS = {
     "step": (lambda rank: None, lambda sandbox, run: step_reached(sandbox, run, 7)()),
     "save": (slow_save, lambda sandbox, run: step_reached(sandbox, run, 5)()),
@@ -131,6 +139,54 @@ def test_a_second_signal_ends_a_process_at_once_and_leaves_the_old_checkpoint(
     assert training.wait(30) == [128 + signal.SIGTERM] * 2
     assert "-iteration-5" in train(sandbox, "stopped", "--resume")
     assert_same_end(sandbox, "stopped", "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_lost_terminal_and_a_warning_of_slurm_stop_a_run_too(tmp_path: Path, number: int) -> None:
+    sandbox = make_sandbox(tmp_path, "stopped")
+    script = sandbox.start("stopped", before=f"{NO_CHART}\n{STEPS_WAIT}")
+    wait_for(step_reached(sandbox, "stopped", 7), "the seventh step")
+    script.signal(number)
+    assert script.wait().returncode == 128 + number
+    assert sandbox.status("stopped")["status"] == "preempted"
+    assert sandbox.checkpoints("stopped")[-1].name.endswith(f"-{sandbox.status('stopped')['step']}")
+
+
+def test_nohup_lets_a_run_go_on(tmp_path: Path) -> None:
+    sandbox = make_sandbox(tmp_path, "run")
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    script = sandbox.start("run", before=f"{NO_CHART}\n{STEPS_WAIT}\n{ignored}")
+    wait_for(step_reached(sandbox, "run", 7), "the seventh step")
+    script.signal(signal.SIGHUP)
+    assert script.wait().returncode == 0
+
+
+NOBODY_READS = {
+    "a pipe whose reader has exited": "reader, out = os.pipe(); os.close(reader)",
+    "a terminal that is gone": "import pty; terminal, out = pty.openpty(); os.close(terminal)",
+    "a full disk": "out = os.open('/dev/full', os.O_WRONLY)",
+    "closed": "out = None",
+}
+NOWHERE = """
+for descriptor in (1, 2):
+    os.dup2(out, descriptor) if out else os.close(descriptor)
+if out is None:
+    import sys
+    sys.stdout = sys.stderr = None
+"""
+
+
+@pytest.mark.parametrize("output", NOBODY_READS)
+def test_a_run_whose_output_is_lost_still_saves_when_it_is_stopped(tmp_path: Path, output: str) -> None:
+    sandbox = make_sandbox(tmp_path, "stopped")
+    before = f"import os; {NOBODY_READS[output]}\n{NOWHERE}\n{NO_CHART}\n{STEPS_WAIT}"
+    script = sandbox.start("stopped", before=before)
+    wait_for(lambda: step_reached(sandbox, "stopped", 7)() or script.has_ended, "the seventh step")
+    script.signal(signal.SIGINT)
+    assert script.wait().returncode == 130
+    status = sandbox.status("stopped")
+    assert status["status"] == "preempted" and status["step"] >= 7
+    assert sandbox.checkpoints("stopped")[-1].name.endswith(f"-{status['step']}")
 
 
 @forked
@@ -197,7 +253,7 @@ def test_a_token_outside_the_vocabulary_is_found_by_whichever_process_looks(tmp_
     ],
 )
 def test_exit_statuses_and_the_line_that_goes_with_them(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, outcome: object, status: int, said: str
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, outcome: object, status: int, said: str
 ) -> None:
     @click.command()
     def command() -> object:
@@ -206,9 +262,11 @@ def test_exit_statuses_and_the_line_that_goes_with_them(
         return outcome
 
     monkeypatch.setattr("sys.argv", ["script.py"])
+    for name in ("stdout", "stderr"):  # which are replaced
+        monkeypatch.setattr(sys, name, getattr(sys, name))
     with pytest.raises(SystemExit) as left:
         run_command(command)
-    assert (left.value.code, capsys.readouterr().err) == (status, said)
+    assert (left.value.code, capfd.readouterr().err) == (status, said)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -327,12 +385,14 @@ def torchrun() -> Iterator[Callable[..., Script]]:
     """A function that starts torchrun's agent for a run; with the test all that it has started ends."""
     agents: list[Script] = []
 
-    def start(sandbox: Sandbox, run: str, *launch: str, options: tuple[str, ...] = ()) -> Script:
+    def start(
+        sandbox: Sandbox, run: str, *launch: str, options: tuple[str, ...] = (), before: str = ""
+    ) -> Script:
         processes = 1 if "--nnodes" in launch[0] else 2
         command = sandbox.command(run, *options, processes=processes, torchrun=launch)
         # The second: else torchrun (2.13) tells a node that joins later nothing of the store it has kept.
         env = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        agents.append(Script(command, env, FORKED))
+        agents.append(Script(command, env, f"{FORKED}\n{before}"))
         return agents[-1]
 
     yield start
@@ -441,6 +501,23 @@ def test_a_restart_waits_for_what_a_killed_launcher_has_left(tmp_path: Path, who
     assert done.returncode == 0, done.stderr
     assert "Resuming after step" in done.stdout and not any(map(is_alive, orphans))
     assert_same_end(sandbox, "orphaned", "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_terminal_that_goes_takes_no_step_with_it_under_torchrun(
+    tmp_path: Path, torchrun, number: int
+) -> None:
+    """As with `2>&1 | tee log`: all get the signal, torchrun passes it on once more, and nobody reads on."""
+    sandbox = make_sandbox(tmp_path, "stopped")
+    before = f"import os; {NOBODY_READS['a pipe whose reader has exited']}\n{NOWHERE}\n{STEPS_WAIT}"
+    agent = torchrun(sandbox, "stopped", "--standalone", before=before)
+    wait_for(step_reached(sandbox, "stopped", 7), "the seventh step")
+    for process in (*children_of(agent.pid), agent.pid):
+        os.kill(process, number)
+    assert agent.wait(60).returncode != 0
+    status = sandbox.status("stopped")
+    assert status["status"] == "preempted" and status["step"] < 30
+    assert sandbox.checkpoints("stopped")[-1].name.endswith(f"-{status['step']}")
 
 
 def listens(process: int, port: int) -> bool:

@@ -9,6 +9,7 @@ from typing import NoReturn
 import click
 
 from basemodel.common.errors import InputError, RunError
+from basemodel.common.output import make_output_expendable
 
 # Seconds that a torchrun process other than the node's first waits before it prints an error. All processes
 # usually hit the same error; the first one prints it, and torchrun then ends the others. A process that
@@ -32,6 +33,7 @@ def run_command(command: click.Command, *, abruptly: bool = False) -> NoReturn:
     other exception is a bug and keeps its traceback. `abruptly`: skip Python's normal exit, which the threads
     of a process group can block or abort after other processes have died.
     """
+    make_output_expendable()
     try:
         status = command.main(standalone_mode=False) or 0
     except click.exceptions.Abort:

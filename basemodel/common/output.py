@@ -1,5 +1,8 @@
 """Output for terminals, logs and pages: a progress bar, Markdown tables, text made safe to print."""
 
+import contextlib
+import io
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -8,6 +11,35 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 15.0  # between lines when there is no terminal
+
+
+class Expendable(io.FileIO):
+    """Standard output or error whose loss ends nothing: what cannot be written, as the terminal is gone, the
+    pipe closed or the log's disk full, is dropped, and a warning on standard error says so once."""
+
+    warned = False
+
+    def write(self, data: bytes) -> int:
+        """Write `data`, or drop it."""
+        try:
+            return super().write(data) or len(data)
+        except OSError as error:
+            if not self.warned:
+                self.warned = True
+                with contextlib.suppress(OSError):
+                    os.write(2, f"Warning: some output is lost: {error}\n".encode())
+        return len(data)
+
+
+def make_output_expendable() -> None:
+    """Replace sys.stdout and sys.stderr, even closed ones, by streams to which writing raises no error."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        if (stream := getattr(sys, name)) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        by_line = stream is None or stream.line_buffering or stream.write_through
+        options = {"encoding": getattr(stream, "encoding", None), "errors": "backslashreplace"}
+        buffer = io.BufferedWriter(Expendable(descriptor, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(buffer, line_buffering=by_line, **options))
 
 
 class Progress(tqdm):
@@ -47,6 +79,5 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text on one line, with characters that standard output cannot encode escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return printable(text).replace("\n", r"\n").encode(encoding, "backslashreplace").decode(encoding)
+    """The text on one line, with control characters escaped."""
+    return printable(text).replace("\n", r"\n")

@@ -17,7 +17,7 @@ REPEAT_SECONDS = 3.0  # how long a second signal counts as torchrun's copy of th
 
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGINT asked this process to stop.
+    """Remembers that a signal (SIGTERM, SIGINT, SIGHUP or SIGUSR1) asked this process to stop.
 
     A second signal exits immediately, without saving, but is ignored within REPEAT_SECONDS of the first,
     because torchrun forwards what the terminal has already sent. A separate thread receives the signals:
@@ -33,9 +33,10 @@ class StopSignal:
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         signal.set_wakeup_fd(self._writer)
-        self._handlers = {
-            number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+            numbers.append(signal.SIGHUP)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 
