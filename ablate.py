@@ -38,9 +38,7 @@ from basemodel.training.run_folder import is_locked, read_status
     metavar="KEY=VALUE[,KEY=VALUE...]",
     help="Keys of train.json and model.json with the values of a variation; `default` leaves a key out.",
 )
-@click.option(
-    "--seeds", type=click.IntRange(1), default=3, help="Number of seeds, starting with BASE's random_seed."
-)
+@click.option("--seeds", type=click.IntRange(1), default=3, help="Number of seeds, from BASE's random_seed.")
 @click.option(
     "--launch",
     default=shlex.quote(sys.executable),

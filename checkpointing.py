@@ -173,9 +173,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     meta = read_json_object(path / META_FILE)
     missing = REQUIRED_META - meta.keys()
     if missing:
-        raise InputError(
-            f"{path / META_FILE}: not a checkpoint's meta.json: missing {', '.join(sorted(missing))}"
-        )
+        raise InputError(f"{path / META_FILE}: incomplete: missing {', '.join(sorted(missing))}")
     digest = meta.pop("digest", None)
     if digest != _digest(meta):
         raise InputError(f"{path / META_FILE}: damaged (its digest does not match)")

@@ -51,9 +51,7 @@ Points = list[tuple[int, float]]  # tokens seen, value
 @click.argument("run_names", nargs=-1, required=True, metavar="RUN ...")
 @click.option("--chart", type=Path, default="compare-runs.png", help="PNG file to draw the chart to.")
 @click.option("--html", "page", type=Path, help="HTML file to write a page that follows the runs to.")
-@click.option(
-    "--refresh", type=click.IntRange(1), default=30, help="Seconds between two updates of the page."
-)
+@click.option("--refresh", type=click.IntRange(1), default=30, help="Seconds between updates of the page.")
 @runs_dir_option
 def main(run_names: tuple[str, ...], chart: Path, page: Path | None, refresh: int, runs_dir: Path) -> None:
     """Compare several runs, by the names of their folders: print a Markdown table and chart their losses."""

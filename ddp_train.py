@@ -449,9 +449,7 @@ class Trainer:
 @click.option("--plan", "only_plan", is_flag=True, help="Print what the run would do and cost, then exit.")
 @plan_options
 @runs_dir_option
-@click.option(
-    "--allow-config-change", is_flag=True, help="Continue even if the configs or the data set have changed."
-)
+@click.option("--allow-config-change", is_flag=True, help="Continue even if a config or the data changed.")
 @click.option(
     "--collective-timeout",
     type=click.FloatRange(min=1),

@@ -79,9 +79,7 @@ from basemodel.prepare.sources import Request, Source, find_source
     show_default=True,
     help="Library that encodes; the tokens are the same.",
 )
-@click.option(
-    "--text-column", default="text", show_default=True, help="Column or JSON key that contains the text."
-)
+@click.option("--text-column", default="text", show_default=True, help="Column or JSON key of the text.")
 @click.option("--name", metavar="CONFIG", help="Configuration of a Hub data set.")
 @click.option("--split", default="train", show_default=True, help="Split to train on.")
 @click.option("--files", metavar="PATTERN", help="Take only the matching files, such as 'sample/10BT/*'.")
@@ -230,9 +228,7 @@ def require_empty(output_dir: Path) -> None:
         raise InputError(f"{output_dir}: is a file, not a folder")
     names = sorted(path.name for path in output_dir.iterdir())[:3] if output_dir.exists() else []
     if names:
-        raise InputError(
-            f"{output_dir}: already contains {' and '.join(names)}; remove it or choose another folder"
-        )
+        raise InputError(f"{output_dir}: already contains {' and '.join(names)}; remove it or choose another")
 
 
 def check_prepared(folder: Path, options: dict[str, Any]) -> None:

@@ -48,9 +48,7 @@ def main() -> None:
 @click.option("--data", type=FILE, help="File of records to use in place of the book's.")
 @click.option("--datasets-dir", type=Path, default="datasets", help="Folder that keeps downloaded records.")
 @click.option("--output-dir", type=FOLDER, default=".", help="Folder that the results are written to.")
-@click.option(
-    "--drop-rate", type=click.FloatRange(0, 0.99), default=0.0, help="Dropout, whatever model.json says."
-)
+@click.option("--drop-rate", type=click.FloatRange(0, 0.99), default=0.0, help="Dropout while fine-tuning.")
 @click.option(
     "--learning-rate",
     type=click.FloatRange(0, 1, min_open=True),

@@ -27,13 +27,9 @@ from basemodel.results.export import check_folder, write_model, write_model_card
 @click.argument("model_json", type=Path)
 @click.argument("model_safetensors", type=Path)
 @click.argument("destination", metavar="OUTPUT_DIR|REPO_ID")
-@click.option(
-    "--push", "pushes", is_flag=True, help="Upload the folder to the Hub repository REPO_ID, OWNER/NAME."
-)
+@click.option("--push", "pushes", is_flag=True, help="Upload the folder to the Hub as REPO_ID, OWNER/NAME.")
 @click.option("--private", is_flag=True, help="Make the repository private if it is new.")
-@click.option(
-    "--license", help="License to name in the model card, in the Hub's spelling: apache-2.0, mit, ..."
-)
+@click.option("--license", help="License for the model card, in the Hub's spelling: apache-2.0, mit, ...")
 def main(
     model_json: Path,
     model_safetensors: Path,

@@ -126,7 +126,7 @@ def test_settings_of_a_study_that_has_begun(sandbox: Sandbox) -> None:
     assert table_of(ablate(sandbox, *options).stdout) == table_of(output)
     sandbox.write_run(train={**VALIDATE, "weight_decay": 0.2})
     message = refused(*study_command(sandbox, *options))
-    assert "tiny--seed-42: was begun with weight_decay 0.1, not 0.2; undo the change" in message
+    assert "tiny--seed-42: was begun with weight_decay 0.1, not 0.2; undo that" in message
 
 
 def test_runs_of_other_code_are_pointed_out(sandbox: Sandbox) -> None:

@@ -51,7 +51,7 @@ CONFIGS = {
     "unknown choice": ({}, {"precision": "fp8"}, 'precision must be "auto" or "fp32"'),
     "one beta": ({}, {"betas": [0.9]}, "betas must be a list of 2 numbers, not [0.9]"),
     "no sequences": ({}, {"microbatch_size": 0}, "microbatch_size must be at least 1, not 0"),
-    "no tokens": ({}, {"min_train_tokens": 0}, "min_train_tokens must be more than 0, or -1 for all"),
+    "no tokens": ({}, {"min_train_tokens": 0}, "min_train_tokens must be above 0, or -1 for all"),
     "no layers": ({"n_layers": 0}, {}, "n_layers must be at least 1"),
     "heads": ({"n_heads": 5}, {}, "emb_dim 32 must be a multiple of n_heads 5"),
     "dropout": ({"drop_rate": 1.0}, {}, "drop_rate must be at least 0 and below 1"),
@@ -370,8 +370,7 @@ def test_preparation_replaces_nothing(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("text")
     error = refused("prepare_datasets.py", tmp_path / "in.txt", tmp_path / "out", "--tokenizer", "bytes")
     assert (
-        "already contains train.safetensors and validation.safetensors; remove it or choose another folder"
-        in error
+        "already contains train.safetensors and validation.safetensors; remove it or choose another" in error
     )
     assert (tmp_path / "out/train.safetensors").read_bytes() == before
 

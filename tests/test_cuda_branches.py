@@ -55,7 +55,7 @@ def test_processes_on_gpus_speak_nccl_each_with_its_own_device(two_gpus: list[An
 
 def test_more_processes_than_gpus_are_refused(two_gpus: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(InputError, match="3 processes on a node with 2 devices; use --nproc_per_node=2"):
+    with pytest.raises(InputError, match="3 processes for 2 devices; use --nproc_per_node=2"):
         processes.join_world()
 
 

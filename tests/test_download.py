@@ -171,7 +171,7 @@ def test_all_files_come_from_one_commit(hub: Hub, tmp_path: Path) -> None:
     assert files == {f"{page}/train.safetensors", f"{page}/validation.safetensors"}
     known = json.loads((folder / ".fingerprints.json").read_text())
     assert {entry["revision"] for entry in known.values()} == {FIRST}
-    with pytest.raises(InputError, match=f"is at commit {FIRST}, but dataset_revision asks for {'1' * 40}"):
+    with pytest.raises(InputError, match=f"is at {FIRST}, but dataset_revision asks for {'1' * 40}"):
         fetch(tmp_path, revision="1" * 40)
 
 

@@ -311,7 +311,7 @@ def test_an_upload_needs_a_token_before_anything_is_prepared(hub: FakeHub, tmp_p
     (tmp_path / "in.txt").write_text("text")
     command = ["prepare_datasets.py", str(tmp_path / "in.txt"), str(tmp_path / "out"), "--tokenizer", "bytes"]
     error = refused(Script([*command, "--push", "me/mine"], env).wait())
-    assert "--push me/mine: the Hub denies access" in error
+    assert "me/mine: the Hub denies access" in error
     assert not list(tmp_path.glob("out*"))
     with pytest.raises(InputError, match="must be OWNER/NAME"):
         main.main([*command[1:], "--push", "mine"], standalone_mode=False)

@@ -124,7 +124,7 @@ def test_the_other_processes_wait_and_a_failure_is_a_warning(sandbox: Sandbox) -
         (
             {"tokenizer": "bytes"},
             ["1", "a"],
-            "the prompt 'a' has tokens outside the model's vocabulary of 64",
+            "the prompt 'a' has tokens outside the vocabulary of 64",
         ),
         ({}, [], "sample_prompts must have at least one prompt when sample_interval is set"),
     ],

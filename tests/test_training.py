@@ -259,7 +259,7 @@ def test_a_process_takes_the_device_that_torch_finds(
         monkeypatch.setenv("LOCAL_RANK", "7")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     if processes > devices:
-        with pytest.raises(InputError, match="2 processes on a node with 1 devices; use --nproc_per_node=1"):
+        with pytest.raises(InputError, match="2 processes for 1 devices; use --nproc_per_node=1"):
             join_world()
         return
     world = join_world()

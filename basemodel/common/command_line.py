@@ -39,9 +39,7 @@ def run_command(command: click.Command, *, abruptly: bool = False) -> NoReturn:
     except click.exceptions.Abort:
         status = say_error("interrupted", 130)
     except (InputError, click.ClickException) as error:
-        status = say_error(
-            error.format_message() if isinstance(error, click.ClickException) else str(error), 2
-        )
+        status = say_error(getattr(error, "format_message", error.__str__)(), 2)
     except (RunError, OSError) as error:
         status = say_error(str(error), 1)
     sys.stdout.flush()

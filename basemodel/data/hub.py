@@ -47,9 +47,7 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     folder, splits = dataset_folder(datasets_dir, dataset), list(splits)
     commit = _commit_of(folder, splits)
     if None not in (commit, revision) and len(revision) >= 40 and revision != commit:
-        raise InputError(
-            f"{folder}: is at commit {commit}, but dataset_revision asks for {revision}; move it away"
-        )
+        raise InputError(f"{folder}: is at {commit}, but dataset_revision asks for {revision}; move it away")
     missing = missing_files(folder, splits)
     missing += [name for name in _own_tokenizer(folder) if not (folder / name).exists()]
     if missing:
@@ -266,9 +264,7 @@ def check_push(repo_id: str) -> None:
     try:
         hub.HfApi().whoami()
     except Exception as error:  # anything a network, a proxy or the Hub can raise
-        raise InputError(
-            f"--push {repo_id}: the Hub denies access ({reason(error)}); try `hf auth login`"
-        ) from None
+        raise InputError(f"{repo_id}: the Hub denies access ({reason(error)}); try `hf auth login`") from None
 
 
 def push(

@@ -39,9 +39,7 @@ class Sequences:
     def read(self, first: int, count: int) -> Tensor:
         """Sequences first to first + count - 1: uint16, (count, length + 1)."""
         starts = (self.start + self._index(number) * self.length for number in range(first, first + count))
-        return torch.from_numpy(
-            np.stack([self.tokens.read(start, start + self.length + 1) for start in starts])
-        )
+        return torch.from_numpy(np.stack([self.tokens.read(at, at + self.length + 1) for at in starts]))
 
     def _index(self, number: int) -> int:
         epoch, place = divmod(number, self.count)

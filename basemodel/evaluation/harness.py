@@ -67,9 +67,7 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path], fewshot: int | Non
     for tasks in loaded.values():
         for name, task in tasks["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-                raise InputError(
-                    f"task '{name}' runs code written by the model, or shows pictures; choose another"
-                )
+                raise InputError(f"task '{name}' runs code of the model or shows pictures; choose another")
             own_fewshot = task.get_config("num_fewshot")
             if fewshot is not None and own_fewshot != 0:  # 0 in its file means that examples make no sense
                 task.set_config("num_fewshot", fewshot)

@@ -119,9 +119,7 @@ class Judge:
         base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not self._key and not base_url:
-            raise InputError(
-                "OPENAI_API_KEY is not set; set it, or name a server that needs no key with --base-url"
-            )
+            raise InputError("OPENAI_API_KEY is not set; set it, or name another server with --base-url")
         if self._key and not re.fullmatch(r"[\x21-\x7e]+", self._key):
             # The HTTP library would show the key in its own error.
             raise InputError("OPENAI_API_KEY contains characters that no key has; set it again")

@@ -42,9 +42,7 @@ class GPTConfig:
         if self.end_of_text_id is not None and self.tokenizer != "dataset":
             raise InputError('end_of_text_id has no effect without "tokenizer": "dataset"')
         if not 0 <= (self.end_of_text_id or 0) < self.vocab_size:
-            raise InputError(
-                f"end_of_text_id must be from 0 to {self.vocab_size - 1}, not {self.end_of_text_id}"
-            )
+            raise InputError(f"end_of_text_id must be 0 to {self.vocab_size - 1}, not {self.end_of_text_id}")
 
     @property
     def end_of_text(self) -> int:

@@ -97,9 +97,7 @@ def encode_prompts(tokenizer: tiktoken.Encoding, prompts: Sequence[str], vocab_s
     encoded = [tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token] for prompt in prompts]
     for prompt, tokens in zip(prompts, encoded, strict=True):
         if max(tokens) >= vocab_size:
-            raise InputError(
-                f"the prompt '{prompt}' has tokens outside the model's vocabulary of {vocab_size}"
-            )
+            raise InputError(f"the prompt '{prompt}' has tokens outside the vocabulary of {vocab_size}")
     return encoded
 
 

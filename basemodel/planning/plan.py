@@ -243,9 +243,7 @@ def print_budget(estimates: list[Estimate], usd: float) -> None:
     """Print what `usd` buys on each machine with a price, and the line of train.json for it."""
     priced = sorted((result for result in estimates if result.usd), key=lambda result: result.usd)
     if not priced:
-        raise InputError(
-            "--budget needs a machine with a price and a speed; set usd_per_hour in machines.toml"
-        )
+        raise InputError("--budget needs a machine's price and speed; set usd_per_hour in machines.toml")
     rows = []
     for result in priced:
         share, plan = usd / result.usd, result.run.plan

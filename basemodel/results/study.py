@@ -184,9 +184,7 @@ def write_run(folder: Path, values: Values, seed: int) -> None:
             if old[key] != new[key] and key not in MAY_CHANGE
         ]
         if changes:
-            raise InputError(
-                f"{folder}: was begun with {', '.join(changes)}; undo the change, or remove the folder"
-            )
+            raise InputError(f"{folder}: was begun with {', '.join(changes)}; undo that or remove the folder")
     folder.mkdir(exist_ok=True)
     for file, contents in values.items():
         replace_text(folder / f"{file}.json", json.dumps(contents, indent=4) + "\n")

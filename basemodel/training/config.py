@@ -57,9 +57,7 @@ class TrainConfig:
     embedding_learning_rate: float | None = key(
         "peak learning rate of the token embedding; null: learning_rate", None, above=0
     )
-    head_learning_rate: float | None = key(
-        "peak learning rate of the output head; null: learning_rate", None, above=0
-    )
+    head_learning_rate: float | None = key("peak rate of the output head; null: learning_rate", None, above=0)
     weight_decay: float = key("decoupled weight decay", 0.1, min=0)
     decay_all_parameters: bool = key(
         "true: weight decay on all parameters; false: only on matrices that are not embeddings", True
@@ -132,9 +130,7 @@ class TrainConfig:
         require_repo_id(self.dataset)
         check_ranges(self)
         if self.min_train_tokens != -1 and self.min_train_tokens <= 0:
-            raise InputError(
-                f"min_train_tokens must be more than 0, or -1 for all, not {self.min_train_tokens}"
-            )
+            raise InputError(f"min_train_tokens must be above 0, or -1 for all, not {self.min_train_tokens}")
         self._check_schedule()
         for name in ("muon_learning_rate", "muon_momentum"):
             if self.optimizer != "muon" and getattr(self, name) != getattr(TrainConfig, name):

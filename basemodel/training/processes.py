@@ -169,9 +169,7 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     else:
         count = torch.accelerator.device_count()
         if local_size > count:
-            raise InputError(
-                f"{local_size} processes on a node with {count} devices; use --nproc_per_node={count}"
-            )
+            raise InputError(f"{local_size} processes for {count} devices; use --nproc_per_node={count}")
         if local_rank >= count:
             raise InputError(f"LOCAL_RANK is {local_rank} on a node with {count} devices; {LAUNCH_ADVICE}")
         device = torch.device(accelerator.type, local_rank)
