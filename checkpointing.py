@@ -5,7 +5,8 @@
         optimizer.safetensors    every optimizer tensor, named PARAMETER.STATE
         tokenizer.json           the data set's own tokenizer, if it has one
         meta.json                progress and configs; size and SHA-256 of the other files; a digest of itself
-    checkpoints/latest, best     relative links for convenience; meta.json decides what is valid
+    checkpoints/latest, best     relative links, or text files with a folder's name where there are no links;
+                                 for convenience: meta.json decides what is valid
 
 A checkpoint is written to a temporary folder, fsynced and renamed, so after a crash it is either complete or
 absent. Training copies the tensors to host memory and continues while a thread writes them.
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 
 from basemodel.common.errors import InputError, RunError
 from basemodel.common.files import fingerprint, sync
@@ -104,12 +106,14 @@ class Saver:
     def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], meta: dict[str, Any]) -> None:
         sync(self.log)
         path = save_checkpoint(self.folder, model, optimizer, meta, self.tokenizer)
-        point_link(self.folder, "latest", path)
-        if meta["is_best"]:
-            point_link(self.folder, "best", path)
-        if self.keep is not None:
-            prune_checkpoints(self.folder, self.keep)
         self.saved = path.name
+        try:
+            for name in LINKS if meta["is_best"] else ("latest",):
+                point_link(self.folder, name, path)
+            if self.keep is not None:
+                prune_checkpoints(self.folder, self.keep)
+        except OSError as error:  # the checkpoint is there all the same
+            tqdm.write(f"Warning: saved {path.name}, but could not update links or prune: {error}")
 
 
 def _copy_to_host(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -135,9 +139,10 @@ def save_checkpoint(
     `meta` must have `global_step`; `tokenizer` is the content of tokenizer.json. Raises RunError if writing
     fails, for example because the disk is full, and leaves the folder as it was.
     """
-    now = datetime.now(UTC)
-    while (path := folder / f"{now:%Y%m%dZ%H%M%S}-iteration-{meta['global_step']}").exists():
-        now += timedelta(seconds=1)  # sorts after a checkpoint of the same second and step
+    now = f"{datetime.now(UTC):%Y%m%d%H%M%S}"
+    for newest in list_checkpoints(folder)[-1:]:  # comes before this one, even if the clock was ahead
+        now = max(now, str(int(newest.name[:8] + newest.name[9:15]) + 1))
+    path = folder / f"{now[:8]}Z{now[8:]}-iteration-{meta['global_step']}"
     temporary = folder / (TEMPORARY_PREFIX + path.name)
     try:
         if not folder.exists():
@@ -212,13 +217,11 @@ def named_checkpoint(folder: Path, name: str, say: Callable[[str], None]) -> Che
     """
     if name not in LINKS:
         return load_checkpoint(require_named(folder, name))
-    link = folder / name
     try:
-        if not link.is_symlink():
-            raise InputError(f"{link}: no such link")
-        if str(link.readlink()) in LINKS:
-            raise InputError(f"{link}: does not point to a checkpoint")
-        return load_checkpoint(require_named(folder, str(link.readlink())))
+        target = link_target(folder / name)
+        if target is None or target in LINKS:
+            raise InputError(f"{folder / name}: does not point to a checkpoint")
+        return load_checkpoint(require_named(folder, target))
     except InputError as error:
         say(f"Skipping {name}: {error}")
     checkpoint = newest_checkpoint(folder, say, only_best=name == "best")
@@ -263,21 +266,30 @@ def point_link(folder: Path, name: str, target: Path) -> None:
         (folder / name).rename(folder / f"{name}-copy-{int(time.time())}")
     temporary = folder / f"{TEMPORARY_PREFIX}{name}"
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
+    try:
+        temporary.symlink_to(target.name)
+    except OSError:  # exFAT, Google Drive and others have no links
+        temporary.write_text(target.name, encoding="utf-8")
     temporary.replace(folder / name)
     sync(folder)
+
+
+def link_target(link: Path) -> str | None:
+    """The name that `latest` or `best` holds, as a link or as a text file; None if there is neither."""
+    if link.is_symlink():
+        return str(link.readlink())
+    return link.read_text(encoding="utf-8").strip() if link.is_file() else None
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all checkpoints but the newest `keep`, the last one saved as best, and the target of `best`."""
     paths = list_checkpoints(folder)
     keepers = {*paths[-keep:], *[path for path in paths if _was_best(path)][-1:]}
-    if (folder / "best").is_symlink():
-        keepers.add(folder / (folder / "best").readlink())
+    keepers.add(folder / (link_target(folder / "best") or ""))
     for path in paths:
         if path not in keepers:
-            # Renamed first: a half-deleted checkpoint must not look valid.
-            shutil.rmtree(path.rename(folder / (TEMPORARY_PREFIX + path.name)))
+            # Renamed first: a half-deleted checkpoint must not look valid. What stays goes at the next start.
+            shutil.rmtree(path.rename(folder / (TEMPORARY_PREFIX + path.name)), ignore_errors=True)
 
 
 def _was_best(path: Path) -> bool:
@@ -291,10 +303,10 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what interrupted saves left in a locked run's checkpoints/, and nothing else."""
     for path in folder.glob(TEMPORARY_PREFIX + "*"):
         name = path.name.removeprefix(TEMPORARY_PREFIX)
-        if path.is_symlink() and name in LINKS:
+        if name in LINKS and (path.is_symlink() or path.is_file()):
             path.unlink()
         elif path.is_dir() and not path.is_symlink() and NAME.fullmatch(name):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def require_space(folder: Path, to_come: int, keep: int | None, size: int) -> None:

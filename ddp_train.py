@@ -75,14 +75,12 @@ class Learner:
         if self.world.size == 1:
             return self.loss_module
         device_ids = None if self.world.device.type == "cpu" else [self.world.local_rank]
-        wrapper = DistributedDataParallel(
-            self.loss_module, device_ids=device_ids, gradient_as_bucket_view=True
-        )
+        ddp = DistributedDataParallel(self.loss_module, device_ids=device_ids, gradient_as_bucket_view=True)
         # The first pass makes DDP rebuild its buckets, the second moves gradients there. Both change how sums
         # over three or more processes round, so a resumed run must do the same before its first step.
-        self._warm_up(wrapper)
-        self._warm_up(wrapper)
-        return wrapper
+        self._warm_up(ddp)
+        self._warm_up(ddp)
+        return ddp
 
     def _warm_up(self, module: nn.Module) -> None:
         """Run one pass without an update, to trigger compilation and DDP's one-time setup."""

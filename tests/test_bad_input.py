@@ -253,7 +253,7 @@ def test_damaged_token_file(sandbox: Sandbox) -> None:
     sandbox.write_run()
     file = sandbox.datasets / "test/tokens/train.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert "train.safetensors: not a complete safetensors file" in refused_run(sandbox)
+    assert "train.safetensors: damaged" in refused_run(sandbox)
 
 
 def test_validation_file_is_looked_at_too(sandbox: Sandbox) -> None:

@@ -129,6 +129,15 @@ def test_strangers_are_left_alone_and_leftovers_are_not(tmp_path: Path) -> None:
     }
 
 
+def test_a_clock_that_was_ahead_makes_no_older_checkpoint_the_newest(tmp_path: Path) -> None:
+    (ahead,) = write_checkpoints(tmp_path, 1)
+    ahead.rename(tmp_path / "20991231Z235959-iteration-1")
+    newest = write_checkpoints(tmp_path, 3)[-1]
+    checkpointing.prune_checkpoints(tmp_path, 1)
+    assert checkpointing.list_checkpoints(tmp_path)[-1] == newest
+    assert checkpointing.newest_checkpoint(tmp_path, print).meta["global_step"] == 3
+
+
 def test_neither_the_best_nor_the_newest_is_pruned(tmp_path: Path) -> None:
     paths = write_checkpoints(tmp_path, 5)
     checkpointing.prune_checkpoints(tmp_path, 1)

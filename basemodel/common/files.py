@@ -20,10 +20,13 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def sync(path: Path) -> None:
-    """fsync a file or a folder."""
+    """fsync a file, or a folder where the file system can."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 

@@ -1,7 +1,6 @@
 """The names of files and folders, and checks of names that a user gives."""
 
 import re
-from pathlib import Path
 
 from basemodel.common.errors import InputError
 
@@ -22,12 +21,6 @@ def require_plain_name(name: str, what: str) -> str:
     if not plain:
         raise InputError(f"{what} '{name}' must be a plain name of letters, digits, '.', '_' and '-'")
     return name
-
-
-def require_inside(folder: Path, path: Path) -> None:
-    """Raise InputError if `path` resolves, through links, to a place outside `folder`."""
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError(f"{path}: is a link that points outside {folder}; use the folder itself")
 
 
 def require_repo_id(repo_id: str, what: str = "dataset") -> None:

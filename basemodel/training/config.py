@@ -145,9 +145,7 @@ class TrainConfig:
     def _check_schedule(self) -> None:
         warmup, decay = self.warmup_period_percent, self.decay_period_percent
         if self.lr_schedule == "constant" and warmup != 0:
-            raise InputError(
-                'lr_schedule "constant" has no warm-up; "wsd" with "decay_period_percent": 0 has one'
-            )
+            raise InputError('lr_schedule "constant" has no warm-up; use "wsd", "decay_period_percent": 0')
         if self.lr_schedule == "wsd" and warmup + decay > 100:
             raise InputError(
                 f"warmup_period_percent {warmup:g} and decay_period_percent {decay:g} add up to more than 100"

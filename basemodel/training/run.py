@@ -16,7 +16,6 @@ from basemodel.common.names import (
     SAMPLES,
     TOKENIZER_FILE,
     TRAIN_JSON,
-    require_inside,
 )
 from basemodel.data import hub
 from basemodel.data.sequences import Sequences, match_tokenizer
@@ -58,7 +57,6 @@ class Run:
     def read(cls, runs_dir: Path, name: str) -> Self:
         """Read the run `name` of `runs_dir`. Raises InputError if it is missing or its configs are wrong."""
         folder = run_folder.find_run(runs_dir, name)
-        require_inside(runs_dir, folder)
         model_config = read_config(GPTConfig, folder / MODEL_JSON)
         config = read_config(TrainConfig, folder / TRAIN_JSON)
         if config.document_masking and model_config.end_of_text >= model_config.vocab_size:

@@ -94,9 +94,12 @@ def is_locked(run_dir: Path) -> bool:
 
 
 def set_earlier_results_aside(directory: Path) -> Path | None:
-    """Move the results of an earlier run into a new subfolder and return it; None if there are none."""
+    """Move the results of an earlier run into a new subfolder and return it; None if there are none.
+
+    A folder that is a link or a mount point stays, and what it holds moves into a subfolder of its own.
+    """
     names = (CHECKPOINTS, METRICS, STATUS, CHART, SAMPLES, "trackers.json", "tensorboard", "wandb")
-    results = [directory / name for name in names if (directory / name).exists()]
+    results = [path for path in map(directory.joinpath, names) if path.is_file() or _contents(path)]
     if not results:
         return None
     now = datetime.now(UTC)
@@ -104,5 +107,17 @@ def set_earlier_results_aside(directory: Path) -> Path | None:
         now += timedelta(seconds=1)
     aside.mkdir()
     for path in results:
-        path.rename(aside / path.name)
+        if path.is_symlink() or path.is_mount():
+            contents = _contents(path)
+            (path / aside.name).mkdir()
+            for each in contents:
+                each.rename(path / aside.name / each.name)
+        else:
+            path.rename(aside / path.name)
     return aside
+
+
+def _contents(folder: Path) -> list[Path]:
+    """What a folder holds, but for what stays there; nothing if it is no folder."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return [path for path in paths if not path.name.startswith(("earlier-", "lost+found"))]
