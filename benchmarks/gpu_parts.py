@@ -400,7 +400,7 @@ def run(setup: Setup, report: Report) -> None:
     training.write(model, train)
     report.table("what", "result")
     report.row("tokens", f"{tokens.name}: {tokens.train:,} and {tokens.validation:,} for validation")
-    largest, gib, speed, ended = find_microbatch(training, 3 if setup.tiny else 170)
+    largest, gib, speed, ended = find_microbatch(training, 1 if setup.tiny else 170)
     report.row("largest microbatch", f"{largest}, {gib:.2f} GiB, {speed:,.0f} tokens/s; -f {ended}")
     size = min(largest, 2 if setup.tiny else (tokens.validation - 1) // setup.length)
     seconds = max(20.0, min(120.0, setup.left() - 150))

@@ -74,7 +74,7 @@ STEPS_WAIT = """
 import time
 from basemodel.training.pending import PendingSteps
 add = PendingSteps.add
-PendingSteps.add = lambda *arguments: time.sleep(0.05) or add(*arguments)
+PendingSteps.add = lambda *arguments: time.sleep(0.03) or add(*arguments)
 """
 MOMENTS = {
     "step": (lambda rank: None, lambda sandbox, run: step_reached(sandbox, run, 7)()),

@@ -447,7 +447,7 @@ def test_wrong_evaluations(tasks: Tasks, tmp_path: Path, monkeypatch: pytest.Mon
         ((*one, model_json), "model.json has no partner"),
         ((*one, *one), "model.safetensors is given twice"),
         ((*one, "--include-path", tmp_path / "none"), "none' does not exist"),
-        ((*one, "--tasks", "runs"), "task 'runs' runs code written by the model"),
+        ((*one, "--tasks", "runs"), "task 'runs' runs code of the model"),
         (
             (*one, "--tasks", "empty"),
             "task 'empty' could not be loaded: FileNotFound.*nothing.jsonl'$",

@@ -231,7 +231,7 @@ def test_a_tracker_that_does_not_end_is_left(tracked: Run, monkeypatch: pytest.M
 def test_a_fresh_start_is_another_run_there(tmp_path: Path) -> None:
     first = run_id(tmp_path)
     assert run_id(tmp_path) == first
-    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard/events").mkdir(parents=True)
     aside = set_earlier_results_aside(tmp_path)
     assert run_id(tmp_path) != first and run_id(aside) == first and (aside / "tensorboard").is_dir()
 
