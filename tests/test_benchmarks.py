@@ -358,6 +358,9 @@ def test_saving(sandbox: Sandbox) -> None:
 
 
 def test_startup(sandbox: Sandbox) -> None:
+    """With a torch that is there at once."""
+    (sandbox.path / "torch.py").touch()
+    sandbox.env["PYTHONPATH"] = str(sandbox.path)
     said = measured(sandbox, "startup", "--rounds", 1, "--only", "compare_runs", runs=False, before="")
     for command in ("import torch", "compare_runs.py --help"):
         assert_lines(said, rf"\| {command} \| {FIGURE} \| {FIGURE} to {FIGURE} \| {FIGURE} \|")
