@@ -278,7 +278,7 @@ def link_target(link: Path) -> str | None:
     """The name that `latest` or `best` holds, as a link or as a text file; None if there is neither."""
     if link.is_symlink():
         return str(link.readlink())
-    return link.read_text(encoding="utf-8").strip() if link.is_file() else None
+    return link.read_text(encoding="utf-8", errors="replace").strip() if link.is_file() else None
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:

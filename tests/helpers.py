@@ -74,7 +74,7 @@ TORTURED_TRAIN = {
 BYTES = {"vocab_size": 257, "tokenizer": "bytes"}
 # Drawing takes longer than training.
 NO_CHART = "from basemodel.results import run_chart; run_chart.draw_chart = lambda *_: None"
-
+# Statements for a script that starts others.
 FORKED = f"import helpers; helpers.fork_python(); {NO_CHART}"
 
 
@@ -148,10 +148,8 @@ def start_forkserver() -> None:
     """Start the process that imports everything once; it finds modules as this one does."""
     FORKSERVER.set_forkserver_preload(["preload"])
     with pytest.MonkeyPatch.context() as patch:
-        if (
-            "PRELOAD" not in os.environ
-        ):  # given for a single test, where to import all takes longer than it saves
-            patch.setenv("PRELOAD", ",".join([*SCRIPTS, *HEAVY]))
+        # Given for a single test, where importing everything takes longer than it saves.
+        patch.setenv("PRELOAD", os.environ.get("PRELOAD") or ",".join([*SCRIPTS, *HEAVY]))
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()
@@ -180,14 +178,14 @@ def be_python(words: list[str], env: dict[str, str], before: str = "") -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
-    buffered = words[0] != "-u" and "PYTHONUNBUFFERED" not in env
-    sys.stdout = open(1, "w", closefd=False, buffering=-1 if buffered else 1)  # noqa: SIM115
+    unbuffered = words[0] == "-u" or "PYTHONUNBUFFERED" in env
+    sys.stdout = open(1, "w", closefd=False, buffering=1 if unbuffered else -1)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
     os.environ.clear()
     os.environ.update(env)
     if "GPT2_STAND_IN" in env:  # set by the fixture `gpt2`
         import_module("tiktoken.registry").ENCODINGS["gpt2"] = import_module("texts").gpt2_stand_in()
-    words = words[words[0] == "-u" :]
+    words = words[1:] if words[0] == "-u" else words
     is_script = words[0] not in ("-c", "-m")
     sys.path.insert(0, str(Path(words[0]).resolve().parent if is_script else ROOT))
     sys.argv = words if is_script else words[1:]

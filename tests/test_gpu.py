@@ -216,6 +216,7 @@ def test_a_step_never_waits_for_the_device(
 def start(sandbox: Sandbox, run: str, device: str) -> Script | subprocess.Popen:
     """Train a run on a device, from its last checkpoint. Forked processes cannot use CUDA."""
     if device == "cpu":
+        sandbox.env["CUDA_VISIBLE_DEVICES"] = ""
         return sandbox.start(run, "--resume")
     code = f"import runpy, sys; sys.argv = sys.argv[1:]; {NO_CHART}; "
     code += 'runpy.run_path(sys.argv[0], run_name="__main__")'
@@ -231,7 +232,9 @@ def test_a_run_that_is_stopped_then_killed_ends_like_an_undisturbed_one(tmp_path
     for run in ("whole", "disturbed"):
         changes = {**steps, "checkpoint_interval": 10, "precision": "auto", "compile": False}
         sandbox.write_run(run, TORTURED_MODEL, {**TORTURED_TRAIN, **changes})
-    start(sandbox, "whole", device).wait(120)
+    whole = start(sandbox, "whole", device)
+    whole.wait(120)
+    assert whole.returncode == 0
     for least, number, status in ((10, signal.SIGTERM, 143), (35, signal.SIGKILL, -9), (60, None, 0)):
         training = start(sandbox, "disturbed", device)
         wait_for(step_reached(sandbox, "disturbed", least), f"step {least}")

@@ -38,8 +38,10 @@ def run_command(command: click.Command, *, abruptly: bool = False) -> NoReturn:
         status = command.main(standalone_mode=False) or 0
     except click.exceptions.Abort:
         status = say_error("interrupted", 130)
-    except (InputError, click.ClickException) as error:
-        status = say_error(getattr(error, "format_message", error.__str__)(), 2)
+    except click.ClickException as error:
+        status = say_error(error.format_message(), 2)
+    except InputError as error:
+        status = say_error(str(error), 2)
     except (RunError, OSError) as error:
         status = say_error(str(error), 1)
     sys.stdout.flush()

@@ -14,8 +14,8 @@ LINE_SECONDS = 15.0  # between lines when there is no terminal
 
 
 class Expendable(io.FileIO):
-    """Standard output or error whose loss ends nothing: what cannot be written, as the terminal is gone, the
-    pipe closed or the log's disk full, is dropped, and a warning on standard error says so once."""
+    """Standard output or error. What cannot be written (a closed pipe or terminal, a full disk) is dropped,
+    with one warning on standard error, because losing a run is worse than losing its output."""
 
     warned = False
 
@@ -32,14 +32,14 @@ class Expendable(io.FileIO):
 
 
 def make_output_expendable() -> None:
-    """Replace sys.stdout and sys.stderr, even closed ones, by streams to which writing raises no error."""
+    """Replace sys.stdout and sys.stderr, even if closed, with streams on which a write raises no error."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         if (stream := getattr(sys, name)) is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         by_line = stream is None or stream.line_buffering or stream.write_through
-        options = {"encoding": getattr(stream, "encoding", None), "errors": "backslashreplace"}
-        buffer = io.BufferedWriter(Expendable(descriptor, "w", closefd=False))
-        setattr(sys, name, io.TextIOWrapper(buffer, line_buffering=by_line, **options))
+        raw, encoding = Expendable(descriptor, "w", closefd=False), stream and stream.encoding
+        buffer = io.BufferedWriter(raw)
+        setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=by_line))
 
 
 class Progress(tqdm):

@@ -94,10 +94,7 @@ def is_locked(run_dir: Path) -> bool:
 
 
 def set_earlier_results_aside(directory: Path) -> Path | None:
-    """Move the results of an earlier run into a new subfolder and return it; None if there are none.
-
-    A folder that is a link or a mount point stays, and what it holds moves into a subfolder of its own.
-    """
+    """Move the results of an earlier run into a new subfolder and return it; None if there are none."""
     names = (CHECKPOINTS, METRICS, STATUS, CHART, SAMPLES, "trackers.json", "tensorboard", "wandb")
     results = [path for path in map(directory.joinpath, names) if path.is_file() or _contents(path)]
     if not results:
@@ -107,7 +104,7 @@ def set_earlier_results_aside(directory: Path) -> Path | None:
         now += timedelta(seconds=1)
     aside.mkdir()
     for path in results:
-        if path.is_symlink() or path.is_mount():
+        if path.is_symlink() or path.is_mount():  # stays, and its contents move into a subfolder of its own
             contents = _contents(path)
             (path / aside.name).mkdir()
             for each in contents:
@@ -118,6 +115,6 @@ def set_earlier_results_aside(directory: Path) -> Path | None:
 
 
 def _contents(folder: Path) -> list[Path]:
-    """What a folder holds, but for what stays there; nothing if it is no folder."""
+    """The entries of a folder, except earlier results and lost+found; empty if it is not a folder."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return [path for path in paths if not path.name.startswith(("earlier-", "lost+found"))]
