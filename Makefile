@@ -24,7 +24,7 @@ demo: .venv/ready $(DEMO_DATA)/meta.json
 		--prompt "Return the" --tokens 300 --temperature 0.5 --seed 42
 	@echo
 	@echo "Chart:      $(DEMO)/training-run-chart.png"
-	@echo "Checkpoint: $(DEMO)/checkpoints/$$(readlink $(DEMO)/checkpoints/best)"
+	@echo "Checkpoint: $(DEMO)/checkpoints/$$(readlink $(DEMO)/checkpoints/best || cat $(DEMO)/checkpoints/best)"
 
 test: .venv/ready-test
 	$(BIN)/python -m pytest

@@ -12,6 +12,7 @@ A checkpoint is written to a temporary folder, fsynced and renamed, so after a c
 absent. Training copies the tensors to host memory and continues while a thread writes them.
 """
 
+import errno
 import hashlib
 import json
 import re
@@ -26,14 +27,14 @@ from typing import Any, Self
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from basemodel.common.errors import InputError, RunError
-from basemodel.common.files import fingerprint, sync
+from basemodel.common.files import DISK_FULL, fingerprint, free_space, link_target, make_folder, sync
 from basemodel.common.json_config import read_json_object
-from basemodel.common.names import META, TOKENIZER_FILE, require_plain_name
+from basemodel.common.names import LINKS, META, TOKENIZER_FILE, require_plain_name
+from basemodel.common.output import warned
 from basemodel.model.weights import save_tensors
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", META
@@ -44,7 +45,9 @@ REQUIRED_META = {
 }
 TEMPORARY_PREFIX = ".incomplete-"
 NAME = re.compile(r"\d{8}Z\d{6}-iteration-(\d+)")
-LINKS = ("latest", "best")
+# Errors of a save that may pass, on a network disk for example, and the seconds before each new try.
+MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EDQUOT)
+PAUSES = (1, 10, 60)
 
 
 @dataclass(frozen=True)
@@ -104,16 +107,33 @@ class Saver:
         self._job.result()
 
     def _write(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        sync(self.log)
-        path = save_checkpoint(self.folder, model, optimizer, meta, self.tokenizer)
+        with warned("make the log durable"):
+            sync(self.log)
+        path = self._save(model, optimizer, meta)
         self.saved = path.name
-        try:
-            for name in LINKS if meta["is_best"] else ("latest",):
+        for name in LINKS if meta["is_best"] else ("latest",):
+            with warned(f"update the link '{name}'"):
                 point_link(self.folder, name, path)
-            if self.keep is not None:
+        if self.keep is not None:
+            with warned("delete an old checkpoint"):
                 prune_checkpoints(self.folder, self.keep)
-        except OSError as error:  # the checkpoint is there all the same
-            tqdm.write(f"Warning: saved {path.name}, but could not update links or prune: {error}")
+
+    def _save(self, model: dict[str, Tensor], optimizer: dict[str, Tensor], meta: dict[str, Any]) -> Path:
+        """Save a checkpoint, again if an error may pass. Raises RunError."""
+        for pause in (*PAUSES, None):
+            try:
+                return save_checkpoint(self.folder, model, optimizer, meta, self.tokenizer)
+            except OSError as error:
+                problem = f"could not save the checkpoint of step {meta['global_step']}: {error}"
+                if error.errno in DISK_FULL:
+                    size = sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values())
+                    problem += f"; it takes {_formatted(size)}, {_formatted(free_space(self.folder))} is free"
+                if pause is None or error.errno not in MAY_PASS:
+                    newest = [path.name for path in list_checkpoints(self.folder)[-1:]]
+                    then = f"continues from {newest[0]}" if newest else "starts from scratch"
+                    raise RunError(f"{problem}; --resume {then}") from error
+            tqdm.write(f"Warning: {problem}; trying again in {pause} s")
+            time.sleep(pause)
 
 
 def _copy_to_host(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -136,7 +156,7 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint of CPU tensors into `folder`, durably, and return its path.
 
-    `meta` must have `global_step`; `tokenizer` is the content of tokenizer.json. Raises RunError if writing
+    `meta` must have `global_step`; `tokenizer` is the content of tokenizer.json. Raises OSError if writing
     fails, for example because the disk is full, and leaves the folder as it was.
     """
     now = f"{datetime.now(UTC):%Y%m%d%H%M%S}"
@@ -145,9 +165,7 @@ def save_checkpoint(
     path = folder / f"{now[:8]}Z{now[8:]}-iteration-{meta['global_step']}"
     temporary = folder / (TEMPORARY_PREFIX + path.name)
     try:
-        if not folder.exists():
-            folder.mkdir(parents=True)
-            sync(folder.parent)
+        make_folder(folder)
         temporary.mkdir()
         for name, tensors in ((MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)):
             save_tensors(tensors, temporary / name)
@@ -162,14 +180,9 @@ def save_checkpoint(
         sync(temporary)
         temporary.rename(path)
         sync(folder)
-    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
+    except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
-        size = sum(tensor.nbytes for tensors in (model, optimizer) for tensor in tensors.values())
-        raise RunError(
-            f"could not save the checkpoint of step {meta['global_step']}: {error}; it takes "
-            f"{_formatted(size)}, and {_formatted(_free_space(folder))} is free in {folder}; free some "
-            f"space, then continue from {_names(list_checkpoints(folder)[-1:])} with --resume"
-        ) from error
+        raise
     return path
 
 
@@ -274,13 +287,6 @@ def point_link(folder: Path, name: str, target: Path) -> None:
     sync(folder)
 
 
-def link_target(link: Path) -> str | None:
-    """The name that `latest` or `best` holds, as a link or as a text file; None if there is neither."""
-    if link.is_symlink():
-        return str(link.readlink())
-    return link.read_text(encoding="utf-8", errors="replace").strip() if link.is_file() else None
-
-
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all checkpoints but the newest `keep`, the last one saved as best, and the target of `best`."""
     paths = list_checkpoints(folder)
@@ -309,6 +315,18 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def try_saving(folder: Path) -> None:
+    """Raise InputError if `folder` cannot hold checkpoints, by saving an empty one there and deleting it."""
+    trial = folder / f"{TEMPORARY_PREFIX}trial"
+    try:
+        shutil.rmtree(trial, ignore_errors=True)
+        save_checkpoint(trial, {}, {}, {"global_step": 0})
+    except OSError as error:
+        raise InputError(f"{folder}: cannot hold checkpoints: {error}") from None
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+
+
 def require_space(folder: Path, to_come: int, keep: int | None, size: int) -> None:
     """Raise InputError unless the disk has room for `to_come` checkpoints of `size` bytes.
 
@@ -316,7 +334,7 @@ def require_space(folder: Path, to_come: int, keep: int | None, size: int) -> No
     """
     existing = len(list_checkpoints(folder))
     checkpoints = to_come if keep is None else max(1, min(to_come, keep + 2 - existing))
-    needed, free = checkpoints * size, _free_space(folder)
+    needed, free = checkpoints * size, free_space(folder)
     if needed > free:
         raise InputError(
             f"{folder}: {checkpoints} checkpoints take {_formatted(needed)}, but only {_formatted(free)} is "
@@ -326,11 +344,6 @@ def require_space(folder: Path, to_come: int, keep: int | None, size: int) -> No
 
 def _formatted(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.1f} MB"
-
-
-def _free_space(folder: Path) -> int:
-    """Free bytes on the disk of a folder, which need not exist yet."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ import numpy as np
 
 from basemodel.common.command_line import require_file_path, run_command, runs_dir_option
 from basemodel.common.errors import InputError
-from basemodel.common.files import replace_text
+from basemodel.common.files import followed, replace_text
 from basemodel.common.json_config import read_config
 from basemodel.common.names import CHECKPOINTS, METRICS, MODEL_JSON, SAMPLES, TRAIN_JSON
 from basemodel.common.output import markdown_table
@@ -100,7 +100,7 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     folder = find_run(runs_dir, name)
     model_config = read_config(GPTConfig, folder / MODEL_JSON)
     config = read_config(TrainConfig, folder / TRAIN_JSON)
-    checkpoints = [folder / CHECKPOINTS / link for link in ("best", "latest")]
+    checkpoints = [followed(folder / CHECKPOINTS / link) for link in ("best", "latest")]
     metrics = [line for line in read_metrics(folder / METRICS) if {"tokens", "seconds"} <= line.keys()]
     last = metrics[-1] if metrics else {}
     validation = curve(metrics, "val_loss")

@@ -521,8 +521,9 @@ def make_trainer(run: Run, world: processes.World, name: str | None, allow_chang
         return None
     if world.is_first:
         print_plan(run, world)
-        if step is None:
-            resume.start_from_scratch(run)
+    world.agree(lambda: checkpointing.try_saving(run.checkpoints), on=world.is_first)
+    if world.is_first and step is None:
+        resume.start_from_scratch(run)
     world.agree(lambda: resume.check_space(run, step or 0), on=world.is_first)
     trainer = Trainer(run, world)
     if step is not None:

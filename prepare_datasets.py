@@ -10,14 +10,14 @@
 The input is cut into shards of about 64 MB of text. Workers encode each shard straight to disk, and the
 results are joined in the order of the input. So the same text gives the same bytes whatever the number of
 workers, memory does not grow with the data, and an interrupted run resumes after its last finished shard.
-Work in progress is kept in OUTPUT_DIR.incomplete; OUTPUT_DIR appears once it is complete.
+Work in progress is kept in OUTPUT_DIR.incomplete (OUTPUT_DIR/.incomplete where that is a mount point);
+OUTPUT_DIR has its contents once they are complete.
 """
 
 import contextlib
 import fcntl
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -26,9 +26,9 @@ from typing import Any
 
 import click
 
-from basemodel.common.command_line import run_command
+from basemodel.common.command_line import available_cpus, run_command
 from basemodel.common.errors import InputError
-from basemodel.common.files import DISK_FULL, fingerprint, sync
+from basemodel.common.files import DISK_FULL, contents, fingerprint, make_folder, publish, work_folder
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import META, TOKENIZER_FILE
 from basemodel.data.hub import check_push, push
@@ -69,7 +69,7 @@ from basemodel.prepare.sources import Request, Source, find_source
 @click.option(
     "--workers",
     type=click.IntRange(1),
-    default=os.cpu_count(),
+    default=available_cpus(),
     help="Processes that encode.  [default: cores]",
 )
 @click.option(
@@ -118,8 +118,7 @@ def main(
     if engine == "gigatoken" and settings.tokenizer != "gpt2":
         raise InputError("--engine gigatoken works with the tokenizer gpt2 only")
     request = Request(source, name, split, files, revision)
-    unfinished = output_dir.with_name(output_dir.name + ".incomplete")
-    fetch = find_source(request, leave_out=(output_dir, unfinished))
+    fetch = find_source(request, leave_out=output_dir)
     if repo_id:
         check_push(repo_id)
     if repo_id and (output_dir / META).exists():
@@ -127,7 +126,7 @@ def main(
         print(f"{output_dir}: already prepared")
     else:
         require_empty(output_dir)
-        with unfinished_folder(output_dir, unfinished) as folder:
+        with unfinished_folder(output_dir) as folder:
             require_empty(output_dir)  # nobody else can fill it now
             finished = folder / "finished"
             finished.mkdir()
@@ -146,7 +145,7 @@ def main(
             if stats:
                 title = f"{output_dir.name}: document lengths"
                 print(draw_lengths(layout, meta["end_of_text"], finished / "document-lengths.png", title))
-            publish(finished, output_dir, meta)
+            publish_dataset(finished, output_dir, meta)
     if repo_id:
         url = push(output_dir, repo_id, "Upload tokens", repo_type="dataset")
         print(f"Uploaded to {repo_id}: {url}")
@@ -226,8 +225,7 @@ def require_empty(output_dir: Path) -> None:
     """Raise InputError if the output folder exists and contains anything."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"{output_dir}: is a file, not a folder")
-    names = sorted(path.name for path in output_dir.iterdir())[:3] if output_dir.exists() else []
-    if names:
+    if names := [path.name for path in contents(output_dir)[:3]]:
         raise InputError(f"{output_dir}: already contains {' and '.join(names)}; remove it or choose another")
 
 
@@ -243,22 +241,27 @@ def check_prepared(folder: Path, options: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def unfinished_folder(output_dir: Path, folder: Path) -> Iterator[Path]:
-    """The folder OUTPUT_DIR.incomplete, locked for this process; it stays if it holds finished parts.
+def unfinished_folder(output_dir: Path) -> Iterator[Path]:
+    """The folder for work in progress, locked for this process; it stays if it holds finished parts.
 
     Raises InputError if another process prepares the same data set, or the folder cannot be written to.
     """
+    folder = work_folder(output_dir)
     parts = folder / "parts"
     try:
-        parts.mkdir(parents=True, exist_ok=True)
+        make_folder(parts)
         lock = (folder / "lock").open("a")
-        # Not flock, which forked workers share: one that outlives this process would go on holding it.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{output_dir}: another process is preparing it; wait for it or stop it") from None
     except OSError as error:
         raise InputError(f"{folder}: cannot be created or written to: {error.strerror}") from None
     with lock:
+        try:
+            # Not flock, which forked workers share: one that outlives this process would go on holding it.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            problem = "another process is preparing it; wait for it or stop it"
+            raise InputError(f"{output_dir}: {problem}") from None
+        except OSError as error:
+            print(f"Warning: {folder}: cannot be locked ({error.strerror}); do not prepare it twice at once")
         remove_unfinished(folder)
         try:
             yield folder
@@ -282,15 +285,12 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def publish(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
-    """Add meta.json and the card to a finished folder, sync it to disk, rename it to OUTPUT_DIR, remove the
-    unfinished folder, and print a summary with excerpts of the text."""
+def publish_dataset(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
+    """Add meta.json and the card to a finished folder, make it OUTPUT_DIR, remove what is left of the work,
+    and print a summary with excerpts of the text."""
     (finished / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     (finished / "README.md").write_text(card(output_dir.name, meta), encoding="utf-8")
-    for path in (*finished.iterdir(), finished):
-        sync(path)
-    finished.replace(output_dir)
-    sync(output_dir.parent)
+    publish(finished, output_dir, last="train")
     shutil.rmtree(finished.parent, ignore_errors=True)
     for line in summary(meta):
         print(line)

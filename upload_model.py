@@ -16,6 +16,7 @@ import click
 
 from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
+from basemodel.common.files import contents, make_folder, publish, work_folder
 from basemodel.data.hub import check_push, push
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.model.generation import require_vocabulary
@@ -53,16 +54,16 @@ def main(
         check_push(destination)
     elif private:
         raise InputError("--private goes with --push")
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif output.exists() and (not output.is_dir() or contents(output)):
         raise InputError(f"{output}: already exists; remove it or choose another folder")
     model = load_model(model_json, model_safetensors).cpu()
     if not all(tensor.isfinite().all() for tensor in model.tensors().values()):
         raise InputError(f"{model_safetensors}: contains NaN or infinite weights")
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
     require_vocabulary(model, tokenizer)
-    if not pushes:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    place = None if pushes else output.parent  # where a rename is enough in the end
+    place = None if pushes else work_folder(output).parent
+    if place:
+        make_folder(place)
     with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=place) as temporary:
         folder = Path(temporary) / "model"
         folder.mkdir()
@@ -73,7 +74,7 @@ def main(
         if pushes:
             print(f"Pushed: {push(folder, destination, 'Upload the model', private=private)}")
         else:
-            folder.replace(output)  # which may be an empty folder
+            publish(folder, output, last="config.json")
             print(f"Written to {output}")
 
 

@@ -64,7 +64,7 @@ def pieces_of(source: Source) -> list[Any]:
 
 def read(source: Path, **request: str) -> tuple[list[str | None], Source]:
     """The documents of a source in order, None for a null, and what was found."""
-    found = find_source(Request(str(source), **request), leave_out=())()
+    found = find_source(Request(str(source), **request), leave_out=None)()
     documents = (document for piece in pieces_of(found) for document in read_documents(piece, "text"))
     return [d if d is None else b"".join(d).decode() for d in documents], found
 
@@ -256,7 +256,7 @@ def test_files_are_found_in_order_and_the_others_counted(tmp_path: Path) -> None
     skipped = {"hidden": 2, ".pdf": 1, ".docx": 1, "no suffix": 1, ".txt": 1}
     assert found.skipped == skipped
     assert read(tmp_path, files="b/*")[0] == ["b/1.md", "b/2.txt"]
-    found = find_source(Request(str(tmp_path)), leave_out=[tmp_path / "b"])()
+    found = find_source(Request(str(tmp_path)), leave_out=tmp_path / "b")()
     assert [path.name for path, _ in found.files] == ["C.TXT", "a.txt", "b.txt"]
 
 
@@ -319,4 +319,4 @@ def test_sources_that_are_not_there(
     (tmp_path / "a.txt").write_text("a")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="(?s)" + message.replace("*", r"\*")):
-        find_source(Request(source, **request_), leave_out=())
+        find_source(Request(source, **request_), leave_out=None)

@@ -49,8 +49,8 @@ from basemodel.training.pending import PendingSteps
 
 
 def slow_save(rank: int) -> None:
-    real = checkpointing.save_checkpoint
-    checkpointing.save_checkpoint = lambda *arguments: time.sleep(1) or real(*arguments)
+    real = checkpointing.Saver._save
+    checkpointing.Saver._save = lambda *arguments: time.sleep(1) or real(*arguments)
 
 
 def slow_validation(rank: int) -> None:
@@ -344,8 +344,8 @@ def test_a_save_may_take_longer_than_the_timeout(tmp_path: Path, whole: Path) ->
     """The processes wait for it before the next one, and at the end."""
 
     def very_slow_save(rank: int) -> None:
-        real = checkpointing.save_checkpoint
-        checkpointing.save_checkpoint = lambda *arguments: time.sleep(3) or real(*arguments)
+        real = checkpointing.Saver._save
+        checkpointing.Saver._save = lambda *arguments: time.sleep(3) or real(*arguments)
 
     sandbox = make_sandbox(tmp_path, "run", checkpoint_interval=15)
     train(sandbox, "run", "--collective-timeout", "1", patch=very_slow_save)

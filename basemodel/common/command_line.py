@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -35,6 +36,10 @@ def run_command(command: click.Command, *, abruptly: bool = False) -> NoReturn:
     """
     make_output_expendable()
     try:
+        Path.home()
+    except RuntimeError:  # no HOME and no entry in /etc/passwd, as in many a container
+        os.environ["HOME"] = tempfile.gettempdir()
+    try:
         status = command.main(standalone_mode=False) or 0
     except click.exceptions.Abort:
         status = say_error("interrupted", 130)
@@ -54,6 +59,11 @@ def say_error(message: str, status: int) -> int:
         time.sleep(SILENCE_SECONDS)
     print("Error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return status
+
+
+def available_cpus() -> int:
+    """The CPUs that this process may use, which taskset, SLURM and containers limit."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def require_file_path(path: Path) -> None:

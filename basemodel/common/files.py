@@ -1,14 +1,19 @@
-"""Hashing, fsyncing, locking and atomically replacing files."""
+"""Hashing, fsyncing, locking and atomically replacing files, on whatever file system there is."""
 
 import errno
 import fcntl
 import hashlib
+import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from basemodel.common.names import LINKS
+from basemodel.common.output import warned
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -26,7 +31,7 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     except OSError as error:
         if error.errno != errno.EINVAL or not path.is_dir():
-            raise
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
     finally:
         os.close(handle)
 
@@ -40,6 +45,80 @@ def replace_text(path: Path, text: str, *, durable: bool = False) -> None:
     temporary.replace(path)
     if durable:
         sync(path.parent)
+
+
+def free_space(folder: Path) -> float:
+    """Free bytes on the disk of a folder, which need not exist yet; infinity if the disk does not tell."""
+    usage = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
+    return usage.free if usage.total else math.inf
+
+
+def link_target(link: Path) -> str | None:
+    """The name that `latest` or `best` holds, as a link or as a text file; None if there is neither."""
+    if link.is_symlink():
+        return str(link.readlink())
+    return link.read_text(encoding="utf-8", errors="replace").strip() if link.is_file() else None
+
+
+def followed(path: Path) -> Path:
+    """A path, also one through a `latest` or `best` that is a text file."""
+    links = (each for each in (path, *path.parents) if each.name in LINKS and each.is_file())
+    link = next(links, None)
+    return link.parent / link_target(link) / path.relative_to(link) if link else path
+
+
+def work_folder(target: Path) -> Path:
+    """Where to put together the contents of folder `target`, which is absent or empty: beside it, for
+    `publish` to rename, or inside, if it is a mount point or anything else that a rename cannot replace."""
+    beside = target.resolve().with_name(f"{target.resolve().name}.incomplete")
+    if not target.exists():
+        return beside
+    try:
+        (trial := beside.with_suffix(".trial")).mkdir(exist_ok=True)
+        trial.replace(target.resolve())
+        return beside
+    except OSError:
+        shutil.rmtree(trial, ignore_errors=True)
+        return target / ".incomplete"
+
+
+def publish(finished: Path, target: Path, last: str) -> None:
+    """Make the files in folder `finished`, in `work_folder(target)`, those of `target`, all or none, durably.
+
+    Where a rename cannot do that, they move one by one, those whose names start with `last` at the end:
+    without them, nobody takes the others for the whole.
+    """
+    target = target.resolve()
+    for path in (*finished.iterdir(), finished):
+        sync(path)
+    if target not in finished.resolve().parents:
+        finished.replace(target)
+        with warned("fsync a folder"):
+            sync(target.parent)
+        return
+    names = sorted((path.name for path in finished.iterdir()), key=lambda name: name.startswith(last))
+    try:
+        for name in names:
+            (finished / name).rename(target / name)
+            sync(target)
+    except OSError:
+        for name in names:
+            (target / name).unlink(missing_ok=True)
+        raise
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and its parents if they are missing, durably."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def contents(folder: Path) -> list[Path]:
+    """What a folder contains, but for lost+found and work in progress; nothing if it is not a folder."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if not path.name.startswith((".incomplete", "lost+found")))
 
 
 def lock(path: Path, patience: float = 0.0, on_wait: Callable[[], None] | None = None) -> int | None:

@@ -8,6 +8,7 @@ from basemodel.common.errors import InputError
 MODEL_JSON, TRAIN_JSON = "model.json", "train.json"
 CHECKPOINTS, METRICS, STATUS, SAMPLES = "checkpoints", "metrics.jsonl", "status.json", "samples.jsonl"
 CHART = "training-run-chart.png"
+LINKS = ("latest", "best")  # in checkpoints/
 # In the folder of a checkpoint or a data set
 META, TOKENIZER_FILE = "meta.json", "tokenizer.json"
 

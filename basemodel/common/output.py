@@ -1,11 +1,12 @@
 """Output for terminals, logs and pages: a progress bar, Markdown tables, text made safe to print."""
 
 import contextlib
+import functools
 import io
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -40,6 +41,20 @@ def make_output_expendable() -> None:
         raw, encoding = Expendable(descriptor, "w", closefd=False), stream and stream.encoding
         buffer = io.BufferedWriter(raw)
         setattr(sys, name, io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=by_line))
+
+
+@contextlib.contextmanager
+def warned(what: str, errors: type[Exception] = OSError) -> Iterator[None]:
+    """Go on after an error, with a warning that says once that the program could not do `what`."""
+    try:
+        yield
+    except errors as error:
+        _warn(f"could not {what}: {'' if isinstance(error, OSError) else type(error).__name__ + ': '}{error}")
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    tqdm.write(f"Warning: {message}")
 
 
 class Progress(tqdm):

@@ -1,5 +1,6 @@
 """Charts in xkcd style."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,8 @@ if TYPE_CHECKING:
 @contextmanager
 def xkcd_chart(path: Path, size: tuple[float, float]) -> "Iterator[Figure]":
     """Yield an xkcd-style figure of `size` inches in an installed font, then save it atomically as a PNG."""
-    import matplotlib  # imported here because it takes half a second
-
-    matplotlib.use("Agg")
-    from matplotlib import font_manager
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's would fail here
+    from matplotlib import font_manager  # imported here because it takes half a second
     from matplotlib import pyplot as plt
 
     installed = set(font_manager.get_font_names())

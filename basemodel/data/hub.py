@@ -8,7 +8,6 @@ the next try continues over HTTP.
 import contextlib
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ import huggingface_hub as hub  # loads its parts, and the network's, when they a
 from tqdm import tqdm
 
 from basemodel.common.errors import InputError, RunError
-from basemodel.common.files import fingerprint, locked, replace_text, sync
+from basemodel.common.files import fingerprint, free_space, locked, replace_text, sync
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import META, TOKENIZER_FILE, require_repo_id
 from basemodel.common.output import Progress
@@ -100,7 +99,7 @@ def _fetch(path: Path, url: str) -> dict[str, Any]:
         if stale != incomplete or stale.stat().st_size > (file.size or 0):
             stale.unlink()  # of another content
     incomplete.touch()
-    missing, free = (file.size or 0) - incomplete.stat().st_size, shutil.disk_usage(path.parent).free
+    missing, free = (file.size or 0) - incomplete.stat().st_size, free_space(path.parent)
     if missing > free:
         raise InputError(
             f"{path.name} takes {missing / 1e9:,.2f} GB more, but {free / 1e9:,.2f} GB are free; free some "

@@ -1,7 +1,9 @@
 """Weights in safetensors files: one file, several that an index names, or a folder that holds either; and
 loading them into a model by their names: ours, Hugging Face's or nanoGPT's."""
 
+import errno
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from basemodel.common.errors import InputError
+from basemodel.common.files import followed
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import CHECKPOINTS
 from basemodel.model.config import GPTConfig
@@ -51,13 +54,14 @@ def load_weights(model: GPTModel, path: Path) -> None:
 
 def folder_of(path: Path) -> Path:
     """The folder of the files that `read_tensors` reads, which in a checkpoint also holds other files."""
+    path = followed(path)
     return path if path.is_dir() else path.parent
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors by name as the files have them. `path` is a safetensors file, an index of several, or a
     folder that holds either. Raises InputError."""
-    if path.is_dir():
+    if (path := followed(path)).is_dir():
         path = find_weights(path)
     if path.name.endswith(".index.json"):
         return _read_shards(path)
@@ -98,10 +102,14 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a new safetensors file of CPU tensors. Raises OSError or SafetensorError."""
+    """Write a new safetensors file of CPU tensors. Raises OSError."""
     path.touch()
     mode = path.stat().st_mode  # what the umask leaves; safetensors gives its files 0600
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = int((re.search(r"os error (\d+)", str(error)) or [0, errno.EIO])[1])
+        raise OSError(code, os.strerror(code), str(path)) from error
     path.chmod(mode)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +10,7 @@ from pathlib import Path
 import click
 
 from basemodel.common.errors import InputError
+from basemodel.common.files import free_space
 from basemodel.common.output import markdown_table
 from basemodel.data import hub, token_files
 from basemodel.planning.estimate import GIB, WORST_ERROR, Estimate, estimate
@@ -96,7 +96,7 @@ def print_plan(run: Run, world: World) -> None:
     split = (
         f"{plan.processes} processes x microbatch {plan.microbatch_size} x accumulation {plan.accumulation}"
     )
-    free = shutil.disk_usage(run.directory).free
+    free = free_space(run.directory)
     if plan.half_steps:
         split += f"; half of it in each of the first {plan.half_steps:,} steps"
     if plan.short_steps:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -250,10 +250,19 @@ def sample_texts(pieces: list[Piece], settings: Settings) -> Iterator[str]:
                 break
 
 
+def start_workers(count: int, initializer: Callable[[], None] | None = None) -> Executor:
+    """Worker processes, or one thread where there can be none because /dev/shm cannot be written to."""
+    try:
+        return ProcessPoolExecutor(count, CONTEXT, initializer)
+    except OSError as error:
+        print(f"Warning: using one process, because /dev/shm does not work: {error}", file=sys.stderr)
+        return ThreadPoolExecutor(1)
+
+
 @contextlib.contextmanager
-def worker_pool(count: int) -> Iterator[ProcessPoolExecutor]:
+def worker_pool(count: int) -> Iterator[Executor]:
     """A pool of workers, which end with any error. Raises RunError if one is killed."""
-    with ProcessPoolExecutor(count, CONTEXT, _start_worker) as pool:
+    with start_workers(count, _start_worker) as pool:
         try:
             yield pool
         except BrokenProcessPool:

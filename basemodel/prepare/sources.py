@@ -5,8 +5,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from basemodel.common.names import META
 from basemodel.data.hub import download, reason
 from basemodel.prepare.assemble import NANOGPT_FILES
 from basemodel.prepare.documents import KNOWN_TYPES, PYTHON_DOCS, TYPES, file_type
-from basemodel.prepare.encoding import CONTEXT
+from basemodel.prepare.encoding import start_workers
 
 # The words by which the library `datasets` recognizes a split.
 SPLIT_WORDS = {
@@ -49,10 +48,10 @@ class Source:
     is_python_docs: bool = False
 
 
-def find_source(request: Request, leave_out: Iterable[Path]) -> Callable[[], Source]:
+def find_source(request: Request, leave_out: Path | None) -> Callable[[], Source]:
     """Locate the text without reading it; the function returned downloads it if need be.
 
-    The folders `leave_out` are not searched. Raises InputError.
+    The folder `leave_out`, which is to hold the tokens, is not searched. Raises InputError.
     """
     path = Path(request.source)
     if request.source == PYTHON_DOCS:
@@ -68,12 +67,12 @@ def find_source(request: Request, leave_out: Iterable[Path]) -> Callable[[], Sou
         return lambda: source
     if request.files is not None:
         return lambda: _fetch_matching(request)
-    with ProcessPoolExecutor(1, CONTEXT) as pool:  # `datasets` is 90 MB that forked workers would carry along
+    with start_workers(1) as pool:  # `datasets` is 90 MB that forked workers would carry along
         files, commit = pool.submit(resolve_on_hub, request).result()
     return lambda: _fetch(request.source, files, commit)
 
 
-def find_files(source: Path, request: Request, leave_out: Iterable[Path] = ()) -> Source:
+def find_files(source: Path, request: Request, leave_out: Path | None) -> Source:
     """The text files in a folder, recursively and sorted by path, or the file itself. Raises InputError.
 
     Hidden files and folders are skipped, and files that describe a data set's tables.
@@ -87,7 +86,7 @@ def find_files(source: Path, request: Request, leave_out: Iterable[Path] = ()) -
             f"{source}: no such file or folder; the source may also be '{PYTHON_DOCS}', or a data set on the "
             "Hub, OWNER/NAME"
         )
-    paths, skipped = _walk(source, {path.resolve() for path in leave_out})
+    paths, skipped = _walk(source, leave_out.resolve() if leave_out else None)
     if request.files is not None:
         paths = [p for p in paths if fnmatch.fnmatch(p.relative_to(source).as_posix(), request.files)]
     if any(file_type(path) != "text" for path in paths):
@@ -100,12 +99,13 @@ def find_files(source: Path, request: Request, leave_out: Iterable[Path] = ()) -
     return _in_splits(source, paths, skipped, request.split)
 
 
-def _walk(source: Path, leave_out: set[Path]) -> tuple[list[Path], Counter[str]]:
+def _walk(source: Path, leave_out: Path | None) -> tuple[list[Path], Counter[str]]:
     paths, skipped = [], Counter()
     for folder, folders, names in os.walk(source):
         skipped["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
         folders[:] = [name for name in folders if not name.startswith(".")]
-        folders[:] = [name for name in folders if Path(folder, name).resolve() not in leave_out]
+        outputs = {name: Path(folder, name.removesuffix(".incomplete")).resolve() for name in folders}
+        folders[:] = [name for name in folders if outputs[name] != leave_out]
         if META in names and any(fnmatch.fnmatch(name, "train*.safetensors") for name in names):
             skipped["prepared data sets"] += 1
             continue

@@ -11,10 +11,9 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from basemodel.common.errors import RunError
 from basemodel.common.files import replace_text
-from basemodel.common.names import CHART, STATUS
-from basemodel.common.output import LINE_SECONDS, one_line
+from basemodel.common.names import CHART, METRICS, SAMPLES, STATUS
+from basemodel.common.output import LINE_SECONDS, one_line, warned
 from basemodel.planning import machines
 from basemodel.planning.estimate import slower_than_planned
 from basemodel.results import run_chart
@@ -79,14 +78,17 @@ class MetricsLog:
         """Continue after `step` steps; lines of later steps, which will be repeated, are dropped."""
         self._run, self._begun_at = run, step
         self._line: dict[str, Any] = {}  # of the newest step; more values may follow
-        self._file = self._open()
+        self._unwritten = b""  # what the disk has not taken
+        self._file: BinaryIO | None = None
+        with warned(f"open {METRICS}"):
+            self._open()
         self._trackers = Trackers(run, step, say)
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> None:
         path = self._run.metrics
         lines = [line for line in read_metrics(path) if line["step"] <= self._begun_at]
         replace_text(path, "".join(json.dumps(line) + "\n" for line in lines), durable=True)
-        return path.open("ab", buffering=0)
+        self._file = path.open("ab", buffering=0)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Add `values` to the line of `step`, which is written once the next step begins."""
@@ -96,24 +98,26 @@ class MetricsLog:
         self._line |= values
 
     def flush(self) -> None:
-        """Write the line. Raises RunError if writing fails, for example because the disk is full."""
+        """Write the line and what could not be written before; a failure is only a warning."""
         if not self._line:
             return
-        line, self._line, path = self._line, {}, self._run.metrics
+        line, self._line = self._line, {}
         finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
-        try:
-            self._file.write((json.dumps(finite) + "\n").encode())
+        self._unwritten += (json.dumps(finite) + "\n").encode()
+        with warned(f"write {METRICS}"):
+            if self._file is None:
+                self._open()
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
             # A signal arrived between this step and its validation: merge the two lines.
             if line["step"] == self._begun_at:
-                self._file.close()
-                self._file = self._open()
-        except OSError as error:
-            raise RunError(f"could not write {path}: {error}; free some space, then --resume") from error
+                self._open()
         self._trackers.log(finite)
 
     def close(self, status: str) -> None:
         self.flush()
-        self._file.close()
+        with warned(f"close {METRICS}"):
+            if self._file is not None:
+                self._file.close()
         self._trackers.close(status)
 
 
@@ -166,10 +170,8 @@ class StatusFile:
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
             **({} if error is None else {"error": error}),
         }
-        try:
+        with warned(f"write {STATUS}"):
             replace_text(run.directory / STATUS, json.dumps(values, indent=1))
-        except OSError as error:
-            say(f"Warning: could not write {STATUS}: {error}")
 
 
 class ProgressLine:
@@ -210,7 +212,8 @@ class Reporter:
         self.progress = ProgressLine(run, clock, step)
         self._last_chart = 0.0
         if run.samples.exists():
-            keep_samples(run, step + 1, [])
+            with warned(f"rewrite {SAMPLES}"):
+                keep_samples(run, step + 1, [])
         self.status.write("running", step)
 
     def say(self, line: str) -> None:
@@ -240,14 +243,11 @@ class Reporter:
 
     def sample(self, model: GPTModel, step: int) -> None:
         """Continue the run's prompts, show and save the samples; a failure never stops training."""
-        try:
+        with warned(f"continue the prompts after step {step:,}", Exception):
             samples = continue_prompts(self.run, model, step)
             keep_samples(self.run, step, samples)
-        except Exception as error:
-            say(f"Warning: no samples after step {step:,}: {type(error).__name__}: {error}")
-            return
-        for sample in samples:
-            say(one_line(f"step {step:,}: {sample['prompt']}{sample['text']}"))
+            for sample in samples:
+                say(one_line(f"step {step:,}: {sample['prompt']}{sample['text']}"))
 
     def chart(self, *, final: bool = False) -> None:
         """Redraw the chart; a failure never stops training.
@@ -260,11 +260,8 @@ class Reporter:
         if not (final or due):
             return
         self.metrics.flush()
-        with self.clock.pause("chart"):
-            try:
-                run_chart.draw_chart(self.run.metrics, self.run.directory / CHART, self.run.name)
-            except Exception as error:
-                say(f"Warning: could not draw the chart: {type(error).__name__}: {error}")
+        with self.clock.pause("chart"), warned("draw the chart", Exception):
+            run_chart.draw_chart(self.run.metrics, self.run.directory / CHART, self.run.name)
         self._last_chart = time.monotonic()
 
     def finish(self, step: int, train_loss: float | None, val_loss: float | None) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from basemodel.common.command_line import available_cpus
 from basemodel.common.errors import InputError, RunError
 
 Result = TypeVar("Result")
@@ -165,7 +166,7 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     if accelerator is None:
         device = torch.device("cpu")
         if local_size > 1:  # torchrun sets one thread per process, regardless of the cores
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+            torch.set_num_threads(max(1, available_cpus() // local_size))
     else:
         count = torch.accelerator.device_count()
         if local_size > count:

@@ -1,5 +1,6 @@
 """A run's folder: finding it, reading its logs, locking it, and setting earlier results aside."""
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from basemodel.common.errors import InputError
-from basemodel.common.files import lock, locked
+from basemodel.common.files import contents, lock, locked
 from basemodel.common.names import (
     CHART,
     CHECKPOINTS,
@@ -104,17 +105,20 @@ def set_earlier_results_aside(directory: Path) -> Path | None:
         now += timedelta(seconds=1)
     aside.mkdir()
     for path in results:
-        if path.is_symlink() or path.is_mount():  # stays, and its contents move into a subfolder of its own
-            contents = _contents(path)
-            (path / aside.name).mkdir()
-            for each in contents:
-                each.rename(path / aside.name / each.name)
-        else:
-            path.rename(aside / path.name)
+        try:
+            # A link stays; so does a mount point, which cannot be renamed.
+            if not (path.is_symlink() and path.is_dir()):
+                path.rename(aside / path.name)
+                continue
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+        earlier = _contents(path)
+        (path / aside.name).mkdir()
+        for each in earlier:
+            each.rename(path / aside.name / each.name)
     return aside
 
 
 def _contents(folder: Path) -> list[Path]:
-    """The entries of a folder, except earlier results and lost+found; empty if it is not a folder."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    return [path for path in paths if not path.name.startswith(("earlier-", "lost+found"))]
+    return [path for path in contents(folder) if not path.name.startswith("earlier-")]
