@@ -64,7 +64,7 @@ def main(
     place = None if pushes else work_folder(output).parent
     if place:
         make_folder(place)
-    with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=place) as temporary:
+    with tempfile.TemporaryDirectory(None, ".incomplete-", place, ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary) / "model"
         folder.mkdir()
         write_model(folder, model, tokenizer)

@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import MODEL, NO_CHART, TRAIN, Sandbox, random_tokens, refused, run_script, write_dataset
+from helpers import MODEL, TRAIN, Sandbox, random_tokens, run_script, write_dataset
 from safetensors.torch import load_file
 
-import checkpointing
 from basemodel.common.errors import InputError
 from basemodel.data.hub import same_on_all_nodes
 from basemodel.model.config import GPTConfig
@@ -134,62 +133,3 @@ def test_a_checkpoint_behind_the_end_that_a_changed_config_has_is_refused(sandbo
     done = run_script(*sandbox.command("tiny", "--resume", "--allow-config-change"))
     assert done.returncode == 2
     assert "is past the run's last step, 4; raise min_train_tokens, or name an earlier" in done.stderr
-
-
-def test_links_that_a_user_made_are_followed(sandbox: Sandbox, tmp_path: Path) -> None:
-    """Of a run, a data set's owner and checkpoints/; one among the checkpoints is no checkpoint."""
-    big = tmp_path / "big"
-    sandbox.write_run("linked", train={"checkpoint_interval": 4})
-    big.mkdir()
-    shutil.move(sandbox.run_dir("linked"), big / "run")
-    sandbox.run_dir("linked").symlink_to(big / "run")
-    shutil.move(sandbox.datasets / "test", big / "data")
-    (sandbox.datasets / "test").symlink_to(big / "data")
-    (big / "checkpoints").mkdir()
-    (big / "run/checkpoints").symlink_to(big / "checkpoints")
-    sandbox.train("linked")
-    first = {path.name for path in sandbox.checkpoints("linked")}
-    sandbox.train("linked")
-    assert (big / "run/checkpoints").is_symlink() and len(sandbox.checkpoints("linked")) == 2
-    (aside,) = (big / "checkpoints").glob("earlier-*")
-    assert {path.name for path in aside.iterdir()} == first | {"latest", "best"}
-    (big / "checkpoints/mine").symlink_to(aside / "latest")
-    error = refused(*sandbox.command("linked", "mine"))
-    assert "mine: is a link; name the checkpoint folder itself" in error
-
-
-NO_LINKS = """
-import os
-def symlink(*arguments, **options):
-    raise OSError(95, "Operation not supported")
-os.symlink = symlink
-"""
-NO_FOLDER_FSYNC = """
-import os, stat
-fsync = os.fsync
-def of_files(handle):
-    if stat.S_ISDIR(os.fstat(handle).st_mode):
-        raise OSError(22, "Invalid argument")
-    fsync(handle)
-os.fsync = of_files
-"""
-FILES_STAY = """
-import os
-def rmdir(*arguments, **options):
-    raise OSError(39, "Directory not empty")
-os.rmdir = rmdir
-"""
-
-
-@pytest.mark.parametrize("disk", [NO_LINKS, NO_FOLDER_FSYNC, FILES_STAY])
-def test_what_a_disk_cannot_do_ends_no_run(sandbox: Sandbox, disk: str) -> None:
-    before, often = f"{NO_CHART}\n{disk}", {"checkpoint_interval": 2, "keep_checkpoints": 1}
-    sandbox.write_run(train={**often, "min_train_tokens": 6 * 8 * 16})
-    sandbox.train(before=before)
-    for steps, start in ((8, "--resume"), (10, "latest")):
-        newest = sandbox.checkpoints()[-1].name
-        assert checkpointing.link_target(sandbox.run_dir() / "checkpoints/latest") == newest
-        assert len(sandbox.checkpoints()) <= 2, "the newest and the best"
-        sandbox.write_run(train={**often, "min_train_tokens": steps * 8 * 16})
-        said = sandbox.train("tiny", start, "--allow-config-change", before=before)
-        assert f"Resuming after step {steps - 2}" in said and sandbox.meta()["global_step"] == steps

@@ -12,9 +12,6 @@ import pytest
 import torch
 from forked import forked
 from helpers import (
-    Finished,
-    Sandbox,
-    Script,
     make_sandbox,
     step_reached,
 )
@@ -189,71 +186,6 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tmp_path: Pat
     assert left.name.endswith("-iteration-5") and left.name in said
     assert "Resuming after step 5" in train(sandbox, "full", "--resume")
     assert_same_end(sandbox, "full", "whole")
-
-
-SMALL_DISK = """
-import ctypes, os, shutil, threading, time
-from pathlib import Path
-libc, uid, gid = ctypes.CDLL(None), os.getuid(), os.getgid()
-disk, runs, other = Path({disk!r}), {runs!r}, {other!r}
-if libc.unshare(0x10020000):  # CLONE_NEWUSER | CLONE_NEWNS
-    os._exit(99)
-Path("/proc/self/setgroups").write_text("deny")
-for kind, number in (("uid", uid), ("gid", gid)):
-    Path(f"/proc/self/{{kind}}_map").write_text(f"0 {{number}} 1")
-if libc.mount(b"none", bytes(disk), b"tmpfs", 0, b"size=2m"):
-    os._exit(99)
-shutil.copytree(runs, disk / "runs")
-def fill():
-    while not (disk / "runs/tiny/checkpoints/latest").is_symlink():
-        time.sleep(0.005)
-    with (disk / "other").open("wb", buffering=0) as file:
-        while file.write(bytes(4096)) == 4096:
-            pass
-if other:
-    threading.Thread(target=fill, daemon=True).start()
-def leave(status, really=os._exit):
-    shutil.copytree(disk / "runs", runs + "-after", symlinks=True)
-    really(status)
-os._exit = leave
-from basemodel.results import run_chart
-run_chart.draw_chart = lambda *_: None
-"""
-
-
-def on_small_disk(sandbox: Sandbox, train: dict, *, other: bool) -> Finished:
-    """Train on a file system of 2 MB, which disappears with the process; `other`: someone else fills it as
-    soon as there is a checkpoint. What the run left is in runs-after/."""
-    disk, runs = sandbox.path / "disk", sandbox.path / "runs"
-    disk.mkdir(exist_ok=True)
-    sandbox.write_run("tiny", {}, {"checkpoint_interval": 1, **train})
-    shutil.rmtree(sandbox.path / "runs-after", ignore_errors=True)
-    before = SMALL_DISK.format(disk=str(disk), runs=str(runs), other=other)
-    command = ["ddp_train.py", "tiny", str(sandbox.datasets), "--runs-dir", str(disk / "runs")]
-    done = Script(command, before=before).wait()
-    if done.returncode == 99:
-        pytest.skip("a file system of one's own needs user namespaces, which are not to be had here")
-    return done
-
-
-def test_a_file_system_of_2_mb_runs_full(tmp_path: Path) -> None:
-    sandbox = make_sandbox(tmp_path)
-    refused = on_small_disk(sandbox, {}, other=False)
-    assert refused.returncode == 2, refused.stderr
-    error = "8 checkpoints take 2.9 MB, but only 2.1 MB is free; free some space, or set keep_checkpoints"
-    assert error in refused.stderr
-    many = {"keep_checkpoints": 1, "epochs": 40, "min_train_tokens": 500 * 8 * 16}
-    full = on_small_disk(sandbox, many, other=True)
-    assert full.returncode == 1, full.stderr
-    error = full.stderr.splitlines()[-1]
-    # Whichever of the two is written first.
-    metrics = tmp_path / "disk/runs/tiny/metrics.jsonl"
-    assert error.startswith(("Error: could not save the checkpoint", f"Error: could not write {metrics}")), (
-        error
-    )
-    assert "No space left on device" in error
-    left = checkpointing.list_checkpoints(tmp_path / "runs-after/tiny/checkpoints")
-    assert left and all(checkpointing.load_checkpoint(each).meta["global_step"] >= 1 for each in left)
 
 
 def test_a_disk_too_small_is_noticed_before_the_first_step(

@@ -111,7 +111,9 @@ def test_the_other_processes_wait_and_a_failure_is_a_warning(sandbox: Sandbox) -
     sandbox.write_run(train={"sample_interval": 8, "sample_prompts": ["1"]}, model={"tokenizer": "bytes"})
     sandbox.write_run("without")
     out = sandbox.train("tiny", "--collective-timeout", "1", processes=2, before=SLOW_OR_BROKEN)
-    assert "Warning: could not continue the prompts after step 8: ValueError: nothing to say" in out.splitlines()
+    assert (
+        "Warning: could not continue the prompts after step 8: ValueError: nothing to say" in out.splitlines()
+    )
     assert not (sandbox.run_dir() / "samples.jsonl").exists()
     sandbox.train("without", processes=2)
     assert_same_tensors(sandbox.final_tensors(), sandbox.final_tensors("without"))

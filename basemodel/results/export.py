@@ -79,8 +79,11 @@ def write_tokenizer(folder: Path, tokenizer: tiktoken.Encoding, context_length: 
     # Batches need padding; generation needs it before the text.
     padding = {"pad_token": end_of_text, "padding_side": "left"}
     exported = GPT2Tokenizer(vocab=vocab, merges=pairs, model_max_length=context_length, **padding)
-    exported.save_pretrained(folder)
-    exported.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt
+    try:
+        exported.save_pretrained(folder)
+        exported.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt
+    except Exception as error:  # the library's errors have no type of their own
+        raise RunError(f"{folder}: could not write the tokenizer: {error}") from error
 
 
 @torch.no_grad()
