@@ -18,6 +18,7 @@ import contextlib
 import fcntl
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -127,9 +128,9 @@ def main(
     else:
         require_empty(output_dir)
         with unfinished_folder(output_dir) as folder:
-            require_empty(output_dir)  # nobody else can fill it now
             finished = folder / "finished"
             finished.mkdir()
+            require_empty(output_dir)  # nobody else can fill it now
             vocabulary = None
             if settings.tokenizer != "dataset":
                 vocabulary = find_gigatoken(engine, get_tokenizer(settings.tokenizer), folder)
@@ -250,33 +251,32 @@ def unfinished_folder(output_dir: Path) -> Iterator[Path]:
     parts = folder / "parts"
     try:
         make_folder(parts)
-        lock = (folder / "lock").open("a")
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise InputError(f"{folder}: cannot be created or written to: {error.strerror}") from None
-    with lock:
-        try:
-            # Not flock, which forked workers share: one that outlives this process would go on holding it.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            problem = "another process is preparing it; wait for it or stop it"
-            raise InputError(f"{output_dir}: {problem}") from None
-        except OSError as error:
-            print(f"Warning: {folder}: cannot be locked ({error.strerror}); do not prepare it twice at once")
+    try:
+        # Not flock, which forked workers share: one that outlives this process would go on holding it.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        problem = "another process is preparing it; wait for it or stop it"
+        raise InputError(f"{output_dir}: {problem}") from None
+    except OSError as error:
+        print(f"Warning: {folder}: cannot be locked ({error.strerror}); do not prepare it twice at once")
+    remove_unfinished(folder)
+    try:
+        yield folder
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise InputError(
+            f"{folder}: cannot be written: {error.strerror}; free some space, about 4 bytes per token, "
+            "and run the same command again, which keeps finished shards"
+        ) from None
+    finally:
         remove_unfinished(folder)
-        try:
-            yield folder
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            raise InputError(
-                f"{folder}: cannot be written: {error.strerror}; free some space, about 4 bytes per token, "
-                "and run the same command again, which keeps finished shards"
-            ) from None
-        finally:
-            remove_unfinished(folder)
-            with contextlib.suppress(OSError):
-                parts.rmdir()  # unless it holds finished parts
-                shutil.rmtree(folder)
+        with contextlib.suppress(OSError):
+            parts.rmdir()  # unless it holds finished parts
+            shutil.rmtree(folder)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -290,14 +290,15 @@ def publish_dataset(finished: Path, output_dir: Path, meta: dict[str, Any]) -> N
     and print a summary with excerpts of the text."""
     (finished / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     (finished / "README.md").write_text(card(output_dir.name, meta), encoding="utf-8")
+    lines = summary(meta)
+    for split, counts in meta["splits"].items():
+        files = as_one_path([output_dir / path.name for path in split_files(finished, split)])
+        documents, tokens = counted(counts["documents"], "document"), counted(counts["tokens"], "token")
+        lines.append(f"{files}: {documents}, {tokens}")
+    shown = excerpts(finished, get_tokenizer(meta["tokenizer"], finished))
     publish(finished, output_dir, last="train")
     shutil.rmtree(finished.parent, ignore_errors=True)
-    for line in summary(meta):
-        print(line)
-    for split, counts in meta["splits"].items():
-        files = as_one_path(split_files(output_dir, split))
-        print(f"{files}: {counted(counts['documents'], 'document')}, {counted(counts['tokens'], 'token')}")
-    print("Excerpts:", *excerpts(output_dir, get_tokenizer(meta["tokenizer"], output_dir)), sep="\n  ")
+    print(*lines, "Excerpts:", *(f"  {excerpt}" for excerpt in shown), sep="\n")
 
 
 if __name__ == "__main__":

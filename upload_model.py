@@ -9,6 +9,7 @@ project's code. Before the folder gets its name or is pushed, transformers loads
 compared with gpt.py's.
 """
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -61,12 +62,10 @@ def main(
         raise InputError(f"{model_safetensors}: contains NaN or infinite weights")
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
     require_vocabulary(model, tokenizer)
-    place = None if pushes else work_folder(output).parent
-    if place:
-        make_folder(place)
-    with tempfile.TemporaryDirectory(None, ".incomplete-", place, ignore_cleanup_errors=True) as temporary:
-        folder = Path(temporary) / "model"
-        folder.mkdir()
+    work = Path(tempfile.mkdtemp()) if pushes else work_folder(output)
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        make_folder(folder := work / "finished")
         write_model(folder, model, tokenizer)
         name = destination if pushes else output.resolve().name
         write_model_card(folder, name, model, model_safetensors, license)
@@ -76,6 +75,8 @@ def main(
         else:
             publish(folder, output, last="config.json")
             print(f"Written to {output}")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":

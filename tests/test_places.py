@@ -336,7 +336,11 @@ def test_files_move_into_a_mount_point_all_or_none_and_the_decisive_one_last(
     broken = "train.safetensors"
     with pytest.raises(OSError, match="Input/output"):
         files.publish(finished, target, last="train")
-    assert moved == ["a.json", "z.json"] and files.contents(target) == []
+    assert moved == ["a.json", "z.json"] and not list(target.glob("*.json"))
+    (target / "a.json").touch()  # by one that was killed
+    assert files.contents(target) == []
+    shutil.rmtree(finished)
+    assert files.contents(target) == [target / "a.json"]
 
 
 def test_an_export_on_a_mount_point_and_behind_a_link(tmp_path: Path) -> None:

@@ -116,8 +116,10 @@ def make_folder(folder: Path) -> None:
 
 
 def contents(folder: Path) -> list[Path]:
-    """What a folder contains, but for lost+found and work in progress; nothing if it is not a folder."""
-    paths = folder.iterdir() if folder.is_dir() else ()
+    """What a folder contains, but for lost+found and work in progress, such as files of a `publish` that was
+    killed; nothing if it is not a folder."""
+    in_progress = not folder.is_dir() or (folder / ".incomplete/finished").is_dir()
+    paths = () if in_progress else folder.iterdir()
     return sorted(path for path in paths if not path.name.startswith((".incomplete", "lost+found")))
 
 

@@ -110,7 +110,7 @@ def print_plan(run: Run, world: World) -> None:
         "Steps": f"{plan.steps:,}, {tokens:,} tokens" if plan.steps else "not known before the data are here",
         "Optimizer": optimizer_in_words(dataclasses.asdict(config)),
         "FLOPs": f"{tokens * shape.flops_per_token:.2e}, {shape.flops_per_token:,} per token",
-        "Disk": f"{checkpoints_in_words(run)}; {free / 1e9:.1f} GB are free",
+        "Disk": checkpoints_in_words(run) + (f"; {free / 1e9:.1f} GB are free" if free < math.inf else ""),
         "ETA": "not known before a first run here; --on MACHINE estimates it for a GPU",
     }
     limit = math.inf
