@@ -33,6 +33,7 @@ from basemodel.model.weights import folder_of, load_model
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+RATE = click.FloatRange(0, 1, min_open=True)
 SEED = click.IntRange(0, 2**63 - 1)
 
 
@@ -49,12 +50,7 @@ def main() -> None:
 @click.option("--datasets-dir", type=Path, default="datasets", help="Folder that keeps downloaded records.")
 @click.option("--output-dir", type=FOLDER, default=".", help="Folder that the results are written to.")
 @click.option("--drop-rate", type=click.FloatRange(0, 0.99), default=0.0, help="Dropout while fine-tuning.")
-@click.option(
-    "--learning-rate",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=5e-5,
-    help="Learning rate of AdamW, which is constant.",
-)
+@click.option("--learning-rate", type=RATE, default=5e-5, help="Learning rate of AdamW, which is constant.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.1, help="Weight decay of AdamW.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, help="Records per training step.")
 @click.option("--max-epochs", type=click.IntRange(1), default=100, help="Epochs to train at most.")

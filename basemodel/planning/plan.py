@@ -24,9 +24,7 @@ from basemodel.training.schedule import SHORT_PARTS, plan_batches
 
 PARTS = ("weights", "gradients", "buckets", "optimizer", "activations", "logits", "reserve")  # of memory
 OPTIONS = (
-    click.option(
-        "--on", metavar="MACHINE", help="With --plan: estimate for 8xA100-40, 1xRTX3090 or such, or for all."
-    ),
+    click.option("--on", metavar="MACHINE", help="With --plan: estimate for 8xA100-40 or such, or for all."),
     click.option(
         "--budget",
         "budget_usd",
