@@ -159,10 +159,8 @@ def print_scores(title: str, names: list[str], scores: np.ndarray, seed: int) ->
     order = sorted(range(len(names)), key=lambda index: -scores[index].mean())
     print(f"\n{title}, {scores.shape[1]} questions")
     if skipped := asked - scores.shape[1]:
-        print(
-            f"{skipped} of {asked} questions have no valid scores; means and intervals leave them out. The "
-            "same command asks for them again"
-        )
+        print(f"{skipped} of {asked} questions have no valid scores; means and intervals leave them out.")
+        print("The same command asks for them again")
     print_means("model", [names[index] for index in order], scores[order], ".1f")
     pairs = list(itertools.combinations(order, 2))
     if pairs:

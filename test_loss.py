@@ -144,10 +144,8 @@ def count_sequences(sequences: Sequences, tokens: int) -> int:
     file, start, length = sequences.tokens, sequences.start, sequences.length
     if not sequences.count:
         hint = f"; --start-token can be at most {file.count - length - 1}" if file.count > length else ""
-        raise InputError(
-            f"{file}: has {file.count:,} tokens, not one sequence of {length} and its target after "
-            f"--start-token {start}{hint}"
-        )
+        problem = f"has {file.count:,} tokens, not one sequence of {length} and its target"
+        raise InputError(f"{file}: {problem} after --start-token {start}{hint}")
     requested = tokens // length
     if not requested:
         raise InputError(f"--tokens {tokens} is less than one sequence; use {length} or more")

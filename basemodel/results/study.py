@@ -155,10 +155,9 @@ def matching_batches(base: dict[str, Any], config: dict[str, Any], source: str) 
     tokens = base["validation_batches"] * base_batch
     batches, rest = divmod(tokens, batch)
     if rest:
-        raise InputError(
-            f"{source}: its validation batches of {batch:,} tokens do not fill the base's {tokens:,}; "
-            f"make the base's validation_batches a multiple of {math.lcm(base_batch, batch) // base_batch}"
-        )
+        multiple = math.lcm(base_batch, batch) // base_batch
+        problem = f"its validation batches of {batch:,} tokens do not fill the base's {tokens:,}"
+        raise InputError(f"{source}: {problem}; make the base's validation_batches a multiple of {multiple}")
     return batches
 
 

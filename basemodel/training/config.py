@@ -103,10 +103,8 @@ class TrainConfig:
             if flag is not trigger:
                 continue
             if values.get(new) not in (None, "auto", meaning):
-                raise InputError(
-                    f'{new} "{values[new]}" contradicts "{old}": {json.dumps(flag)}, which means '
-                    f'"{meaning}"; remove one'
-                )
+                other = f'"{old}": {json.dumps(flag)}, which means "{meaning}"'
+                raise InputError(f'{new} "{values[new]}" contradicts {other}; remove one')
             values[new] = meaning
         return values
 
@@ -175,10 +173,8 @@ class TrainConfig:
             nearest = sorted(sorted(divisors, key=lambda m: abs(m - self.microbatch_size))[:4])
             sizes = f"global_batch_size {accumulation * unit or unit} or {(accumulation + 1) * unit}"
             hint = f"microbatch_size {' or '.join(map(str, nearest))}, or {sizes}" if nearest else sizes
-            raise InputError(
-                f"global_batch_size {size} is not a multiple of microbatch_size {self.microbatch_size} x "
-                f"{processes} processes; {hint} would work"
-            )
+            product = f"microbatch_size {self.microbatch_size} x {processes} processes"
+            raise InputError(f"global_batch_size {size} is not a multiple of {product}; {hint} would work")
         if requested not in (None, accumulation):
             raise InputError(
                 f"global_batch_size {size} and gradient_accumulation_steps {requested} disagree; "
