@@ -31,13 +31,8 @@ from basemodel.common.json_config import read_config
 from basemodel.common.names import CHECKPOINTS, METRICS, MODEL_JSON, SAMPLES, TRAIN_JSON
 from basemodel.common.output import markdown_table
 from basemodel.common.xkcd import xkcd_chart
-from basemodel.evaluation.measurements import (
-    MeasuredLoss,
-    TaskResult,
-    headlines,
-    read_task_results,
-    read_test_loss,
-)
+from basemodel.evaluation import measurements
+from basemodel.evaluation.measurements import MeasuredLoss, TaskResult, headlines
 from basemodel.model.config import GPTConfig
 from basemodel.training.config import TrainConfig
 from basemodel.training.run_folder import find_run, read_metrics, read_samples, read_status
@@ -104,6 +99,7 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     metrics = [line for line in read_metrics(folder / METRICS) if {"tokens", "seconds"} <= line.keys()]
     last = metrics[-1] if metrics else {}
     validation = curve(metrics, "val_loss")
+    keys = {"train": "train_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
     before, after = ([{"step": 0, "tokens": 0}] * 2 + metrics)[-2:]
     step_tokens = (after["tokens"] - before["tokens"]) // max(1, after["step"] - before["step"])
     speeds = [line["tokens_per_second"] for line in metrics if line.get("tokens_per_second")]
@@ -113,16 +109,11 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
         config=dataclasses.asdict(model_config) | dataclasses.asdict(config),
         parameters=model_config.parameter_count,
         status=read_status(folder),
-        curves={
-            "train": binned(curve(metrics, "train_loss")),
-            "validation": validation,
-            "learning_rate": binned(curve(metrics, "learning_rate")),
-            "grad_norm": binned(curve(metrics, "grad_norm")),
-        },
+        curves={name: binned(curve(metrics, key)) for name, key in keys.items()} | {"validation": validation},
         samples=read_samples(folder / SAMPLES),
         validation_loss=min((loss for _, loss in validation), default=None),
-        test=next(filter(None, map(read_test_loss, checkpoints)), None),
-        tasks=next(filter(None, map(read_task_results, checkpoints)), []),
+        test=next(filter(None, map(measurements.read_test_loss, checkpoints)), None),
+        tasks=next(filter(None, map(measurements.read_task_results, checkpoints)), []),
         tokens=last.get("tokens"),
         seconds=last.get("seconds"),
         global_batch=step_tokens // model_config.context_length or None,
@@ -184,9 +175,8 @@ def notes(runs: list[RunSummary]) -> list[str]:
         f"{test.context_length:,}" + (", within documents" if test.document_masking else "")
         for test in (run.test for run in runs if run.test)
     )
-    if len(slices) > 1:
-        return [f"The test losses were measured on different data: {'; '.join(slices)}."]
-    return []
+    warning = f"The test losses were measured on different data: {'; '.join(slices)}."
+    return [warning] if len(slices) > 1 else []
 
 
 def draw_chart(runs: list[RunSummary], path: Path) -> None:
@@ -219,10 +209,8 @@ def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, s
     """Write a page that shows the runs and, when served with their folders, follows them."""
     titles = {result.title for run in runs for result in run.tasks}  # these have a table of their own
     rows = [{column: cell for column, cell in row.items() if column not in titles} for row in rows]
-    content = [
-        {**page_entry(run, cells, path), "group": group}
-        for run, cells, group in zip(runs, rows, groups(runs), strict=True)
-    ]
+    entries = [page_entry(run, cells, path) for run, cells in zip(runs, rows, strict=True)]
+    content = [{**entry, "group": group} for entry, group in zip(entries, groups(runs), strict=True)]
     title = " / ".join(run.folder.name for run in runs[:4]) + (" …" if len(runs) > 4 else "")
     values = {
         "TITLE": html.escape(title),

@@ -20,31 +20,20 @@ from basemodel.common.command_line import run_command
 from basemodel.common.errors import InputError
 from basemodel.common.output import markdown_table
 from basemodel.data.tokenizer import get_tokenizer
-from basemodel.evaluation.harness import (
-    Score,
-    evaluate_task,
-    load_tasks,
-    paired_difference,
-    require_harness,
-)
+from basemodel.evaluation.harness import Score, evaluate_task, load_tasks, paired_difference, require_harness
 from basemodel.evaluation.measurements import add_task_results, pair_models, with_error
 from basemodel.evaluation.scoring import Scorer
 from basemodel.model.weights import folder_of, load_model
 from checkpointing import META_FILE
 
 TASKS = "hellaswag,lambada_openai,arc_easy,piqa,winogrande"
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("models", type=Path, nargs=-1, required=True, metavar="MODEL_JSON MODEL_SAFETENSORS ...")
 @click.option("--tasks", default=TASKS, help="Names of tasks or YAML files, separated by commas.")
-@click.option(
-    "--include-path",
-    "folders",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    multiple=True,
-    help="Folder of further tasks, as YAML files.",
-)
+@click.option("--include-path", "folders", type=FOLDER, multiple=True, help="Folder of YAML files of tasks.")
 @click.option("--fewshot", type=click.IntRange(0), help="Solved examples per question; default: the task's.")
 @click.option("--limit", type=click.IntRange(1), help="Documents per task at most, for a quick try.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, help="Texts per forward pass.")

@@ -15,6 +15,7 @@ context than the demo's.
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -26,13 +27,14 @@ from basemodel.common.names import require_plain_name
 from basemodel.common.output import markdown_table
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation import instructions
-from basemodel.evaluation.instructions import FIELDS, FineTuning
+from basemodel.evaluation.instructions import FIELDS, FineTuning, fetch_records, parse_records
 from basemodel.evaluation.judging import RESULTS_ENDING, Judge, judge_all, read_questions, token_f1
 from basemodel.model.generation import GREEDY, continuations, require_vocabulary
 from basemodel.model.weights import folder_of, load_model
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+RATE = click.FloatRange(0, 1, min_open=True)
 SEED = click.IntRange(0, 2**63 - 1)
 
 
@@ -49,12 +51,7 @@ def main() -> None:
 @click.option("--datasets-dir", type=Path, default="datasets", help="Folder that keeps downloaded records.")
 @click.option("--output-dir", type=FOLDER, default=".", help="Folder that the results are written to.")
 @click.option("--drop-rate", type=click.FloatRange(0, 0.99), default=0.0, help="Dropout while fine-tuning.")
-@click.option(
-    "--learning-rate",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=5e-5,
-    help="Learning rate of AdamW, which is constant.",
-)
+@click.option("--learning-rate", type=RATE, default=5e-5, help="Learning rate of AdamW, which is constant.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.1, help="Weight decay of AdamW.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, help="Records per training step.")
 @click.option("--max-epochs", type=click.IntRange(1), default=100, help="Epochs to train at most.")
@@ -68,38 +65,31 @@ def generate_command(
     data: Path | None,
     datasets_dir: Path,
     output_dir: Path,
-    drop_rate: float,
-    learning_rate: float,
-    weight_decay: float,
-    batch_size: int,
-    max_epochs: int,
     max_new_tokens: int,
-    seed: int,
+    **hyperparameters: Any,
 ) -> None:
     """Fine-tune the model in MODEL_SAFETENSORS and write its answers to NAME-ift-results.json.
 
     Answers take the most likely token each time.
     """
+    tuning = FineTuning(**hyperparameters)
     results = output_dir / (require_plain_name(name, "name") + RESULTS_ENDING)
     if results.exists():
         raise InputError(f"{results}: already exists; remove it or choose another name")
-    if data:
-        records = instructions.parse_records(data.read_bytes(), data)
-    else:
-        records = instructions.fetch_records(datasets_dir)
+    records = parse_records(data.read_bytes(), data) if data else fetch_records(datasets_dir)
     train, validation, test = instructions.split_records(records)
     model = load_model(model_json, model_safetensors)
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
     require_vocabulary(model, tokenizer)
-    settings = FineTuning(learning_rate, weight_decay, batch_size, drop_rate, max_epochs, seed)
     train_tokens, validation_tokens = (
         [tokenizer.encode_ordinary(instructions.prompt_of(record) + record["output"]) for record in part]
         for part in (train, validation)
     )
     print(f"{len(train):,} records to train on, {len(validation):,} to validate, {len(test):,} to answer")
-    print(f"AdamW, learning rate {learning_rate:g}, batch {batch_size}, dropout {drop_rate:g}")
+    settings = "AdamW, learning rate {learning_rate:g}, batch {batch_size}, dropout {drop_rate:g}"
+    print(settings.format(**hyperparameters))
     instructions.check_lengths(train, tokenizer, model.config.context_length)
-    instructions.fine_tune(model, train_tokens, validation_tokens, settings, tokenizer.eot_token)
+    instructions.fine_tune(model, train_tokens, validation_tokens, tuning, tokenizer.eot_token)
     prompts = [instructions.prompt_of(record) for record in test]
     responses = continuations(model, tokenizer, prompts, max_new_tokens, GREEDY)
     answered = [
@@ -169,10 +159,8 @@ def print_scores(title: str, names: list[str], scores: np.ndarray, seed: int) ->
     order = sorted(range(len(names)), key=lambda index: -scores[index].mean())
     print(f"\n{title}, {scores.shape[1]} questions")
     if skipped := asked - scores.shape[1]:
-        print(
-            f"{skipped} of {asked} questions have no valid scores; means and intervals leave them out. The "
-            "same command asks for them again"
-        )
+        print(f"{skipped} of {asked} questions have no valid scores; means and intervals leave them out.")
+        print("The same command asks for them again")
     print_means("model", [names[index] for index in order], scores[order], ".1f")
     pairs = list(itertools.combinations(order, 2))
     if pairs:

@@ -39,23 +39,9 @@ from gpt import GPTModel
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("datasets_dir", type=Path)
 @click.argument("models", type=Path, nargs=-1, required=True, metavar="MODEL_JSON MODEL_SAFETENSORS ...")
-@click.option(
-    "--dataset",
-    default="gpjt/fineweb-gpt2-tokens",
-    help="Data set to measure on, kept in DATASETS_DIR or fetched from the Hub.",
-)
-@click.option(
-    "--split",
-    type=click.Choice(["train", "validation"]),
-    default="validation",
-    help="Split of the data set to measure on.",
-)
-@click.option(
-    "--start-token",
-    type=click.IntRange(0),
-    default=50_000_000,
-    help="First token of the slice to measure on.",
-)
+@click.option("--dataset", default="gpjt/fineweb-gpt2-tokens", help="Data set in DATASETS_DIR or on the Hub.")
+@click.option("--split", type=click.Choice(["train", "validation"]), default="validation", help="Its split.")
+@click.option("--start-token", type=click.IntRange(0), default=50_000_000, help="First token of the slice.")
 @click.option("--tokens", type=click.IntRange(1), default=19_660_800, help="Length of the slice.")
 @click.option("--batch-size", type=click.IntRange(1), default=6, help="Sequences per forward pass.")
 @click.option("--context-length", type=click.IntRange(1), help="Tokens per sequence; default: the models'.")
@@ -158,10 +144,8 @@ def count_sequences(sequences: Sequences, tokens: int) -> int:
     file, start, length = sequences.tokens, sequences.start, sequences.length
     if not sequences.count:
         hint = f"; --start-token can be at most {file.count - length - 1}" if file.count > length else ""
-        raise InputError(
-            f"{file}: has {file.count:,} tokens, not one sequence of {length} and its target after "
-            f"--start-token {start}{hint}"
-        )
+        problem = f"has {file.count:,} tokens, not one sequence of {length} and its target"
+        raise InputError(f"{file}: {problem} after --start-token {start}{hint}")
     requested = tokens // length
     if not requested:
         raise InputError(f"--tokens {tokens} is less than one sequence; use {length} or more")

@@ -18,27 +18,18 @@ from basemodel.evaluation.prompt_line import PromptLine
 from basemodel.model.generation import Sampling, continuations, random_generator
 from basemodel.model.weights import folder_of, load_model
 
+PROMPT = "Every effort moves you"
+
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("model_json", type=Path)
 @click.argument("model_safetensors", type=Path)
-@click.option(
-    "--prompt",
-    "prompts",
-    multiple=True,
-    default=["Every effort moves you"],
-    help="Text to continue; may be repeated.",
-)
+@click.option("--prompt", "prompts", multiple=True, default=[PROMPT], help="Text to continue; repeatable.")
 @click.option("--tokens", type=click.IntRange(1), default=20, help="Tokens to add at most.")
 @click.option(
-    "--temperature",
-    type=click.FloatRange(0, 1000),
-    default=1.0,
-    help="Randomness of the choice; 0 always takes the most likely token.",
+    "--temperature", type=click.FloatRange(0, 1000), default=1.0, help="Randomness; 0: the most likely token."
 )
-@click.option(
-    "--top-k", type=click.IntRange(0), default=25, help="Number of most likely tokens to sample from; 0: all."
-)
+@click.option("--top-k", type=click.IntRange(0), default=25, help="Sample from the k likeliest; 0: from all.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Seed that makes samples reproducible.")
 @click.option("--samples", type=click.IntRange(1), default=1, help="Continuations per prompt.")
 @click.option("--interactive", is_flag=True, help="Read prompts and settings from a prompt line.")

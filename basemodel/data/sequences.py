@@ -80,13 +80,9 @@ def match_tokenizer(folder: Path, model: GPTConfig) -> GPTConfig:
         tokenizer = get_tokenizer("dataset", folder)
         vocab_size, end_of_text = tokenizer.n_vocab, tokenizer.eot_token
     if isinstance(vocab_size, int) and vocab_size > model.vocab_size:
-        raise InputError(
-            f"{folder}: has a vocabulary of {vocab_size} tokens, the model only {model.vocab_size}; set "
-            f"vocab_size to {vocab_size}"
-        )
+        problem = f"has a vocabulary of {vocab_size} tokens, the model only {model.vocab_size}"
+        raise InputError(f"{folder}: {problem}; set vocab_size to {vocab_size}")
     if model.end_of_text_id not in (None, end_of_text):
-        raise InputError(
-            f"{folder}: its end-of-text token is {end_of_text}, the model's {model.end_of_text_id}; leave "
-            "end_of_text_id out of model.json"
-        )
+        problem = f"its end-of-text token is {end_of_text}, the model's {model.end_of_text_id}"
+        raise InputError(f"{folder}: {problem}; leave end_of_text_id out of model.json")
     return dataclasses.replace(model, end_of_text_id=end_of_text)

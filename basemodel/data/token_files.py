@@ -44,9 +44,8 @@ def whole_set(listed: Iterable[str], split: str, where: object) -> list[str]:
     count = pattern.fullmatch(present[0])[2]
     names = _numbered(split, int(count)) if count else split_names(split, 1)
     if not set(present) <= set(names):
-        raise InputError(
-            f"{where}: {present[0]} to {present[-1]} are not one set numbered from 00000; move strays away"
-        )
+        found = f"{present[0]} to {present[-1]}"
+        raise InputError(f"{where}: {found} are not one set numbered from 00000; move strays away")
     return names
 
 

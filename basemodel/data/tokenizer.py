@@ -33,12 +33,10 @@ def get_tokenizer(name: str, folder: Path | None = None) -> tiktoken.Encoding:
     or cannot be used.
     """
     if name == "dataset":
-        if not (folder / TOKENIZER_FILE).exists():
-            raise InputError(
-                f"{folder / TOKENIZER_FILE}: no such file; the tokenizer 'dataset' needs the file of "
-                "that name from the data set, or from a checkpoint trained on it: copy it there"
-            )
-        return read_tokenizer(folder / TOKENIZER_FILE)
+        if not (path := folder / TOKENIZER_FILE).exists():
+            need = "the tokenizer 'dataset' needs that of the data set or of a checkpoint trained on it"
+            raise InputError(f"{path}: no such file; {need}: copy it there")
+        return read_tokenizer(path)
     if name == "bytes":
         ranks = {bytes([value]): value for value in range(256)}
         return tiktoken.Encoding(
@@ -87,9 +85,8 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
         _check_merges(ranks, model["merges"])
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return tiktoken.Encoding(
-        "dataset", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: end}
-    )
+    special = {END_OF_TEXT: end}
+    return tiktoken.Encoding("dataset", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def _checked_model(content: dict[str, Any]) -> dict[str, Any]:
@@ -199,11 +196,9 @@ def train_tokenizer(texts: Iterator[str], size: int, path: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # with GPT-2's pattern
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size - 1,
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])

@@ -140,14 +140,13 @@ def continue_until(scorer: Scorer, requests: Sequence[Generation]) -> list[str]:
     if any(options.get("do_sample") and options.get("temperature") != 0 for _, options in requests):
         raise InputError("the task samples its answers, which is not supported; choose another")
     counts = [options.get("max_gen_toks", 256) for _, options in requests]
-    texts: dict[tuple[str, int], str] = {}
+    texts: dict[int, dict[str, str]] = {}
     for count in set(counts):
         prompts = [prompt for (prompt, _), own in zip(requests, counts, strict=True) if own == count]
-        for prompt, text in zip(prompts, scorer.continue_greedily(prompts, count), strict=True):
-            texts[prompt, count] = text
+        texts[count] = dict(zip(prompts, scorer.continue_greedily(prompts, count), strict=True))
     answers = []
     for (prompt, options), count in zip(requests, counts, strict=True):
-        answer, until = texts[prompt, count], options.get("until") or []
+        answer, until = texts[count][prompt], options.get("until") or []
         for stop in [until] if isinstance(until, str) else until:
             answer = answer.partition(stop)[0] if stop else answer
         answers.append(answer)
@@ -160,23 +159,20 @@ def evaluate_task(scorer: Scorer, loaded: Any, limit: int | None) -> list[Score]
 
     hint = "a smaller --batch-size needs less, and the answers so far are kept"
     # The library's own messages go to standard error, so that the table stands alone.
+    options = {"limit": limit, "bootstrap_iters": RESAMPLES, "log_samples": True}
     with contextlib.redirect_stdout(sys.stderr), memory_errors_explained(hint):
-        report = evaluate(
-            harness_model(scorer), loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=True
-        )
+        report = evaluate(harness_model(scorer), loaded, **options)
     scores = []
     for name, values in report["results"].items():
         for key, value in values.items():
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            result = task_result(report, name, key, limit)
-            if name in loaded["tasks"]:
-                samples = [s for s in report["samples"][name] if s["filter"] == kind and metric in s]
-                aggregate = loaded["tasks"][name].aggregation().get(metric)
-                scores.append(Score(result, [sample[metric] for sample in samples], aggregate))
-            else:
-                scores.append(Score(result, [], None))
+            task = loaded["tasks"].get(name)  # None: a group
+            samples = report["samples"][name] if task else []
+            own = [sample[metric] for sample in samples if sample["filter"] == kind and metric in sample]
+            aggregate = task.aggregation().get(metric) if task else None
+            scores.append(Score(task_result(report, name, key, limit), own, aggregate))
     return scores
 
 

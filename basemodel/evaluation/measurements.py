@@ -13,6 +13,7 @@ from typing import Any
 from basemodel.common.errors import InputError
 from basemodel.common.files import replace_text
 from basemodel.common.json_config import read_json_object
+from basemodel.common.output import warned
 
 TEST_LOSS_FILE = "test-loss.json"
 TASKS_FILE = "harness.json"
@@ -116,10 +117,8 @@ def add_task_results(folder: Path, results: Iterable[TaskResult]) -> None:
 
 def _write(path: Path, values: dict[str, Any]) -> None:
     """Replace a JSON file atomically; if that fails, warn: the result has been printed anyway."""
-    try:
+    with warned(f"write {path}"):
         replace_text(path, json.dumps(values, indent=1) + "\n")
-    except OSError as error:
-        print(f"Warning: {path} could not be written: {error.strerror}")
 
 
 def headlines(results: Iterable[TaskResult]) -> list[TaskResult]:

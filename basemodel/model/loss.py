@@ -74,9 +74,8 @@ class NextTokenLoss(nn.Module):
         """
         features = self._features(sequences[:, :-1]).flatten(0, 1)  # (B * T, C)
         weight, targets = self.model.out_head.weight, sequences[:, 1:].flatten()
-        return chunked_cross_entropy(
-            features, weight, targets, loss_scale=loss_scale, chunks=Chunks(function=self._chunk)
-        )
+        chunks = Chunks(function=self._chunk)
+        return chunked_cross_entropy(features, weight, targets, loss_scale=loss_scale, chunks=chunks)
 
     def _features(self, tokens: Tensor) -> Tensor:
         if not self.document_masking:

@@ -80,10 +80,8 @@ def _kilobytes(path: str, key: str) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means out of memory, on a device or on the CPU."""
-    on_cpu = isinstance(error, RuntimeError) and any(
-        words in str(error)
-        for words in ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
-    )
+    phrases = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+    on_cpu = isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or on_cpu
 
 

@@ -189,7 +189,5 @@ def change_config(tensors: dict[str, Tensor], config: GPTConfig) -> str:
     if blocks := {name.split(".")[1] for name in tensors if name.startswith("trf_blocks.")}:
         values["n_layers"] = len(blocks)
         values["qkv_bias"] = any(name.endswith("W_query.bias") for name in tensors)
-    changes = [
-        f'"{key}": {json.dumps(value)}' for key, value in values.items() if value != getattr(config, key)
-    ]
-    return f"; set {', '.join(changes)} in the model's config" if changes else ""
+    changes = {key: value for key, value in values.items() if value != getattr(config, key)}
+    return f"; set {json.dumps(changes)[1:-1]} in the model's config" if changes else ""

@@ -165,11 +165,8 @@ def memory_by_part(run: Run, machine: Machine, microbatch: int) -> dict[str, flo
 
 def largest_microbatch(run: Run, machine: Machine) -> int:
     """The largest microbatch that fits; 0 if not even one sequence does."""
-    return bisect.bisect_right(
-        range(1, MOST_SEQUENCES),
-        GIB * machine.gpu.memory_gib,
-        key=lambda size: sum(memory_by_part(run, machine, size).values()),
-    )
+    sizes, limit = range(1, MOST_SEQUENCES), GIB * machine.gpu.memory_gib
+    return bisect.bisect_right(sizes, limit, key=lambda x: sum(memory_by_part(run, machine, x).values()))
 
 
 def measured_speed(run: Run, machine: Machine) -> float | None:
@@ -181,21 +178,18 @@ def measured_speed(run: Run, machine: Machine) -> float | None:
     return status.get("tokens_per_second") if same else None
 
 
-def slower_than_planned(
-    run: Run, device_name: str, tokens_per_second: float, *, compiled: bool = True
-) -> str | None:
-    """A line about a run that is much slower than estimated; None if it is not, or on an unknown device."""
-    gpu = gpu_of(device_name, device_memory_gib())
-    if gpu is None:
+def slower_than_planned(run: Run, device: str, speed: float, *, compiled: bool = True) -> str | None:
+    """A line about a run that is much slower than estimated, at `speed` tokens per second on the CUDA device
+    of this name; None if it is not, or on an unknown device."""
+    plan, gpu = run.plan, gpu_of(device, device_memory_gib())
+    precision = gpu and run.config.precision_on("cuda", has_bf16=gpu.bf16)
+    if precision not in RATE:
         return None
-    machine = Machine(run.plan.processes, gpu)
-    if (precision := run.config.precision_on("cuda", has_bf16=machine.gpu.bf16)) not in RATE:
+    step, machine = Step(run.model_config, run.config, plan.microbatch_size), Machine(plan.processes, gpu)
+    parts = Roofline().step(step, plan.accumulation, machine, precision)
+    planned = plan.tokens_per_batch / sum(parts.values())
+    if speed >= MUCH_SLOWER * planned:
         return None
-    step = Step(run.model_config, run.config, run.plan.microbatch_size)
-    seconds = sum(Roofline().step(step, run.plan.accumulation, machine, precision).values())
-    planned = run.plan.tokens_per_batch / seconds
-    if tokens_per_second >= MUCH_SLOWER * planned:
-        return None
-    below, speed = 1 - tokens_per_second / planned, f"{tokens_per_second:,.0f} tokens/s"
-    line = f"Slower than planned: {speed}, {below:.0%} below the estimated {planned:,.0f}"
+    share = f"{1 - speed / planned:.0%} below the estimated {planned:,.0f}"
+    line = f"Slower than planned: {speed:,.0f} tokens/s, {share}"
     return line if compiled else f"{line}; it is not compiled"

@@ -62,9 +62,8 @@ class Step:
 
     @property
     def chunks(self) -> int:
-        return math.ceil(
-            self.tokens * self.model.vocab_size / CHUNK_LOGITS.get(self.device, DEFAULT_CHUNK_LOGITS)
-        )
+        limit = CHUNK_LOGITS.get(self.device, DEFAULT_CHUNK_LOGITS)
+        return math.ceil(self.tokens * self.model.vocab_size / limit)
 
     @property
     def rows(self) -> int:

@@ -38,10 +38,8 @@ class GPU:
         check_ranges(self)
         for count, price in (self.usd_per_hour or {}).items():
             if not count.isdecimal() or int(count) == 0 or price <= 0:
-                raise InputError(
-                    "usd_per_hour is by number of GPUs, such as { 8 = 10.32 }, not "
-                    f"{{ {count} = {price:g} }}"
-                )
+                given = f"{{ {count} = {price:g} }}"
+                raise InputError(f"usd_per_hour is by number of GPUs, such as {{ 8 = 10.32 }}, not {given}")
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,7 @@ from basemodel.training.schedule import SHORT_PARTS, plan_batches
 
 PARTS = ("weights", "gradients", "buckets", "optimizer", "activations", "logits", "reserve")  # of memory
 OPTIONS = (
-    click.option(
-        "--on", metavar="MACHINE", help="With --plan: estimate for 8xA100-40, 1xRTX3090 or such, or for all."
-    ),
+    click.option("--on", metavar="MACHINE", help="With --plan: estimate for 8xA100-40 or such, or for all."),
     click.option(
         "--budget",
         "budget_usd",
@@ -93,9 +91,8 @@ def print_plan(run: Run, world: World) -> None:
     speed = read_status(run.directory).get("tokens_per_second")
     price, precision = config.usd_per_hour, choose_precision(config, world.device)
     have = f"{data.train.tokens.count:,} training tokens" if data else "not here yet"
-    split = (
-        f"{plan.processes} processes x microbatch {plan.microbatch_size} x accumulation {plan.accumulation}"
-    )
+    split = f"{plan.processes} processes x microbatch {plan.microbatch_size}"
+    split += f" x accumulation {plan.accumulation}"
     free = free_space(run.directory)
     if plan.half_steps:
         split += f"; half of it in each of the first {plan.half_steps:,} steps"

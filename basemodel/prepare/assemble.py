@@ -166,10 +166,8 @@ def lay_out_nanogpt(source: Path, tokenizer: tiktoken.Encoding) -> Layout:
     """Each split's size and tokens, from nanoGPT's train.bin and val.bin: raw tokens, end-of-text between
     documents. Raises InputError if the files do not hold this tokenizer's tokens."""
     if (source / "meta.pkl").exists():
-        raise InputError(
-            f"{source}: meta.pkl says that its tokens are nanoGPT's own for single characters; prepare its "
-            "input.txt with --tokenizer bytes"
-        )
+        problem = "meta.pkl says that its tokens are nanoGPT's own for single characters"
+        raise InputError(f"{source}: {problem}; prepare its input.txt with --tokenizer bytes")
     layout: Layout = {}
     for split, name in NANOGPT_FILES.items():
         path = source / name
@@ -181,10 +179,8 @@ def lay_out_nanogpt(source: Path, tokenizer: tiktoken.Encoding) -> Layout:
             raise InputError(f"{path}: holds uint32 or wider numbers; nanoGPT's tokens are uint16")
         counts = count_tokens(segments)
         if counts[tokenizer.n_vocab :].any():
-            raise InputError(
-                f"{path}: token {counts.nonzero()[0][-1]} is outside the vocabulary of {tokenizer.n_vocab} "
-                f"of --tokenizer {tokenizer.name}"
-            )
+            vocabulary = f"the vocabulary of {tokenizer.n_vocab} of --tokenizer {tokenizer.name}"
+            raise InputError(f"{path}: token {counts.nonzero()[0][-1]} is outside {vocabulary}")
         documents = int(counts[tokenizer.eot_token] + (tokens[-1] != tokenizer.eot_token))
         layout[split] = [documents, size // 2, int(counts @ token_byte_lengths(tokenizer))], segments
     return layout

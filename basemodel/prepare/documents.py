@@ -33,10 +33,8 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".xz": "xz", ".bz2": "bz2"}
 KNOWN_TYPES = f"{', '.join(TYPES)} (also compressed: {', '.join(COMPRESSIONS)})"
 # UTF-32's little-endian mark begins with UTF-16's, so it comes first.
 BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+    "utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 
 
@@ -66,7 +64,7 @@ def marked_encoding(path: Path) -> str | None:
     """The encoding other than UTF-8 that a file's byte order mark names; None if there is no such mark."""
     with open_decompressed(path) as file:
         start = file.peek(4)[:4]
-    return next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
+    return next((name for name, marks in BYTE_ORDER_MARKS.items() if start.startswith(marks)), None)
 
 
 def open_utf8(path: Path) -> BinaryIO:

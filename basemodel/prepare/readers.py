@@ -122,11 +122,8 @@ def _parquet_file(path: Path, text_column: str) -> Iterator[Any]:
     """A pyarrow.parquet.ParquetFile with a text column of this name. Raises InputError."""
     import pyarrow.parquet
 
-    # A small buffer instead of whole columns of a row group.
-    with (
-        _open_table(path) as source,
-        pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20) as file,
-    ):
+    buffering = {"pre_buffer": False, "buffer_size": 1 << 20}  # instead of whole columns of a row group
+    with _open_table(path) as source, pyarrow.parquet.ParquetFile(source, **buffering) as file:
         _check_column(path, file.schema_arrow, text_column)
         yield file
 
@@ -177,10 +174,8 @@ def _csv_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
         rows = csv.reader(file, delimiter=delimiter, strict=True)
         for row in itertools.islice(rows, 1, None):
             if row and len(row) != len(columns):
-                raise InputError(
-                    f"{piece.path}: the row that ends in line {rows.line_num} has {len(row)} cells, the "
-                    f"header {len(columns)}"
-                )
+                sizes = f"{len(row)} cells, the header {len(columns)}"
+                raise InputError(f"{piece.path}: the row that ends in line {rows.line_num} has {sizes}")
             if row:
                 yield Text(row[place].encode(), replaced=row[place].count("\ufffd"))
 
@@ -202,10 +197,9 @@ def _header(path: Path, text_column: str) -> tuple[str, list[str]]:
 def _has_an_object_per_line(path: Path) -> bool:
     with open_utf8(path) as file:
         line = file.readline(1 << 20)
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
+    return False
 
 
 def _text_of(value: Any, text_column: str, place: str) -> Text | None:
@@ -224,9 +218,8 @@ def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
                 text = _text_of(json.loads(valid.content), text_column, "the line")
             except (ValueError, RecursionError):
                 number += sum(1 for _ in _lines(replace(piece, start=0, stop=piece.start)))
-                raise InputError(
-                    f'{piece.path}: line {number} is not a JSON object with a string "{text_column}"'
-                ) from None
+                expected = f'a JSON object with a string "{text_column}"'
+                raise InputError(f"{piece.path}: line {number} is not {expected}") from None
             if text is not None:
                 text.replaced += valid.replaced
             yield text

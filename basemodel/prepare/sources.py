@@ -82,10 +82,8 @@ def find_files(source: Path, request: Request, leave_out: Path | None) -> Source
             raise InputError(f"{source}: unknown file type; known are {KNOWN_TYPES}")
         return Source([(source, None)])
     if not source.is_dir():
-        raise InputError(
-            f"{source}: no such file or folder; the source may also be '{PYTHON_DOCS}', or a data set on the "
-            "Hub, OWNER/NAME"
-        )
+        others = f"the source may also be '{PYTHON_DOCS}', or a data set on the Hub, OWNER/NAME"
+        raise InputError(f"{source}: no such file or folder; {others}")
     paths, skipped = _walk(source, leave_out.resolve() if leave_out else None)
     if request.files is not None:
         paths = [p for p in paths if fnmatch.fnmatch(p.relative_to(source).as_posix(), request.files)]
@@ -125,10 +123,8 @@ def _in_splits(source: Path, paths: list[Path], skipped: Counter[str], train_spl
     names = set(splits.values())
     if None in names or train_split not in names:
         if train_split != "train":
-            raise InputError(
-                f"{source}: the paths of its files do not tell which belong to the split '{train_split}'; "
-                "leave --split out to read them all"
-            )
+            problem = f"the paths of its files do not tell which belong to the split '{train_split}'"
+            raise InputError(f"{source}: {problem}; leave --split out to read them all")
         return Source([(path, None) for path in paths], skipped)
     has_validation = "validation" in names - {train_split}
     role = {"validation": "validation", train_split: "train" if has_validation else None}
@@ -160,9 +156,7 @@ def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], str]
         ) from None
     splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
     if request.split not in splits:
-        raise InputError(
-            f"{request.source}: has no split '{request.split}'; --split is one of {list(splits)}"
-        )
+        raise InputError(f"{request.source}: has no split '{request.split}'; --split is one of {[*splits]}")
     held_out = [name for name in SPLIT_WORDS["validation"] if name in splits and name != request.split][:1]
     files = []
     for split in (request.split, *held_out):

@@ -50,11 +50,9 @@ class Variant:
 
     def run_name(self, base: str, seed: int) -> str:
         """The folder name of its run with a seed, which follows from the changes: studies share runs."""
-        parts = [base]
-        for key, value in sorted(self.changes.items()):
-            text = json.dumps(value).strip('"[]')
-            parts.append(f"{key}-{re.sub('[^A-Za-z0-9._-]+', '-', text)}")
-        name = "--".join(parts)
+        changes = ((key, json.dumps(value).strip('"[]')) for key, value in sorted(self.changes.items()))
+        plain = [f"{key}-{re.sub('[^A-Za-z0-9._-]+', '-', text)}" for key, text in changes]
+        name = "--".join([base, *plain])
         if len(name) > 150:  # a file system's limit is 255
             name = f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         return f"{name}--seed-{seed}"
@@ -75,18 +73,15 @@ class Study:
         folder = find_run(runs_dir, base)
         config = Run.read(runs_dir, base).config
         if config.validation_interval is None:
-            raise InputError(
-                f"{folder / 'train.json'}: has no validation, but validation losses are compared; set "
-                "validation_interval and validation_batches"
-            )
+            hint = "validation losses are compared; set validation_interval and validation_batches"
+            raise InputError(f"{folder / 'train.json'}: has no validation, but {hint}")
         values = {file: read_json_object(folder / f"{file}.json") for file in CONFIGS}
         values["train"] = TrainConfig.from_old_keys(values["train"])  # so that a variation can replace them
         variants = [Variant(base, values)]
         for text in variations:
             variant = read_variation(text, variants[0])
-            for other in variants:
-                if other.changes == variant.changes:
-                    raise InputError(f"--vary {text}: is the same as {other.label}; leave it out")
+            if same := next((other for other in variants if other.changes == variant.changes), None):
+                raise InputError(f"--vary {text}: is the same as {same.label}; leave it out")
             variants.append(variant)
         first = config.random_seed
         return cls(base, runs_dir, variants, list(range(first, first + seeds)))
@@ -139,12 +134,10 @@ def read_variation(text: str, base: Variant) -> Variant:
         with contextlib.suppress(ValueError):
             values[KEYS[key]][key] = json.loads(word)
     checked, before = as_checked(values, source), as_checked(base.values, base.label)
-    changes = {key: checked[key] for key in changed if checked[key] != before[key]}
-    if len(changes) < len(changed):
-        same = next(key for key in changed if key not in changes)
+    if same := next((key for key in changed if checked[key] == before[key]), None):
         raise InputError(f"{source}: {same} is already {json.dumps(before[same])} in {base.label}")
     values["train"]["validation_batches"] = matching_batches(before, checked, source)
-    return Variant(text, values, changes)
+    return Variant(text, values, {key: checked[key] for key in changed})
 
 
 def as_checked(values: Values, source: str) -> dict[str, Any]:
@@ -162,10 +155,9 @@ def matching_batches(base: dict[str, Any], config: dict[str, Any], source: str) 
     tokens = base["validation_batches"] * base_batch
     batches, rest = divmod(tokens, batch)
     if rest:
-        raise InputError(
-            f"{source}: its validation batches of {batch:,} tokens do not fill the base's {tokens:,}; "
-            f"make the base's validation_batches a multiple of {math.lcm(base_batch, batch) // base_batch}"
-        )
+        multiple = math.lcm(base_batch, batch) // base_batch
+        problem = f"its validation batches of {batch:,} tokens do not fill the base's {tokens:,}"
+        raise InputError(f"{source}: {problem}; make the base's validation_batches a multiple of {multiple}")
     return batches
 
 
@@ -178,13 +170,10 @@ def write_run(folder: Path, values: Values, seed: int) -> None:
     if (folder / METRICS).exists():
         earlier = {file: read_json_object(folder / f"{file}.json") for file in CONFIGS}
         old, new = as_checked(earlier, str(folder)), as_checked(values, str(folder))
-        changes = [
-            f"{key} {json.dumps(old[key])}, not {json.dumps(new[key])}"
-            for key in new
-            if old[key] != new[key] and key not in MAY_CHANGE
-        ]
+        changed = [key for key in new if old[key] != new[key] and key not in MAY_CHANGE]
+        changes = ", ".join(f"{key} {json.dumps(old[key])}, not {json.dumps(new[key])}" for key in changed)
         if changes:
-            raise InputError(f"{folder}: was begun with {', '.join(changes)}; undo that or remove the folder")
+            raise InputError(f"{folder}: was begun with {changes}; undo that or remove the folder")
     folder.mkdir(exist_ok=True)
     for file, contents in values.items():
         replace_text(folder / f"{file}.json", json.dumps(contents, indent=4) + "\n")
@@ -283,23 +272,19 @@ def table(study: Study) -> str:
 
 def notes(study: Study) -> list[str]:
     """How to read the table, and what to mistrust in it."""
-    variations = len(study.variants) - 1
-    confidence = single_confidence(study)
+    count, confidence = len(study.variants) - 1, single_confidence(study)
     paragraphs = [
         "Losses are those of the validation after the last step, in nats per token. A difference is the loss "
         f"of the variation minus the loss of {study.base} with the same seed, averaged over the seeds; its "
         "interval is Student's t on these pairs."
     ]
-    if variations > 1:
+    if count > 1:
         paragraphs[0] += (
-            f" Each interval has {100 * confidence:.4g}% confidence, so that all {variations} together have "
-            f"{100 * CONFIDENCE:g}%."
+            f" Each interval has {100 * confidence:.4g}% confidence, all {count} together {CONFIDENCE:.0%}."
         )
     if any(outcome.verdict == "within noise" for outcome in outcomes(study)[1:]):
-        paragraphs.append(
-            "Within noise means not shown to differ, rather than shown to be equal. More --seeds make the "
-            "intervals narrower."
-        )
+        meaning = "Within noise means not shown to differ, rather than shown to be equal"
+        paragraphs.append(f"{meaning}. More --seeds make the intervals narrower.")
     if conditions := differing_conditions(study):
         differences = "; ".join(conditions)
         paragraphs.append(f"Warning: the losses may differ because the conditions did: {differences}.")
@@ -311,10 +296,8 @@ def differing_conditions(study: Study) -> list[str]:
     metas = []
     for folder in study.runs():
         for path in checkpointing.list_checkpoints(folder / CHECKPOINTS)[-1:]:
-            try:
+            with contextlib.suppress(InputError):
                 metas.append(read_json_object(path / checkpointing.META_FILE))
-            except InputError:
-                continue
     conditions = []
     varied = {key for variant in study.variants for key in variant.changes}
     for key in {"git_commit", "versions", "device", "processes", "precision", "data"} - varied:

@@ -31,9 +31,7 @@ def require_packages(names: Iterable[str]) -> None:
     """Raise InputError for a tracker whose package is not installed."""
     for name in names:
         if not getattr(importlib.util.find_spec(name), "origin", None):  # a folder with that name has none
-            raise InputError(
-                f"report_to: {name} is not installed; pip install -e '.[log]', or remove it from report_to"
-            )
+            raise InputError(f"report_to: {name} is not installed; pip install -e '.[log]', or leave it out")
 
 
 class TensorBoard:
@@ -159,10 +157,8 @@ class Trackers:
         if status != "preempted":
             self._send()
         threads, deadline = ThreadPoolExecutor(len(TRACKERS)), time.monotonic() + CLOSE_SECONDS
-        closing = {
-            name: threads.submit(tracker.close, failed=status == "failed")
-            for name, tracker in self._trackers.items()
-        }
+        failed, trackers = status == "failed", self._trackers.items()
+        closing = {name: threads.submit(tracker.close, failed=failed) for name, tracker in trackers}
         for name, task in closing.items():
             with self._dropped_on_failure(name):
                 task.result(deadline - time.monotonic())

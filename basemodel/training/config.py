@@ -36,10 +36,7 @@ class TrainConfig:
         "microbatches per process and global step; null: 1, or as global_batch_size implies", None, above=0
     )
     global_batch_size: int | None = key(
-        "sequences per global step, over all processes; null: microbatch_size x "
-        "gradient_accumulation_steps x processes",
-        None,
-        above=0,
+        "sequences per global step; null: microbatch_size x accumulation x processes", None, above=0
     )
     half_batch_percent: float = key(
         "percentage of tokens, at the start, to train on in half-size global batches", 0.0, min=0, max=100
@@ -66,19 +63,13 @@ class TrainConfig:
     clipping_max_norm: float | None = key("maximum gradient norm; null: no clipping", None, above=0)
     # Learning-rate schedule
     lr_schedule: Literal["constant", "cosine", "wsd"] | None = key(
-        "constant; cosine: warm-up, then cosine decay to a tenth of the peak; wsd: warm-up, constant, then "
-        "linear decay to zero; null: constant",
-        None,
+        "constant or null; cosine: warm-up, cosine to a tenth; wsd: warm-up, constant, linear to zero", None
     )
     warmup_period_percent: float = key("percentage of the steps spent on warm-up", 0.0, min=0, max=100)
-    decay_period_percent: float = key(
-        'percentage of the steps over which "wsd" decays to zero', 60.0, min=0, max=100
-    )
+    decay_period_percent: float = key("percentage of the steps that wsd's decay takes", 60.0, min=0, max=100)
     # Precision and speed
     precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = key(
-        "precision of matrix products; auto: bf16 if the hardware supports it, else fp16 on CUDA and fp32 "
-        "elsewhere",
-        "auto",
+        "of matrix products; auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32", "auto"
     )
     compile: bool | Literal["auto"] = key("whether to use torch.compile; auto: only on CUDA", "auto")
     deterministic: bool = key("true: bit-for-bit reproducible on CUDA too, but slower", False)
@@ -88,19 +79,12 @@ class TrainConfig:
     checkpoint_interval: int | None = key(
         "global steps between checkpoints; null: same as validation_interval", None, above=0
     )
-    keep_checkpoints: int | None = key(
-        "number of newest checkpoints to keep, in addition to the best; null: keep all", None, above=0
-    )
+    keep_checkpoints: int | None = key("newest checkpoints kept besides the best; null: all", None, above=0)
     random_seed: int = key("seed for weights, dropout and shuffling", 42, min=0, below=2**63)
     usd_per_hour: float | None = key(
-        "price of this machine in dollars an hour, for costs in --plan and in training (those of other "
-        "machines are in machines.toml); null: no cost",
-        None,
-        above=0,
+        "dollars an hour of this machine (machines.toml has others), for costs; null: no cost", None, above=0
     )
-    max_hours: float | None = key(
-        "hours after which the run ends, with its schedule completed; null: no limit", None, above=0
-    )
+    max_hours: float | None = key("hours in which to complete the schedule; null: no limit", None, above=0)
     max_usd: float | None = key("the same limit in dollars, at usd_per_hour; null: no limit", None, above=0)
     sample_interval: int | None = key("global steps between samples; null: never", None, above=0)
     sample_prompts: tuple[str, ...] = key("prompts for the samples to continue", ("Every effort moves you",))
@@ -119,10 +103,8 @@ class TrainConfig:
             if flag is not trigger:
                 continue
             if values.get(new) not in (None, "auto", meaning):
-                raise InputError(
-                    f'{new} "{values[new]}" contradicts "{old}": {json.dumps(flag)}, which means '
-                    f'"{meaning}"; remove one'
-                )
+                other = f'"{old}": {json.dumps(flag)}, which means "{meaning}"'
+                raise InputError(f'{new} "{values[new]}" contradicts {other}; remove one')
             values[new] = meaning
         return values
 
@@ -191,10 +173,8 @@ class TrainConfig:
             nearest = sorted(sorted(divisors, key=lambda m: abs(m - self.microbatch_size))[:4])
             sizes = f"global_batch_size {accumulation * unit or unit} or {(accumulation + 1) * unit}"
             hint = f"microbatch_size {' or '.join(map(str, nearest))}, or {sizes}" if nearest else sizes
-            raise InputError(
-                f"global_batch_size {size} is not a multiple of microbatch_size {self.microbatch_size} x "
-                f"{processes} processes; {hint} would work"
-            )
+            product = f"microbatch_size {self.microbatch_size} x {processes} processes"
+            raise InputError(f"global_batch_size {size} is not a multiple of {product}; {hint} would work")
         if requested not in (None, accumulation):
             raise InputError(
                 f"global_batch_size {size} and gradient_accumulation_steps {requested} disagree; "

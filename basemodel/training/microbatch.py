@@ -72,10 +72,8 @@ def largest_that_fits(try_size: Callable[[int], str], world: World, stop: StopSi
         if world.any(stop):
             raise RunError(f"stopped by a signal; the largest microbatch that fit so far was {fitting}")
     if fitting == 0:
-        raise RunError(
-            "not even a microbatch of 1 fits; try a smaller model, a shorter context_length or fewer "
-            "processes"
-        )
+        advice = "try a smaller model, a shorter context_length or fewer processes"
+        raise RunError(f"not even a microbatch of 1 fits; {advice}")
     return fitting
 
 

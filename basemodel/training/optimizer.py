@@ -4,21 +4,18 @@ Each parameter group has an `lr_scale`, its peak learning rate divided by the co
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from basemodel.training.config import TrainConfig
+from basemodel.training.processes import World
 from gpt import GPTModel
 
-if TYPE_CHECKING:
-    from basemodel.training.processes import World
 
-
-def make_optimizer(
-    model: GPTModel, config: TrainConfig, precision: str, world: "World"
-) -> torch.optim.Optimizer:
+def make_optimizer(model: GPTModel, config: TrainConfig, precision: str, world: World) -> Optimizer:
     """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest.
 
     To add an optimizer, add it here and to config.py, and say what it stores and computes where they ask for
@@ -71,7 +68,7 @@ class Muon(torch.optim.Muon):
     found_inf: Tensor | None = None  # set by `step_if`
 
     def __init__(
-        self, matrices: list[nn.Parameter], config: TrainConfig, world: "World", dtype: torch.dtype
+        self, matrices: list[nn.Parameter], config: TrainConfig, world: World, dtype: torch.dtype
     ) -> None:
         rate = config.muon_learning_rate
         group = {"params": matrices, "lr_scale": rate / config.learning_rate}
@@ -125,7 +122,7 @@ def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: i
     return x
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
+class MuonWithAdamW(Optimizer):
     """Muon and AdamW, each for its own parameters, as one optimizer with one state."""
 
     found_inf: Tensor | None = None  # set by `step_if`
@@ -156,13 +153,13 @@ def share_out(items: list[nn.Parameter], costs: list[int], shares: int) -> list[
     return lists
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Set AdamW's learning rate to `rate`, and Muon's to the same fraction of its own peak."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
 
 
-def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+def allocate_state(optimizer: Optimizer) -> None:
     """Create an optimizer's state now, by a step that changes nothing, instead of in the first training step.
 
     This keeps the state from fragmenting the memory that each step allocates and frees, and shows a lack of
@@ -182,7 +179,7 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
             state["step"].zero_()
 
 
-def step_if(finite: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def step_if(finite: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
     """Step the optimizer, or skip the step if not `finite` (see Learner.train_step); the device decides.
 
     In fp16 the scaler skips the step if the gradients, identical on all processes, are not finite, which they
