@@ -15,7 +15,6 @@ context than the demo's.
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -27,7 +26,7 @@ from basemodel.common.names import require_plain_name
 from basemodel.common.output import markdown_table
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation import instructions
-from basemodel.evaluation.instructions import FIELDS, FineTuning, fetch_records, parse_records
+from basemodel.evaluation.instructions import FIELDS, FineTuning
 from basemodel.evaluation.judging import RESULTS_ENDING, Judge, judge_all, read_questions, token_f1
 from basemodel.model.generation import GREEDY, continuations, require_vocabulary
 from basemodel.model.weights import folder_of, load_model
@@ -65,31 +64,38 @@ def generate_command(
     data: Path | None,
     datasets_dir: Path,
     output_dir: Path,
+    drop_rate: float,
+    learning_rate: float,
+    weight_decay: float,
+    batch_size: int,
+    max_epochs: int,
     max_new_tokens: int,
-    **hyperparameters: Any,
+    seed: int,
 ) -> None:
     """Fine-tune the model in MODEL_SAFETENSORS and write its answers to NAME-ift-results.json.
 
     Answers take the most likely token each time.
     """
-    tuning = FineTuning(**hyperparameters)
     results = output_dir / (require_plain_name(name, "name") + RESULTS_ENDING)
     if results.exists():
         raise InputError(f"{results}: already exists; remove it or choose another name")
-    records = parse_records(data.read_bytes(), data) if data else fetch_records(datasets_dir)
+    if data:
+        records = instructions.parse_records(data.read_bytes(), data)
+    else:
+        records = instructions.fetch_records(datasets_dir)
     train, validation, test = instructions.split_records(records)
     model = load_model(model_json, model_safetensors)
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
     require_vocabulary(model, tokenizer)
+    settings = FineTuning(learning_rate, weight_decay, batch_size, drop_rate, max_epochs, seed)
     train_tokens, validation_tokens = (
         [tokenizer.encode_ordinary(instructions.prompt_of(record) + record["output"]) for record in part]
         for part in (train, validation)
     )
     print(f"{len(train):,} records to train on, {len(validation):,} to validate, {len(test):,} to answer")
-    settings = "AdamW, learning rate {learning_rate:g}, batch {batch_size}, dropout {drop_rate:g}"
-    print(settings.format(**hyperparameters))
+    print(f"AdamW, learning rate {learning_rate:g}, batch {batch_size}, dropout {drop_rate:g}")
     instructions.check_lengths(train, tokenizer, model.config.context_length)
-    instructions.fine_tune(model, train_tokens, validation_tokens, tuning, tokenizer.eot_token)
+    instructions.fine_tune(model, train_tokens, validation_tokens, settings, tokenizer.eot_token)
     prompts = [instructions.prompt_of(record) for record in test]
     responses = continuations(model, tokenizer, prompts, max_new_tokens, GREEDY)
     answered = [
