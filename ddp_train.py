@@ -6,7 +6,7 @@
     python ddp_train.py demo datasets --plan        print what the run would do and cost, then exit
     python ddp_train.py original --plan --on all    compare time and cost on machines for rent
     python ddp_train.py original -f                 find the largest microbatch that fits
-    torchrun --nproc_per_node=8 ddp_train.py 8xh100m80 datasets       eight GPUs on one machine
+    torchrun --nproc_per_node=8 ddp_train.py 8xh100m80-best datasets  eight GPUs on one machine
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 ddp_train.py ...
 
 A run is two files in runs/RUN/, model.json and train.json; their keys are in basemodel/model/config.py and
@@ -263,18 +263,19 @@ class Trainer:
             result = self.learner.train_step(microbatches, run.learning_rate_at(step), stop=bool(stop))
             progress.global_step += 1
             self.budget.move_end(progress.global_step, self.clock)
-            progress.settled = not run.has_work_after(progress.global_step)
+            due = run.has_work_after(progress.global_step)  # a validation, samples or a checkpoint
+            progress.settled = not due
 
-            # A GPU's results are read one step late, so that it never waits for Python.
+            # A GPU's results are read one step late, or it would wait for Python; before such work, at once.
             steps.add(progress.global_step, result)
-            results = steps.read_due() if progress.settled else steps.read_all()
+            results = steps.read_all() if due else steps.read_due()
             self._log(results)
             # The count is summed over the processes, so all of them stop after the same step.
             if any(result.stops for _, result, _ in results):
                 self._log(steps.read_all())
                 return False
 
-            if not progress.settled:
+            if due:
                 if not self._validate_and_save(stop):
                     return False
                 steps.restart_clock()
@@ -445,7 +446,7 @@ class Trainer:
 )
 @click.option("-f", "--find-max-microbatch-size", is_flag=True, help="Find the largest microbatch that fits.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print what the run would do and cost, then exit.")
-@plan_options
+@plan_options  # --on, --budget, --machines
 @runs_dir_option
 @click.option("--allow-config-change", is_flag=True, help="Continue even if a config or the data changed.")
 @click.option(
@@ -496,6 +497,7 @@ def main(
         else:
             world.agree(lambda: check_reporting(run), on=world.is_first)
             run.launchers = world.launchers()
+            # What torchrun restarts resumes by itself.
             resume_newest = world.any(resume_newest or resume.was_started_before(run))
             run = prepare_run(run, datasets_dir, world, checkpoint, resume=resume_newest)
             hint = f"microbatch_size is {run.config.microbatch_size}; -f finds the largest that fits"

@@ -65,7 +65,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
 
     def forward(self, x: Tensor, mask: AttentionMask | None = None, cache: Cache | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C). `mask` says which tokens each token attends to; None: causal."""
+        """(B, T, C) -> (B, T, C). `mask`: what tokens attend to, for document masking; None: causal."""
         B, T, C = x.shape
         qkv = linear_together(x, self.W_query, self.W_key, self.W_value)  # (B, T, 3C)
         qkv = qkv.view(B, T, 3, self.n_heads, C // self.n_heads)

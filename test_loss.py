@@ -40,7 +40,9 @@ from gpt import GPTModel
 @click.argument("datasets_dir", type=Path)
 @click.argument("models", type=Path, nargs=-1, required=True, metavar="MODEL_JSON MODEL_SAFETENSORS ...")
 @click.option("--dataset", default="gpjt/fineweb-gpt2-tokens", help="Data set in DATASETS_DIR or on the Hub.")
-@click.option("--split", type=click.Choice(["train", "validation"]), default="validation", help="Its split.")
+@click.option(
+    "--split", type=click.Choice(["train", "validation"]), default="validation", help="Split to use."
+)
 @click.option("--start-token", type=click.IntRange(0), default=50_000_000, help="First token of the slice.")
 @click.option("--tokens", type=click.IntRange(1), default=19_660_800, help="Length of the slice.")
 @click.option("--batch-size", type=click.IntRange(1), default=6, help="Sequences per forward pass.")

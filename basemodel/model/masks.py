@@ -15,7 +15,7 @@ def within_documents(tokens: Tensor, end_of_text: int, *, flex: bool) -> tuple[T
     """The positions (B, T) of tokens (B, T) in their document, and a mask that confines attention to it.
 
     As a target, end-of-text closes a document; as an input, it starts the next one, whose first token is
-    predicted from it. So no document's loss depends on another document.
+    predicted from it. So no document's loss depends on another document. NextTokenLoss calls this.
     """
     B, T = tokens.shape
     index = torch.arange(T, device=tokens.device)

@@ -69,7 +69,8 @@ class TrainConfig:
     decay_period_percent: float = key("percentage of the steps that wsd's decay takes", 60.0, min=0, max=100)
     # Precision and speed
     precision: Literal["auto", "fp32", "tf32", "fp16", "bf16"] = key(
-        "of matrix products; auto: bf16 where the hardware has it, else fp16 on CUDA, else fp32", "auto"
+        "precision of matrix products; auto: bf16 if the hardware has it, else fp16 on CUDA, else fp32",
+        "auto",
     )
     compile: bool | Literal["auto"] = key("whether to use torch.compile; auto: only on CUDA", "auto")
     deterministic: bool = key("true: bit-for-bit reproducible on CUDA too, but slower", False)
