@@ -3,10 +3,10 @@
     PYTHONPATH=. python tests/faults.py FOLDER
 
 Each case is a process forked from this one, which has imported everything, under the library of faults.c. The
-calls of an undisturbed process are counted first. Then each of them fails in turn, with each of the errors that
-disks and file servers give, once and for good. Whatever happens, a process ends well or with one line of error,
-nothing half is taken for whole, nothing announced as saved is lost, and the same command, undisturbed, goes on
-to the same bits.
+calls of an undisturbed process are counted first. Then each of them fails in turn, with each of the errors
+that disks and file servers give, once and for good. Whatever happens, a process ends well or with one line of
+error, nothing half is taken for whole, nothing announced as saved is lost, and the same command, undisturbed,
+goes on to the same bits.
 """
 
 import errno
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import click
 # The first step of an optimizer would import it, in each process anew.
 import torch._dynamo  # noqa: F401
 from helpers import TORTURED_MODEL, TRAIN, Sandbox, write_dataset, write_model
+from power_cuts import Disk, Tree, write_tree
 from safetensors.numpy import load_file
 from shim import Call, build, environment, is_preloaded, library, read_calls
 
@@ -64,6 +65,7 @@ TIDYING = (
     (run_folder, "lock_run"),
     (reporting, "continue_prompts"),
 )
+SAVING = ("save_checkpoint", "try_saving")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -112,6 +114,7 @@ def run_watched(folder: Path, main: Callable[[], Any], fault: Fault | None = Non
             main()
         except SystemExit as end:
             status = end.code or 0
+            library().mark(b"ended")
         except BaseException:
             traceback.print_exc()
         finally:
@@ -176,28 +179,47 @@ class Training:
         patch_training(end_after)
         script(ddp_train.main, *Sandbox(case).command("tiny", *options)[1:])()
 
-    def check(self, case: Path, ended: Ended, fault: Fault | None) -> None:
+    def check(self, case: Path, ended: Ended, fault: Fault) -> None:
         """What a disturbed training left must be sound, and resume to the same end."""
         failed = failed_calls(ended)
         self._check_status(ended, failed, fault)
         folder = Sandbox(case).run_dir("tiny") / "checkpoints"
         listed = checkpointing.list_checkpoints(folder)
         steps = [checkpointing.load_checkpoint(path).meta["global_step"] for path in listed]
-        announced = [int(name.rpartition("-")[2]) for name in saved_checkpoints(ended)]
-        announced += [4] if self._resumes else []
-        assert not announced or max(announced) <= max(steps, default=0), f"{announced} saved, {steps} there"
+        saved = max(last_saved(ended.calls), 4 if self._resumes else 0)
+        assert saved <= max(steps, default=0), f"{saved} was saved, {steps} are there"
         if not (ended.status == 0 and LAST_STEP in steps):
             resumed = run_watched(case, lambda: self._train(case, "--resume"))
             assert resumed.status == 0, f"resumed: {resumed.said[-300:]}"
             assert not list(folder.glob(checkpointing.TEMPORARY_PREFIX + "*")), "leftovers"
         self.check_end(case, metrics=not any("metrics.jsonl" in call.path for call, _ in failed))
 
-    def _check_status(self, ended: Ended, failed: list[tuple[Call, str]], fault: Fault | None) -> None:
-        if all(is_expendable(call, during) for call, during in failed):
+    def _check_status(self, ended: Ended, failed: list[tuple[Call, tuple[str, ...]]], fault: Fault) -> None:
+        if all(is_expendable(call, within) for call, within in failed):
             assert ended.status == 0, "only reports and tidying failed"
-        if hasattr(checkpointing, "PAUSES") and fault and not fault.forever:
-            saving = any(during == "save_checkpoint" for _, during in failed)
+        if fault.error in getattr(checkpointing, "MAY_PASS", ()) and not fault.forever:
+            saving = any(within[:1] == ("save_checkpoint",) for _, within in failed)
             assert ended.status == 0 or not saving, "saving was not tried again"
+
+    def kept(self, path: str) -> bool:
+        """Whether what a power cut leaves of a path decides about the checkpoints alone."""
+        return path.startswith("runs/tiny/checkpoints")
+
+    def check_after_power_cut(self, case: Path, calls: list[Call]) -> None:
+        """As soon as a checkpoint was announced as saved, it is there, or a newer one; no link is broken."""
+        folder, saved = Sandbox(case).run_dir("tiny") / "checkpoints", last_saved(calls)
+        newest = checkpointing.newest_checkpoint(folder, lambda _: None)
+        step = newest.meta["global_step"] if newest else 0
+        assert step >= saved, f"{saved} was saved, {step} is there"
+        for link in checkpointing.LINKS:
+            if (folder / link).is_symlink():
+                checkpointing.named_checkpoint(folder, link, fail)
+
+    def go_on(self, case: Path) -> None:
+        """What a power cut has left must resume to the same end."""
+        resumed = run_watched(case, lambda: self._train(case, "--resume"))
+        assert resumed.status == 0, f"resumed: {resumed.said[-300:]}"
+        self.check_end(case, metrics=True)
 
     def check_end(self, case: Path, *, metrics: bool) -> None:
         """The end must be that of the undisturbed training; of the metrics, some may be missing at most."""
@@ -209,6 +231,10 @@ class Training:
         assert lines == self._metrics if metrics else lines.items() <= self._metrics.items(), (
             f"metrics.jsonl: {lines}, not {self._metrics}"
         )
+
+
+def fail(line: str) -> None:
+    raise AssertionError(line)
 
 
 def patch_training(end_after: int | None) -> None:
@@ -227,15 +253,17 @@ def patch_training(end_after: int | None) -> None:
 
     def announce(*arguments: Any, **options: Any) -> Path:
         path = save(*arguments, **options)
-        saved.append(path)
-        library().mark(f"saved {path.name}".encode())
+        if path.parent.name == "checkpoints":
+            saved.append(path)
+            library().mark(f"saved {path.name}".encode())
         if len(saved) == end_after:
             os._exit(9)
         return path
 
     checkpointing.Saver.write, checkpointing.save_checkpoint = write_at_once, announce
-    for module, name in (*TIDYING, (checkpointing, "save_checkpoint")):
-        setattr(module, name, marked(getattr(module, name), name))
+    for module, name in (*TIDYING, *((checkpointing, name) for name in SAVING)):
+        if hasattr(module, name):
+            setattr(module, name, marked(getattr(module, name), name))
 
 
 def marked(function: Callable, name: str) -> Callable:
@@ -251,30 +279,31 @@ def marked(function: Callable, name: str) -> Callable:
     return run
 
 
-def failed_calls(ended: Ended) -> list[tuple[Call, str]]:
-    """The calls that were made to fail, each with the innermost marked function that it was in."""
-    failed, within = [], [""]
+def failed_calls(ended: Ended) -> list[tuple[Call, tuple[str, ...]]]:
+    """The calls that were made to fail, each with the marked functions that it was in."""
+    failed, within = [], []
     for call in ended.calls:
         if call.name == "mark" and call.path.startswith("begin "):
             within.append(call.path.removeprefix("begin "))
         elif call.name == "mark" and call.path.startswith("end "):
             within.pop()
         elif call.error > 0 or call.name.startswith("short-"):
-            failed.append((call, within[-1]))
+            failed.append((call, tuple(within)))
     return failed
 
 
-def saved_checkpoints(ended: Ended) -> list[str]:
-    marks = [call.path for call in ended.calls if call.name == "mark"]
-    return [mark.removeprefix("saved ") for mark in marks if mark.startswith("saved ")]
+def last_saved(calls: Iterable[Call]) -> int:
+    """The step of the last checkpoint that was announced as saved; 0 if none was."""
+    saved = [call.path for call in calls if call.name == "mark" and call.path.startswith("saved ")]
+    return int(saved[-1].rpartition("-")[2]) if saved else 0
 
 
-def is_expendable(call: Call, during: str) -> bool:
+def is_expendable(call: Call, within: tuple[str, ...]) -> bool:
     """Whether a call only reports or tidies: then its failure may not end a training."""
     path = Path(call.path)
     of_reports = path.name.removesuffix(".incomplete") in REPORTS
-    of_folder = path.name == "tiny" and call.name in ("open", "fsync") and during != "save_checkpoint"
-    return of_reports or of_folder or during in [name for _, name in TIDYING]
+    of_folder = path.name == "tiny" and call.name in ("open", "fsync", "flock") and not within
+    return of_reports or of_folder or not {name for _, name in TIDYING}.isdisjoint(within)
 
 
 def final_tensors(case: Path) -> dict[str, bytes]:
@@ -314,17 +343,35 @@ class Preparation:
         options = "--tokenizer", "bytes", "--workers", "1", "--validation-fraction", "0.2"
         return run_watched(case, script(prepare_datasets.main, self._texts, case / "out", *options), fault)
 
-    def check(self, case: Path, ended: Ended, fault: Fault | None) -> None:
+    def check(self, case: Path, ended: Ended, fault: Fault) -> None:
         """The output folder must be absent, empty or whole, and whole when the same command has run again."""
         left = contents(case / "out")
         assert left in ({}, self._tokens), f"half is there: {sorted(left)}"
-        assert ended.status != 0 or left, "it ended well and left nothing"
+        assert bool(left) == (ended.status == 0), f"status {ended.status}, but left {sorted(left)}"
         if not left:
             again = self.start(case)
             assert again.status == 0, f"again: {again.said[-300:]}"
-        self.check_end(case)
+            self.check_end(case)
+
+    def kept(self, path: str) -> bool:
+        """Whether what a power cut leaves of a path decides about the output folder alone."""
+        return path.startswith("out/") or path == "out"
+
+    def check_after_power_cut(self, case: Path, calls: list[Call]) -> None:
+        """The output folder is absent, empty or whole, and whole once the process has ended."""
+        left = contents(case / "out")
+        assert left in ({}, self._tokens), f"half is there: {sorted(left)}"
+        assert left or not any(call.path == "ended" for call in calls), "nothing is there"
+
+    def go_on(self, case: Path) -> None:
+        """The same command must come to the same end, unless it has."""
+        if not contents(case / "out"):
+            again = self.start(case)
+            assert again.status == 0, f"again: {again.said[-300:]}"
+            self.check_end(case)
 
     def check_end(self, case: Path) -> None:
+        """The preparation must have come to the end of an undisturbed one."""
         assert contents(case / "out") == self._tokens
         strays = [path.name for path in case.iterdir() if path.name != "out"]
         assert not strays, strays
@@ -351,11 +398,11 @@ class Export:
         case.mkdir(exist_ok=True)
         return run_watched(case, script(upload_model.main, *self._model, case / "out"), fault)
 
-    def check(self, case: Path, ended: Ended, fault: Fault | None) -> None:
+    def check(self, case: Path, ended: Ended, fault: Fault) -> None:
         """The target must be absent or whole, and whole when the same command has run again."""
         left = contents(case / "out")
         assert left in ({}, self._files), f"half is there: {sorted(left)}"
-        assert ended.status != 0 or left, "it ended well and left nothing"
+        assert bool(left) == (ended.status == 0), f"status {ended.status}, but left {sorted(left)}"
         if not left:
             again = self.start(case)
             assert again.status == 0, f"again: {again.said[-300:]}"
@@ -421,6 +468,47 @@ def fail_every_call(folder: Path, name: str, share: float = 1.0, seed: int = 0) 
     problems = [disturb(subject, root / f"case-{number}", fault) for number, fault in enumerate(chosen)]
     calls = sum(call.name != "mark" for call in subject.calm.calls)
     return {"calls": calls, "faults": len(chosen), "problems": list(filter(None, problems))}
+
+
+def cut_power_everywhere(folder: Path, name: str, share: float = 1.0, seed: int = 0) -> dict[str, Any]:
+    """Look at all that the disk may hold after a power cut at each point of a subject, and go on from it, or
+    from a random share of it; returns counts and the problems."""
+    root = folder / f"{name}-cut"
+    root.mkdir(parents=True)
+    subject = SUBJECTS[name](root)
+    subject.lay_out(root / "begin")
+    disk, calls = Disk(root / "calm", root / "begin"), subject.calm.calls
+    left: dict[Tree, int] = {}  # how many calls had been made at the last power cut that leaves this
+    for number, call in enumerate(calls, start=1):
+        if disk.apply(call) or call.name == "mark":
+            left.update((tree, number) for tree in disk.after_power_cut())
+    assert disk.now() == Disk(root / "calm", root / "calm").now(), "the record is not of all that happened"
+    decisive: dict[Tree, int] = {}
+    for tree, number in left.items():
+        part = tuple((path, content) for path, content in tree if subject.kept(path))
+        decisive[part] = max(number, decisive.get(part, 0))
+    problems = [look(subject, root, tree, calls[:number]) for tree, number in decisive.items()]
+    trees = list(left) if share == 1 else random.Random(seed).sample(list(left), round(share * len(left)))
+    problems += [look(subject, root, tree, calls[: left[tree]], goes_on=True) for tree in trees]
+    found = list(filter(None, problems))
+    return {"left": len(left), "decisive": len(decisive), "gone on from": len(trees), "problems": found}
+
+
+def look(subject: Any, root: Path, tree: Tree, calls: list[Call], *, goes_on: bool = False) -> str:
+    """Check what a power cut has left, and with `goes_on` what comes of it; return what is wrong, if any."""
+    case, problem = root / "case", ""
+    write_tree(tree, case)
+    try:
+        subject.check_after_power_cut(case, calls)
+        if goes_on:
+            subject.go_on(case)
+    except Exception as error:
+        reason = error if isinstance(error, AssertionError) else traceback.format_exc()
+        last = f"{calls[-1].name} {calls[-1].path} {calls[-1].other}"
+        what = "\n".join(f"    {path}: {content!r}"[:100] for path, content in tree)
+        problem = f"{subject.name}: power cut after call {len(calls)}, {last}: {reason}\n{what}\n"
+    shutil.rmtree(case)
+    return problem
 
 
 def get_ready() -> None:
