@@ -1,24 +1,32 @@
 """The library of faults.c: building it, and what a process that has preloaded it can do with it."""
 
+import atexit
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("faults.c")
 
 
-def build(folder: Path) -> Path | None:
-    """Compile the library into a folder; None where there is no Linux or no compiler."""
-    library = folder / "faults.so"
-    options = ["-shared", "-fPIC", "-O1", "-U_FORTIFY_SOURCE", "-o", library, SOURCE, "-ldl"]
-    try:
-        done = subprocess.run(["cc", *options], capture_output=True)
-    except OSError:
+@cache
+def library_file() -> Path | None:
+    """The library, compiled once for this process; None where there is no Linux or no compiler."""
+    if sys.platform != "linux":
         return None
-    return library if sys.platform == "linux" and done.returncode == 0 else None
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    options = ["-shared", "-fPIC", "-O1", "-U_FORTIFY_SOURCE", "-o", folder / "faults.so", SOURCE, "-ldl"]
+    try:
+        subprocess.run(["cc", *options], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return folder / "faults.so"
 
 
 def environment(library: Path) -> dict[str, str]:
