@@ -132,8 +132,8 @@ def cut_power_everywhere(
 
 
 def after_power_cuts(folder: Path, calls: list[Call]) -> dict[Tree, int]:
-    """What a power cut may leave of the subject in `folder`, which began as in `begin` and ended as in `calm`;
-    and how many calls it had made at the last point where a power cut leaves this."""
+    """What a power cut may leave of the subject in `folder`, which began as `begin` and ended as `calm`, and
+    how many calls it had made at the last point where a power cut leaves this."""
     disk, left = Disk(folder / "calm", folder / "begin"), {}
     for number, call in enumerate(calls, start=1):
         if disk.apply(call) or call.name == "mark":

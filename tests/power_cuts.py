@@ -75,10 +75,10 @@ class Disk:
     def _notice_rename(self, call: Call) -> None:
         """Catch up with a rename that was not recorded, which only an open file's new path shows."""
         file = self._inodes.get(call.inode)
-        if file is not None and self._get(call.path) is not file:
-            folder, name = self._find(call.path)
-            old = next(name for name, entry in folder.entries.items() if entry is file)
-            self._change((folder, old, None), (folder, name, file))
+        folder, name = self._find(call.path)
+        old = [each for each, entry in folder.entries.items() if entry is file]
+        if old not in ([], [name]):
+            self._change((folder, old[0], None), (folder, name, file))
 
     def _create(self, call: Call) -> None:
         folder, name = self._find(call.path)
