@@ -201,8 +201,8 @@ class Training:
         newest = checkpointing.newest_checkpoint(folder, lambda _: None)
         step = newest.meta["global_step"] if newest else 0
         assert step >= saved, f"{saved} was saved, {step} is there"
-        for link in checkpointing.LINKS:
-            if (folder / link).is_symlink():
+        for link in ("latest", "best"):
+            if (folder / link).is_symlink() and (folder / link).readlink() != Path(newest.path.name):
                 checkpointing.named_checkpoint(folder, link, fail)
 
     def go_on(self, case: Path) -> None:
