@@ -62,7 +62,7 @@ class Call:
 
     @property
     def only_reads(self) -> bool:
-        return self.name in ("open", "read", "opendir", "flock", "statvfs", "statvfs64")
+        return self.name in ("open", "read", "opendir", "flock", "statvfs")
 
 
 def read_calls(log: Path) -> list[Call]:
