@@ -30,8 +30,8 @@ static int failure, lasting, log_file = -1;
 
 /* ---- What Python calls ---- */
 
-/* Count the calls on paths in `folder` from now on. Call number `call` fails with `error`, and so do all later
-   ones if `forever`. Error 0, and a full disk that stays full, let a write do half of its work first. */
+/* Count the calls on paths in `folder` from now on. Call number `call` fails with `error`, with `forever` all
+   later ones too. Error 0, and a full disk that stays full, let a write do half of its work first. */
 void arm(const char *folder, long call, int error, int forever) {
     failing_call = call, failure = error, lasting = forever;
     calls = mmap(NULL, sizeof *calls, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -142,8 +142,8 @@ FUNCTION(int, unlink, (const char *path), (path), "unlink", CHANGES, PATH, ALONE
 FUNCTION(int, unlinkat, (int fd, const char *path, int flags), (fd, path, flags),
          flags & AT_REMOVEDIR ? "rmdir" : "unlink", CHANGES, fd, path, ALONE)
 FUNCTION(int, rename, (const char *path, const char *to), (path, to), "rename", CHANGES, PATH, AT_FDCWD, to)
-FUNCTION(int, renameat, (int fd, const char *path, int to_fd, const char *to), (fd, path, to_fd, to), "rename",
-         CHANGES, fd, path, to_fd, to)
+FUNCTION(int, renameat, (int fd, const char *path, int to_fd, const char *to), (fd, path, to_fd, to),
+         "rename", CHANGES, fd, path, to_fd, to)
 FUNCTION(int, link, (const char *path, const char *to), (path, to), "link", CHANGES, PATH, AT_FDCWD, to)
 FUNCTION(int, symlink, (const char *to, const char *path), (to, path), "symlink", CHANGES, PATH, TEXT, to)
 FUNCTION(int, symlinkat, (const char *to, int fd, const char *path), (to, fd, path), "symlink", CHANGES, fd,

@@ -176,14 +176,13 @@ def main(folder: Path, only: tuple[str, ...], most: int | None, lanes: int) -> N
     failed = False
     for enumerate_all in (fail_every_call, cut_power_everywhere):
         for name in only or SUBJECTS:
-            if enumerate_all is fail_every_call or hasattr(SUBJECTS[name], "go_on"):
-                start, place = time.monotonic(), folder.resolve() / enumerate_all.__name__ / name
-                found = enumerate_all(place, name, most, lanes)
-                print(*found["problems"], sep="\n", file=sys.stderr)
-                counts = {**found, "problems": len(found["problems"])}
-                seconds = round(time.monotonic() - start, 1)
-                print(json.dumps({enumerate_all.__name__: name, **counts, "seconds": seconds}), flush=True)
-                failed = failed or bool(found["problems"])
+            start, place = time.monotonic(), folder.resolve() / enumerate_all.__name__ / name
+            found = enumerate_all(place, name, most, lanes)
+            print(*found["problems"], sep="\n", file=sys.stderr)
+            counts = {**found, "problems": len(found["problems"])}
+            seconds = round(time.monotonic() - start, 1)
+            print(json.dumps({enumerate_all.__name__: name, **counts, "seconds": seconds}), flush=True)
+            failed = failed or bool(found["problems"])
     sys.exit(failed)
 
 

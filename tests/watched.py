@@ -322,96 +322,119 @@ def read_metrics(case: Path) -> dict[int, dict[str, float]]:
     return {line["step"]: {key: line.get(key) for key in kept} for line in run_folder.read_metrics(path)}
 
 
-class Preparation:
-    """Preparing a few small texts as tokens."""
+class Output:
+    """A process that makes a folder `out`: absent or empty before, whole after."""
 
     def __init__(self, root: Path) -> None:
-        self._texts = root / "texts"
-        self._texts.mkdir()
-        for number in range(20):
-            (self._texts / f"{number}.txt").write_text(f"{number} " + "text " * number)
+        self.prepare(root)
+        self.lay_out(root / "calm")
         self.calm = self.start(root / "calm")
         assert self.calm.status == 0, self.calm.said
-        self._tokens = contents(root / "calm/out")
+        self._whole = contents(root / "calm/out")
+
+    def prepare(self, root: Path) -> None:
+        """Make what the process reads, `self.source`."""
+        raise NotImplementedError
+
+    def run(self, output: Path) -> None:
+        """Be the process."""
+        raise NotImplementedError
 
     def lay_out(self, case: Path) -> None:
+        """Make the folder that is watched."""
         case.mkdir()
 
     def start(self, case: Path, fault: Fault | None = None) -> Ended:
-        case.mkdir(exist_ok=True)
-        options = "--tokenizer", "bytes", "--workers", "1", "--validation-fraction", "0.2"
-        return run_watched(case, script(prepare_datasets.main, self._texts, case / "out", *options), fault)
+        """Run the process to its end."""
+        return run_watched(case, lambda: self.run(case / "out"), fault)
 
     def check(self, case: Path, ended: Ended, fault: Fault) -> None:
-        """The output folder must be absent, empty or whole, and whole when the same command has run again."""
+        """The output folder must be whole if all went well, else absent, empty or without what counts; and
+        whole when the same command has run again."""
         left = contents(case / "out")
-        assert left in ({}, self._tokens), f"half is there: {sorted(left)}"
-        assert bool(left) == (ended.status == 0), f"status {ended.status}, but left {sorted(left)}"
-        if not left:
-            again = self.start(case)
-            assert again.status == 0, f"again: {again.said[-300:]}"
-            self.check_end(case)
+        assert (left == self._whole) == (ended.status == 0), f"status {ended.status}, left {sorted(left)}"
+        self.check_after_power_cut(case, [])
+        self.go_on(case)
 
     def kept(self, path: str) -> bool:
         """Whether what a power cut leaves of a path decides about the output folder alone."""
-        return path.startswith("out/") or path == "out"
+        return path == "out" or (path.startswith("out/") and ".incomplete" not in path)
 
     def check_after_power_cut(self, case: Path, calls: list[Call]) -> None:
-        """The output folder is absent, empty or whole, and whole once the process has ended."""
+        """Nothing half is taken for whole, and all is there once the process has ended."""
         left = contents(case / "out")
-        assert left in ({}, self._tokens), f"half is there: {sorted(left)}"
-        assert left or not any(call.path == "ended" for call in calls), "nothing is there"
+        assert left == self._whole or not self.counts(left), f"half is there: {sorted(left)}"
+        assert left == self._whole or not any(call.path == "ended" for call in calls), "not all is there"
+
+    def counts(self, left: dict[str, bytes]) -> bool:
+        """Whether anybody would take what is left for the whole."""
+        return bool(left)
 
     def go_on(self, case: Path) -> None:
         """The same command must come to the same end, unless it has."""
-        if not contents(case / "out"):
+        if contents(case / "out") != self._whole:
             again = self.start(case)
             assert again.status == 0, f"again: {again.said[-300:]}"
-            self.check_end(case)
-
-    def check_end(self, case: Path) -> None:
-        """The preparation must have come to the end of an undisturbed one."""
-        assert contents(case / "out") == self._tokens
-        strays = [path.name for path in case.iterdir() if path.name != "out"]
-        assert not strays, strays
+            assert contents(case / "out") == self._whole
+            strays = [path.name for path in (*case.iterdir(), *(case / "out").glob(".*"))]
+            assert strays == ["out"], strays
 
 
-class Export:
+class Preparation(Output):
+    """Preparing a few small texts as tokens."""
+
+    def prepare(self, root: Path) -> None:
+        self.source = root / "texts"
+        self.source.mkdir()
+        for number in range(20):
+            (self.source / f"{number}.txt").write_text(f"{number} " + "text " * number)
+
+    def run(self, output: Path) -> None:
+        options = "--tokenizer", "bytes", "--workers", "1", "--validation-fraction", "0.2"
+        script(prepare_datasets.main, self.source, output, *options)()
+
+
+class PreparationInPlace(Preparation):
+    """The same into a folder that no rename can replace, such as a mount point."""
+
+    def lay_out(self, case: Path) -> None:
+        super().lay_out(case)
+        (case / "out").mkdir()
+
+    def run(self, output: Path) -> None:
+        prepare_datasets.work_folder = lambda target: target / ".incomplete"
+        super().run(output)
+
+    def counts(self, left: dict[str, bytes]) -> bool:
+        return "train.safetensors" in left
+
+
+class Export(Output):
     """Exporting a model for transformers."""
 
-    def __init__(self, root: Path) -> None:
+    def prepare(self, root: Path) -> None:
         import transformers  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer  # noqa: F401
 
-        self._model = write_model(root / "model", emb_dim=8, n_layers=1)
-        self.calm = self.start(root / "calm")
-        assert self.calm.status == 0, self.calm.said
-        self._files = contents(root / "calm/out")
+        self.source = write_model(root / "model", emb_dim=8, n_layers=1)
 
-    def lay_out(self, case: Path) -> None:
-        case.mkdir()
-
-    def start(self, case: Path, fault: Fault | None = None) -> Ended:
-        case.mkdir(exist_ok=True)
-        return run_watched(case, script(upload_model.main, *self._model, case / "out"), fault)
-
-    def check(self, case: Path, ended: Ended, fault: Fault) -> None:
-        """The target must be absent or whole, and whole when the same command has run again."""
-        left = contents(case / "out")
-        assert left in ({}, self._files), f"half is there: {sorted(left)}"
-        assert bool(left) == (ended.status == 0), f"status {ended.status}, but left {sorted(left)}"
-        if not left:
-            again = self.start(case)
-            assert again.status == 0, f"again: {again.said[-300:]}"
-        assert contents(case / "out") == self._files
+    def run(self, output: Path) -> None:
+        script(upload_model.main, *self.source, output)()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The files of a folder by name; none if it is not there."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+    files = filter(Path.is_file, folder.iterdir() if folder.exists() else ())
+    return {path.name: path.read_bytes() for path in files}
 
 
-SUBJECTS = {"training": Training, "resumption": Resumption, "preparation": Preparation, "export": Export}
+SUBJECTS = {
+    "training": Training,
+    "resumption": Resumption,
+    "preparation": Preparation,
+    "preparation-in-place": PreparationInPlace,
+    "export": Export,
+}
 
 
 def get_ready() -> None:
