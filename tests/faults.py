@@ -115,11 +115,8 @@ def cut_power_everywhere(
     folder.mkdir(parents=True)
     subject = SUBJECTS[name](folder)
     subject.lay_out(folder / "begin")
-    left = after_power_cuts(folder, subject.calm.calls)
-    decisive: dict[Tree, int] = {}
-    for tree, number in left.items():
-        part = tuple((path, content) for path, content in tree if subject.kept(path))
-        decisive[part] = max(number, decisive.get(part, 0))
+    left = of_interest(after_power_cuts(folder, subject.calm.calls), subject.matters)
+    decisive = of_interest(left, subject.decides)
 
     def look_at(number: int, chosen: tuple[Tree, int], *, goes_on: bool) -> str:
         tree, point = chosen
@@ -129,6 +126,15 @@ def cut_power_everywhere(
     chosen = some(list(left.items()), most)
     problems += spread(partial(look_at, goes_on=True), chosen, lanes)
     return {"left": len(left), "decisive": len(decisive), "gone on from": len(chosen), "problems": problems}
+
+
+def of_interest(left: dict[Tree, int], wanted: Callable[[str], bool]) -> dict[Tree, int]:
+    """What is left on paths that are `wanted`, and the last point at which that may be."""
+    found: dict[Tree, int] = {}
+    for tree, number in left.items():
+        part = tuple((path, content) for path, content in tree if wanted(path))
+        found[part] = max(number, found.get(part, 0))
+    return found
 
 
 def after_power_cuts(folder: Path, calls: list[Call]) -> dict[Tree, int]:

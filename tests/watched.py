@@ -190,9 +190,13 @@ class Training:
             saving = any(within[:1] == ("save_checkpoint",) for _, within in failed)
             assert ended.status == 0 or not saving, "saving was not tried again"
 
-    def kept(self, path: str) -> bool:
-        """Whether what a power cut leaves of a path decides about the checkpoints alone."""
+    def decides(self, path: str) -> bool:
+        """Whether `check_after_power_cut` looks at a path."""
         return path.startswith("runs/tiny/checkpoints")
+
+    def matters(self, path: str) -> bool:
+        """Whether `go_on` may look at a path."""
+        return True
 
     def check_after_power_cut(self, case: Path, calls: list[Call]) -> None:
         """As soon as a checkpoint was announced as saved, it is there, or a newer one; no link is broken."""
@@ -356,9 +360,13 @@ class Output:
         self.check_after_power_cut(case, [])
         self.go_on(case)
 
-    def kept(self, path: str) -> bool:
-        """Whether what a power cut leaves of a path decides about the output folder alone."""
+    def decides(self, path: str) -> bool:
+        """Whether `check_after_power_cut` looks at a path."""
         return path == "out" or (path.startswith("out/") and ".incomplete" not in path)
+
+    def matters(self, path: str) -> bool:
+        """Whether `go_on` may look at a path: not at a temporary folder, whose name is random."""
+        return not path.startswith(".incomplete-")
 
     def check_after_power_cut(self, case: Path, calls: list[Call]) -> None:
         """Nothing half is taken for whole, and all is there once the process has ended."""
@@ -376,8 +384,9 @@ class Output:
             again = self.start(case)
             assert again.status == 0, f"again: {again.said[-300:]}"
             assert contents(case / "out") == self._whole
-            strays = [path.name for path in (*case.iterdir(), *(case / "out").glob(".*"))]
-            assert strays == ["out"], strays
+            there = (*case.iterdir(), *(case / "out").glob(".*"))
+            strays = [path.name for path in there if path.name != "out" and self.matters(path.name)]
+            assert not strays, strays
 
 
 class Preparation(Output):
