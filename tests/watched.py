@@ -26,6 +26,8 @@ import ddp_train
 import prepare_datasets
 import upload_model
 from basemodel.common.command_line import run_command
+from basemodel.common.names import METRICS, SAMPLES, STATUS
+from basemodel.data.hub import FINGERPRINTS
 from basemodel.results import reporting, run_chart
 from basemodel.training import resume, run_folder
 
@@ -42,7 +44,7 @@ RUN = {
 LAST_STEP = 6
 KILLED = 9  # exit status
 # What only reports about a training or tidies up after it: files, and the functions that do so.
-REPORTS = ("metrics.jsonl", "status.json", "samples.jsonl", ".fingerprints.json")
+REPORTS = (METRICS, STATUS, SAMPLES, FINGERPRINTS)
 TIDYING = (
     (checkpointing, "point_link"),
     (checkpointing, "prune_checkpoints"),
@@ -83,8 +85,6 @@ class Ended:
 def run_watched(folder: Path, main: Callable[[], Any], fault: Fault | None = None) -> Ended:
     """Run `main` in a forked process whose calls on paths in a folder are recorded and may fail."""
     output, log = folder.with_suffix(".output"), folder.with_suffix(".calls")
-    for path in (output, log):
-        path.unlink(missing_ok=True)
     worker = os.fork()
     if worker == 0:
         status = 70
@@ -106,7 +106,10 @@ def run_watched(folder: Path, main: Callable[[], Any], fault: Fault | None = Non
             sys.stdout.flush()
             os._exit(status)
     status = wait_for(worker, output)
-    return Ended(status, output.read_text(errors="replace"), read_calls(log) if log.exists() else [])
+    ended = Ended(status, output.read_text(errors="replace"), read_calls(log) if log.exists() else [])
+    for path in (output, log):
+        path.unlink(missing_ok=True)
+    return ended
 
 
 def wait_for(worker: int, output: Path, seconds: float = 120) -> int:
@@ -181,7 +184,7 @@ class Training:
             resumed = run_watched(case, lambda: self._train(case, "--resume"))
             assert resumed.status == 0, f"resumed: {resumed.said[-300:]}"
             assert not list(folder.glob(checkpointing.TEMPORARY_PREFIX + "*")), "leftovers"
-        self.check_end(case, metrics=not any("metrics.jsonl" in call.path for call, _ in failed))
+        self.check_end(case, metrics=not any(call.error and METRICS in call.path for call, _ in failed))
 
     def _check_status(self, ended: Ended, failed: list[tuple[Call, tuple[str, ...]]], fault: Fault) -> None:
         if all(is_expendable(call, within) for call, within in failed):
@@ -321,7 +324,7 @@ def final_tensors(case: Path) -> dict[str, bytes]:
 
 def read_metrics(case: Path) -> dict[int, dict[str, float]]:
     """The lines of metrics.jsonl by step, without times."""
-    path = Sandbox(case).run_dir("tiny") / "metrics.jsonl"
+    path = Sandbox(case).run_dir("tiny") / METRICS
     kept = ("train_loss", "grad_norm", "learning_rate")
     return {line["step"]: {key: line.get(key) for key in kept} for line in run_folder.read_metrics(path)}
 
