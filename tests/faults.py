@@ -33,10 +33,6 @@ from watched import SUBJECTS, Fault, failed_calls, get_ready
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EROFS)
 OF_READING = (errno.EIO, errno.ESTALE)
 
-# ------------------------------------------------------------------------------------------------------------
-# The enumeration
-# ------------------------------------------------------------------------------------------------------------
-
 
 def faults_of(calls: list[Call]) -> Iterator[Fault]:
     """Every way in which one of a process's calls can be the first to fail."""
@@ -64,9 +60,8 @@ def disturb(subject: Any, case: Path, fault: Fault) -> str:
         first = f"{failed[0][0].name} {Path(failed[0][0].path).relative_to(case)}" if failed else "none"
         reason = error if isinstance(error, AssertionError) else traceback.format_exc()
         said = "\n".join(ended.said.splitlines()[-4:]) if ended else ""
-        problem = (
-            f"{type(subject).__name__}: {fault}: {first} in '{failed and failed[0][1]}': {reason}\n{said}\n"
-        )
+        where = f"{type(subject).__name__}: {fault}, {first} in {failed[0][1] if failed else ()}"
+        problem = f"{where}: {reason}\n{said}\n"
     shutil.rmtree(case)
     return problem
 

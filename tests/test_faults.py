@@ -81,7 +81,7 @@ def test_a_full_disk_takes_half_of_a_write_before_it_refuses(tmp_path: Path) -> 
     assert (tmp_path / "disk/file").read_bytes() == b"1234"
 
 
-@pytest.mark.parametrize(("subject", "most"), [("training", 6), ("resumption", 4), ("preparation", 4)])
+@pytest.mark.parametrize(("subject", "most"), [("training", 5), ("resumption", 3), ("preparation", 3)])
 @forked
 def test_a_call_that_fails_loses_nothing(tmp_path: Path, subject: str, most: int) -> None:
     get_ready()
@@ -90,7 +90,7 @@ def test_a_call_that_fails_loses_nothing(tmp_path: Path, subject: str, most: int
     assert not found["problems"], "\n".join(found["problems"])
 
 
-@pytest.mark.parametrize(("subject", "most"), [("training", 4), ("preparation", 4)])
+@pytest.mark.parametrize(("subject", "most"), [("training", 3), ("preparation", 3)])
 @forked
 def test_a_power_cut_loses_nothing(tmp_path: Path, subject: str, most: int) -> None:
     get_ready()
