@@ -194,8 +194,9 @@ class Training:
             assert ended.status == 0 or not saving, "saving was not tried again"
 
     def decides(self, path: str) -> bool:
-        """Whether `check_after_power_cut` looks at a path."""
-        return path.startswith("runs/tiny/checkpoints")
+        """Whether `check_after_power_cut` looks at a path: not at what a save has not finished."""
+        is_unfinished = f"/{checkpointing.TEMPORARY_PREFIX}" in path
+        return path.startswith("runs/tiny/checkpoints") and not is_unfinished
 
     def matters(self, path: str) -> bool:
         """Whether `go_on` may look at a path."""
