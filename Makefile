@@ -34,6 +34,7 @@ mutants: .venv/ready-test
 
 torture: .venv/ready-test
 	PYTHONPATH=. $(BIN)/python tests/torture.py "$$(mktemp -d)" --kills 200
+	PYTHONPATH=. $(BIN)/python tests/faults.py "$$(mktemp -d)"
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/throughput.py demo

@@ -32,6 +32,7 @@ from typing import Any
 import click
 import numpy as np
 import pytest
+import shim
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
@@ -144,15 +145,20 @@ HEAVY = (
 
 
 @cache
-def start_forkserver() -> None:
-    """Start the process that imports everything once; it finds modules as this one does."""
+def start_forkserver() -> bool:
+    """Start the process that imports everything once; it finds modules as this one does. Returns whether it
+    has the library of faults.c, which does nothing until a test asks for it."""
     FORKSERVER.set_forkserver_preload(["preload"])
+    library = shim.library_file()
     with pytest.MonkeyPatch.context() as patch:
+        for key, value in shim.environment(library).items() if library else ():
+            patch.setenv(key, value)
         # Given for a single test, where importing everything takes longer than it saves.
         patch.setenv("PRELOAD", os.environ.get("PRELOAD") or ",".join([*SCRIPTS, *HEAVY]))
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()
+    return library is not None
 
 
 @dataclass(frozen=True)
