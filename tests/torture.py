@@ -1,5 +1,6 @@
-"""Kill a training again and again, at random moments and half of the time inside a save, resume it each time,
-and compare its end with that of a run that nobody disturbed.
+"""Kill a training again and again, at random moments and half of the time inside a save or while an old
+checkpoint is deleted, or take its terminal away, resume it each time, and compare its end with that of a run
+that nobody disturbed.
 
     PYTHONPATH=. python tests/torture.py FOLDER --kills 200
 
@@ -35,7 +36,8 @@ from basemodel.training import pending
 class Training:
     """A run trained by processes that are forked here; `patch` is called in each before it begins.
 
-    They read the results of steps one step late, as on a GPU; with `behind` 0 at once, as on a CPU.
+    They read the results of steps one step late, as on a GPU; with `behind` 0 at once, as on a CPU. Output
+    goes to a file or, with `terminal`, to a terminal, until `close_terminal`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Training:
         *options: str,
         processes: int = 2,
         behind: int = 1,
+        terminal: bool = False,
         patch: Callable[[int], None] = lambda rank: None,
     ) -> None:
         command = sandbox.command(run, *options)
@@ -52,6 +55,9 @@ class Training:
         self._behind = behind
         self.log = sandbox.path / f"{run}.log"
         self.log.touch()
+        self._terminal, output = (
+            os.openpty() if terminal else (-1, os.open(self.log, os.O_WRONLY | os.O_APPEND))
+        )
         self._holder = reserve_port()
         port = self._holder.getsockname()[1]
         self.workers: list[int] = []
@@ -60,27 +66,35 @@ class Training:
             if worker == 0:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.setpgid(0, self.workers[0] if self.workers else 0)
-                self._be(rank, processes, port, arguments, patch)
+                self._be(rank, processes, port, arguments, output, patch)
             self.workers.append(worker)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.setpgid(worker, self.workers[0])
+        os.close(output)
 
-    def _be(self, rank: int, size: int, port: int, arguments: list[str], patch: Callable) -> None:
+    def _be(
+        self, rank: int, size: int, port: int, arguments: list[str], output: int, patch: Callable
+    ) -> None:
         try:
-            with self.log.open("ab") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
+            for number in (1, 2):
+                os.dup2(output, number)
+            self.close_terminal()  # this process's own handle of its other end
             sys.stdout.reconfigure(line_buffering=True)
             names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"
             os.environ.update(zip(names, map(str, (rank, rank, size, size, port)), strict=True))
             os.environ["MASTER_ADDR"] = "127.0.0.1"
-            sys.argv = ["ddp_train.py", *arguments]
+            sys.argv = ["ddp_train.py", *words]
             run_chart.draw_chart = lambda *_: None  # takes longer than all the rest
             pending.STEPS_BEHIND["cpu"] = self._behind
             patch(rank)
             run_command(ddp_train.main, abruptly=True)
         finally:
             os._exit(99)
+
+    def close_terminal(self) -> None:
+        """From now on, whatever the processes print is an error."""
+        if self._terminal != -1:
+            os.close(self._terminal)
 
     def signal(self, number: int, rank: int | None = None) -> None:
         """Send a signal to one process, or to all."""
@@ -148,10 +162,11 @@ def last_step(sandbox: Sandbox, run: str) -> int:
     return int(paths[-1].name.rpartition("-")[2]) if paths else 0
 
 
-def kill_once(sandbox: Sandbox, dice: random.Random, *, in_save: bool) -> bool:
-    """Go on with the tortured run and kill it; False if it came to its end before."""
+def kill_once(sandbox: Sandbox, dice: random.Random, *, in_save: bool, terminal: bool) -> bool:
+    """Go on with the tortured run and kill it, or take its `terminal` away, on which it stops by itself;
+    False if it came to its end before."""
     before = last_step(sandbox, "tortured") + 5 * dice.randrange(1, 5)
-    training = Training(sandbox, "tortured", "--resume")
+    training = Training(sandbox, "tortured", "--resume", terminal=terminal)
     status = sandbox.run_dir("tortured") / "status.json"
     started = time.time_ns()
     training.wait_until(lambda: status.exists() and status.stat().st_mtime_ns > started)
@@ -160,16 +175,18 @@ def kill_once(sandbox: Sandbox, dice: random.Random, *, in_save: bool) -> bool:
         time.sleep(dice.uniform(0, 0.0015))
     else:
         time.sleep(dice.uniform(0, 0.5))
+    training.close_terminal()
     with contextlib.suppress(ProcessLookupError):
-        training.signal(signal.SIGKILL)
+        training.signal(signal.SIGHUP if terminal else signal.SIGKILL)
     statuses = set(training.wait())
-    assert statuses <= {0, -signal.SIGKILL}, f"{statuses}\n{training.log.read_text()}"
+    ended = {128 + signal.SIGHUP} if terminal else {-signal.SIGKILL}
+    assert statuses <= {0} | ended, f"{statuses}\n{training.log.read_text()}"
     return statuses != {0}
 
 
 def torture(folder: Path, kills: int, seed: int) -> dict[str, int]:
-    """Kill and resume a run until `kills` were survived, half of that number inside a save; as often as it
-    ends meanwhile, begin it anew.
+    """Kill and resume a run until `kills` were survived, half of that number inside a save; in between, take
+    its terminal away, a quarter as often. As often as it ends meanwhile, begin it anew.
 
     Each time its end must be that of the undisturbed run. Returns what was survived.
     """
@@ -178,7 +195,7 @@ def torture(folder: Path, kills: int, seed: int) -> dict[str, int]:
     sandbox.write_run("calm", TORTURED_MODEL, TORTURED_TRAIN)
     train(sandbox, "calm", behind=0)
     dice = random.Random(seed)
-    counts = {"kills": 0, "inside a save": 0, "runs": 0}
+    counts = {"kills": 0, "inside a save": 0, "terminals": 0, "runs": 0}
 
     def enough() -> bool:
         return counts["kills"] >= kills and 2 * counts["inside a save"] >= kills
@@ -186,10 +203,12 @@ def torture(folder: Path, kills: int, seed: int) -> dict[str, int]:
     while not enough():
         sandbox.write_run("tortured", TORTURED_MODEL, TORTURED_TRAIN)
         while not enough():
-            if not kill_once(sandbox, dice, in_save=2 * counts["inside a save"] <= counts["kills"]):
+            in_save = 2 * counts["inside a save"] <= counts["kills"]
+            terminal = 4 * counts["terminals"] < counts["kills"]
+            if not kill_once(sandbox, dice, in_save=in_save, terminal=terminal):
                 break
-            counts["kills"] += 1
-            counts["inside a save"] += saving(sandbox, "tortured")
+            counts["terminals" if terminal else "kills"] += 1
+            counts["inside a save"] += not terminal and saving(sandbox, "tortured")
         train(sandbox, "tortured", "--resume")
         assert_same_end(sandbox, "tortured", "calm")
         counts["runs"] += 1
