@@ -70,11 +70,10 @@ class Training:
             self.workers.append(worker)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.setpgid(worker, self.workers[0])
-        os.close(output)
+        for handle in {log, output}:
+            os.close(handle)
 
-    def _be(
-        self, rank: int, size: int, port: int, arguments: list[str], output: int, patch: Callable
-    ) -> None:
+    def _be(self, rank: int, size: int, port: int, words: list[str], output: int, patch: Callable) -> None:
         try:
             for number in (1, 2):
                 os.dup2(output, number)
