@@ -55,9 +55,8 @@ class Training:
         self._behind = behind
         self.log = sandbox.path / f"{run}.log"
         self.log.touch()
-        self._terminal, output = (
-            os.openpty() if terminal else (-1, os.open(self.log, os.O_WRONLY | os.O_APPEND))
-        )
+        log = os.open(self.log, os.O_WRONLY | os.O_APPEND)
+        self._terminal, output = os.openpty() if terminal else (-1, log)
         self._holder = reserve_port()
         port = self._holder.getsockname()[1]
         self.workers: list[int] = []
