@@ -273,8 +273,8 @@ def unfinished_folder(output_dir: Path) -> Iterator[Path]:
             "and run the same command again, which keeps finished shards"
         ) from None
     finally:
-        remove_unfinished(folder)
         with contextlib.suppress(OSError):
+            remove_unfinished(folder)
             parts.rmdir()  # unless it holds finished parts
             shutil.rmtree(folder)
 
