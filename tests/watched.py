@@ -189,7 +189,7 @@ class Training:
     def _check_status(self, ended: Ended, failed: list[tuple[Call, tuple[str, ...]]], fault: Fault) -> None:
         if all(is_expendable(call, within) for call, within in failed):
             assert ended.status == 0, "only reports and tidying failed"
-        if fault.error in getattr(checkpointing, "MAY_PASS", ()) and not fault.forever:
+        if fault.error in checkpointing.MAY_PASS and not fault.forever:
             saving = any(within[:1] == ("save_checkpoint",) for _, within in failed)
             assert ended.status == 0 or not saving, "saving was not tried again"
 
@@ -252,8 +252,7 @@ def patch_training(end_after: int | None) -> None:
     run_chart.draw_chart = lambda *_: None
     reporting.SAMPLE_TOKENS = 2
     reporting.STATUS_SECONDS = 1e9
-    if hasattr(checkpointing, "PAUSES"):
-        checkpointing.PAUSES = tuple(0.0 for _ in checkpointing.PAUSES)
+    checkpointing.PAUSES = tuple(0.0 for _ in checkpointing.PAUSES)
     write, save, saved = checkpointing.Saver.write, checkpointing.save_checkpoint, []
 
     def write_at_once(saver: checkpointing.Saver, meta: dict[str, Any]) -> None:
@@ -271,8 +270,7 @@ def patch_training(end_after: int | None) -> None:
 
     checkpointing.Saver.write, checkpointing.save_checkpoint = write_at_once, announce
     for module, name in (*TIDYING, *((checkpointing, name) for name in SAVING)):
-        if hasattr(module, name):
-            setattr(module, name, marked(getattr(module, name), name))
+        setattr(module, name, marked(getattr(module, name), name))
 
 
 def marked(function: Callable, name: str) -> Callable:
