@@ -1,7 +1,8 @@
 # make demo    prepare a small corpus, train runs/demo on it, let the model continue a prompt: under 200 s on 2 cores
 # make test    run the tests: under 10 minutes on 2 cores, no network, no GPU
 # make mutants break the code in known ways, one by one, and check that a test fails for each: 10 minutes on 2 cores
-# make torture kill a run 200 times, half of them inside a save, and compare how it ends: 5 minutes on 2 cores
+# make torture kill a run 200 times and compare how it ends, then let each call on files fail and cut the power at each:
+#              5 minutes and 1 hour on 2 cores
 # make bench   time the training step of the demo and of GPT-2 small against a plain one: 10 minutes on 2 cores
 # make gpu     run the acceptance run on a CUDA GPU, offline, into gpu-results/: 4 parts of at most 8 minutes
 # make docs    write docs/code.md and docs/keys.md from the code: 2 seconds

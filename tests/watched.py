@@ -189,7 +189,7 @@ class Training:
     def _check_status(self, ended: Ended, failed: list[tuple[Call, tuple[str, ...]]], fault: Fault) -> None:
         if all(is_expendable(call, within) for call, within in failed):
             assert ended.status == 0, "only reports and tidying failed"
-        if fault.error in getattr(checkpointing, "MAY_PASS", ()) and not fault.forever:
+        if fault.error in checkpointing.MAY_PASS and not fault.forever:
             saving = any(within[:1] == ("save_checkpoint",) for _, within in failed)
             assert ended.status == 0 or not saving, "saving was not tried again"
 
@@ -252,8 +252,7 @@ def patch_training(end_after: int | None) -> None:
     run_chart.draw_chart = lambda *_: None
     reporting.SAMPLE_TOKENS = 2
     reporting.STATUS_SECONDS = 1e9
-    if hasattr(checkpointing, "PAUSES"):
-        checkpointing.PAUSES = tuple(0.0 for _ in checkpointing.PAUSES)
+    checkpointing.PAUSES = tuple(0.0 for _ in checkpointing.PAUSES)
     write, save, saved = checkpointing.Saver.write, checkpointing.save_checkpoint, []
 
     def write_at_once(saver: checkpointing.Saver, meta: dict[str, Any]) -> None:
@@ -271,8 +270,7 @@ def patch_training(end_after: int | None) -> None:
 
     checkpointing.Saver.write, checkpointing.save_checkpoint = write_at_once, announce
     for module, name in (*TIDYING, *((checkpointing, name) for name in SAVING)):
-        if hasattr(module, name):
-            setattr(module, name, marked(getattr(module, name), name))
+        setattr(module, name, marked(getattr(module, name), name))
 
 
 def marked(function: Callable, name: str) -> Callable:
@@ -357,12 +355,9 @@ class Output:
         return run_watched(case, lambda: self.run(case / "out"), fault)
 
     def check(self, case: Path, ended: Ended, fault: Fault) -> None:
-        """The output folder must be whole if all went well, else absent, empty or without what counts; and
-        whole when the same command has run again."""
-        left = contents(case / "out")
-        assert (left == self._whole) == (ended.status == 0), f"status {ended.status}, left {sorted(left)}"
-        self.check_after_power_cut(case, [])
-        self.go_on(case)
+        """All is there if all went well; else nothing half is taken for whole, and the same command works."""
+        self.check_after_power_cut(case, ended.calls if ended.status == 0 else [])
+        self.go_on(case, certainly=ended.status != 0)
 
     def decides(self, path: str) -> bool:
         """Whether `check_after_power_cut` looks at a path."""
@@ -382,9 +377,9 @@ class Output:
         """Whether anybody would take what is left for the whole."""
         return bool(left)
 
-    def go_on(self, case: Path) -> None:
-        """The same command must come to the same end, unless it has."""
-        if contents(case / "out") != self._whole:
+    def go_on(self, case: Path, *, certainly: bool = False) -> None:
+        """The same command must come to the same end, unless it has; `certainly`: it said that it failed."""
+        if certainly or contents(case / "out") != self._whole:
             again = self.start(case)
             assert again.status == 0, f"again: {again.said[-300:]}"
             assert contents(case / "out") == self._whole
