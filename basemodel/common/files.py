@@ -126,10 +126,14 @@ def contents(folder: Path) -> list[Path]:
 def lock(path: Path, patience: float = 0.0, on_wait: Callable[[], None] | None = None) -> int | None:
     """Lock a file or folder until the handle that is returned is closed, or this process ends.
 
-    Returns None if the file system has no locks. While another process holds the lock, calls `on_wait` once
+    Returns None if that cannot be done, for example because the file system has no locks. While another process holds the lock, calls `on_wait` once
     and retries for `patience` seconds. Raises BlockingIOError if the lock is still held then.
     """
-    handle, deadline = os.open(path, os.O_RDONLY), time.monotonic() + patience
+    deadline = time.monotonic() + patience
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
