@@ -497,8 +497,7 @@ def main(
         else:
             world.agree(lambda: check_reporting(run), on=world.is_first)
             run.launchers = world.launchers()
-            # What torchrun restarts resumes by itself.
-            resume_newest = world.any(resume_newest or resume.was_started_before(run))
+            resume_newest = world.any(resume_newest or resume.was_started_before(run))  # by torchrun
             run = prepare_run(run, datasets_dir, world, checkpoint, resume=resume_newest)
             hint = f"microbatch_size is {run.config.microbatch_size}; -f finds the largest that fits"
             with memory.memory_errors_explained(hint):

@@ -126,8 +126,8 @@ def contents(folder: Path) -> list[Path]:
 def lock(path: Path, patience: float = 0.0, on_wait: Callable[[], None] | None = None) -> int | None:
     """Lock a file or folder until the handle that is returned is closed, or this process ends.
 
-    Returns None if that cannot be done, for example because the file system has no locks. While another process holds the lock, calls `on_wait` once
-    and retries for `patience` seconds. Raises BlockingIOError if the lock is still held then.
+    Returns None if that cannot be done, as without locks. While another process holds the lock, calls
+    `on_wait` once and retries for `patience` seconds. Raises BlockingIOError if it is still held then.
     """
     deadline = time.monotonic() + patience
     try:
