@@ -25,7 +25,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -35,7 +34,7 @@ from basemodel.common.files import DISK_FULL, fingerprint, free_space, link_targ
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import LINKS, META, TOKENIZER_FILE, require_plain_name
 from basemodel.common.output import warned
-from basemodel.model.weights import save_tensors
+from basemodel.model.weights import read_file, save_tensors
 
 MODEL_FILE, OPTIMIZER_FILE, META_FILE = "model.safetensors", "optimizer.safetensors", META
 REQUIRED_META = {
@@ -202,7 +201,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise InputError(f"{path / name}: missing or unreadable") from None
         if actual != meta["files"].get(name):
             raise InputError(f"{path / name}: damaged (its size or SHA-256 differs from meta.json)")
-    model, optimizer = (safetensors.torch.load_file(path / name) for name in (MODEL_FILE, OPTIMIZER_FILE))
+    model, optimizer = (read_file(path / name) for name in (MODEL_FILE, OPTIMIZER_FILE))
     return Checkpoint(path, model, optimizer, meta)
 
 

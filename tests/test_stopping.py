@@ -507,9 +507,11 @@ def test_a_restart_waits_for_what_a_killed_launcher_has_left(tmp_path: Path, who
 def test_a_terminal_that_goes_takes_no_step_with_it_under_torchrun(
     tmp_path: Path, torchrun, number: int
 ) -> None:
-    """As with `2>&1 | tee log`: all get the signal, torchrun passes it on once more, and nobody reads on."""
+    """As with `2>&1 | tee log`: all get the signal, torchrun passes it on once more, later than anybody else
+    might wait, and nobody reads on."""
     sandbox = make_sandbox(tmp_path, "stopped")
     before = f"import os; {NOBODY_READS['a pipe whose reader has exited']}\n{NOWHERE}\n{STEPS_WAIT}"
+    before += "\nfrom basemodel.training import stopping; stopping.REPEAT_SECONDS = 0.0"
     agent = torchrun(sandbox, "stopped", "--standalone", before=before)
     wait_for(step_reached(sandbox, "stopped", 7), "the seventh step")
     for process in (*children_of(agent.pid), agent.pid):

@@ -89,7 +89,7 @@ def publish(finished: Path, target: Path, last: str) -> None:
     without them, nobody takes the others for the whole.
     """
     target = target.resolve()
-    for path in (*finished.iterdir(), finished):
+    for path in (*finished.iterdir(), finished, finished.parent):
         sync(path)
     if target not in finished.resolve().parents:
         finished.replace(target)

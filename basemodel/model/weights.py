@@ -95,7 +95,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         if path.suffix in PICKLES:
             raise InputError(f"{path}: {IS_A_PICKLE}") from None
         raise InputError(f"{path}: damaged or not a safetensors file: {error}") from None

@@ -92,7 +92,11 @@ def check_folder(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) ->
     sequences, and the tokens of a text. Raises RunError if they differ."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    exported = AutoModelForCausalLM.from_pretrained(folder).eval()
+    try:
+        exported = AutoModelForCausalLM.from_pretrained(folder).eval()
+        ids = AutoTokenizer.from_pretrained(folder)(SAMPLE_TEXT)["input_ids"]
+    except Exception as error:  # of many types
+        raise RunError(f"{folder}: cannot be read back: {error}") from error
     shape = (2, model.config.context_length)
     tokens = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     logits = model(tokens)
@@ -101,7 +105,6 @@ def check_folder(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) ->
     print(f"Largest logit difference between transformers and gpt.py: {sizes}")
     if not difference <= 2e-5 * max(1.0, largest):
         raise RunError(f"the export's logits differ from gpt.py's by {sizes}; the export was removed")
-    ids = AutoTokenizer.from_pretrained(folder)(SAMPLE_TEXT)["input_ids"]
     if ids != tokenizer.encode_ordinary(SAMPLE_TEXT):
         raise RunError("the exported tokenizer's tokens differ from the model's; the export was removed")
 

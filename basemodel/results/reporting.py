@@ -107,7 +107,8 @@ class MetricsLog:
         with warned(f"write {METRICS}"):
             if self._file is None:
                 self._open()
-            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
             # A signal arrived between this step and its validation: merge the two lines.
             if line["step"] == self._begun_at:
                 self._open()

@@ -7,16 +7,10 @@ from typing import Any, Self
 from tqdm import tqdm
 
 import checkpointing
+from basemodel.common import names
 from basemodel.common.errors import InputError
 from basemodel.common.json_config import read_config
-from basemodel.common.names import (
-    CHECKPOINTS,
-    METRICS,
-    MODEL_JSON,
-    SAMPLES,
-    TOKENIZER_FILE,
-    TRAIN_JSON,
-)
+from basemodel.common.output import warned
 from basemodel.data import hub
 from basemodel.data.sequences import Sequences, match_tokenizer
 from basemodel.data.token_files import TokenFiles
@@ -57,8 +51,8 @@ class Run:
     def read(cls, runs_dir: Path, name: str) -> Self:
         """Read the run `name` of `runs_dir`. Raises InputError if it is missing or its configs are wrong."""
         folder = run_folder.find_run(runs_dir, name)
-        model_config = read_config(GPTConfig, folder / MODEL_JSON)
-        config = read_config(TrainConfig, folder / TRAIN_JSON)
+        model_config = read_config(GPTConfig, folder / names.MODEL_JSON)
+        config = read_config(TrainConfig, folder / names.TRAIN_JSON)
         if config.document_masking and model_config.end_of_text >= model_config.vocab_size:
             raise InputError(
                 f"document_masking needs the end-of-text token, {model_config.end_of_text}, which is not in "
@@ -66,8 +60,8 @@ class Run:
             )
         if config.head_learning_rate is not None and model_config.tie_weights:
             raise InputError(
-                f"{folder / TRAIN_JSON}: head_learning_rate has no effect with tie_weights, where the head "
-                "is the token embedding; leave it out"
+                f"{folder / names.TRAIN_JSON}: head_learning_rate has no effect with tie_weights, where the "
+                "head is the token embedding; leave it out"
             )
         return cls(folder, config, model_config)
 
@@ -77,7 +71,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.directory / CHECKPOINTS
+        return self.directory / names.CHECKPOINTS
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -87,12 +81,12 @@ class Run:
 
     @property
     def metrics(self) -> Path:
-        return self.directory / METRICS
+        return self.directory / names.METRICS
 
     @property
     def samples(self) -> Path:
         """The texts that the model generated during this run."""
-        return self.directory / SAMPLES
+        return self.directory / names.SAMPLES
 
     @property
     def checkpoint_interval(self) -> int | None:
@@ -148,7 +142,8 @@ def prepare_run(run: Run, datasets_dir: Path, world: World, checkpoint: str | No
     say = tqdm.write if resume else None
     locked = world.agree(lambda: run_folder.lock_run(run.directory, say), on=world.is_first)
     if locked:
-        checkpointing.remove_leftovers(run.checkpoints)
+        with warned("remove what interrupted saves have left"):
+            checkpointing.remove_leftovers(run.checkpoints)
     elif world.is_first:
         tqdm.write(f"Warning: {run.directory} cannot be locked; do not start this run twice")
     dataset, on_each_node = (config.dataset, config.dataset_revision), world.local_rank == 0
@@ -167,7 +162,7 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
     """Open a run's token files. Raises InputError for a file that is missing, damaged or too short."""
     folder = hub.dataset_folder(datasets_dir, config.dataset)
     model = match_tokenizer(folder, model)
-    tokenizer = (folder / TOKENIZER_FILE).read_bytes() if model.tokenizer == "dataset" else None
+    tokenizer = (folder / names.TOKENIZER_FILE).read_bytes() if model.tokenizer == "dataset" else None
 
     def sequences(split: str, start: int) -> Sequences:
         return Sequences(TokenFiles(folder, split), start, model.context_length, config.random_seed)

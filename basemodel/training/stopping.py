@@ -19,9 +19,9 @@ REPEAT_SECONDS = 3.0  # how long a second signal counts as torchrun's copy of th
 class StopSignal:
     """Remembers that a signal (SIGTERM, SIGINT, SIGHUP or SIGUSR1) asked this process to stop.
 
-    A second signal exits immediately, without saving, but is ignored within REPEAT_SECONDS of the first,
-    because torchrun forwards what the terminal has already sent. A separate thread receives the signals:
-    Python's own handlers run in the main thread, which a collective with a lost process may block.
+    A second signal exits immediately, without saving, but is ignored within REPEAT_SECONDS of the first. From
+    torchrun it is ignored however late it comes, because torchrun forwards what the terminal has sent to all.
+    A separate thread receives the signals: Python's handlers run in the main thread, which may be blocked.
     """
 
     def __init__(self) -> None:
@@ -57,11 +57,13 @@ class StopSignal:
         return 128 + (self.received or signal.SIGTERM)
 
     def _watch(self, reader: int) -> None:
-        first = None
+        first, copy_due = None, self._launcher is not None
         while number := os.read(reader, 1):
             if first is None:
                 first, self.received = time.monotonic(), self.received or number[0]
-            elif time.monotonic() - first > REPEAT_SECONDS:
+            elif copy_due or time.monotonic() - first < REPEAT_SECONDS:
+                copy_due = False
+            else:
                 os._exit(128 + number[0])
         os.close(reader)
 
