@@ -15,16 +15,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import tiktoken
-import tiktoken.registry
-from helpers import Sandbox, make_sandbox, requested_range, write_dataset
-from texts import gpt2_stand_in
+from forkserver import start_for_all_workers
+
+if TYPE_CHECKING:  # pytest's own process, which runs no tests, starts its workers without waiting for imports
+    import tiktoken
+    from helpers import Sandbox
 
 gc.disable()  # while all tests are imported, and what they need, of which nothing goes
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not config.getoption("collectonly"):
+        start_for_all_workers()
 
 
 def pytest_collection_finish() -> None:
@@ -55,7 +62,9 @@ class Hub:
 
 
 @pytest.fixture
-def sandbox(tmp_path: Path) -> Sandbox:
+def sandbox(tmp_path: Path) -> "Sandbox":
+    from helpers import Sandbox, write_dataset
+
     write_dataset(tmp_path / "datasets/test/tokens")
     return Sandbox(tmp_path)
 
@@ -63,14 +72,19 @@ def sandbox(tmp_path: Path) -> Sandbox:
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run like those of make_sandbox that two processes have trained undisturbed."""
+    from helpers import make_sandbox
+
     sandbox = make_sandbox(tmp_path_factory.mktemp("undisturbed"), "whole")
     sandbox.train("whole", processes=2)
     return sandbox.run_dir("whole")
 
 
 @pytest.fixture
-def gpt2(monkeypatch: pytest.MonkeyPatch) -> Iterator[tiktoken.Encoding]:
+def gpt2(monkeypatch: pytest.MonkeyPatch) -> "Iterator[tiktoken.Encoding]":
     """A stand-in for GPT-2's tokenizer that needs no download, here and in the scripts the test starts."""
+    import tiktoken.registry
+    from texts import gpt2_stand_in
+
     stand_in = gpt2_stand_in()
     monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", stand_in)
     monkeypatch.setenv("GPT2_STAND_IN", "1")
@@ -127,7 +141,7 @@ def serve_hub() -> Iterator[Callable[[Path], Hub]]:
 
                 def send_file(self, data: bytes) -> None:
                     headers = {"X-Repo-Commit": "0" * 40, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
-                    asked = requested_range(self.headers.get("Range"), len(data))
+                    asked = import_module("helpers").requested_range(self.headers.get("Range"), len(data))
                     if self.command == "HEAD":
                         headers = {"Content-Length": str(len(data))} | headers | hub.headers
                     if asked is None or not hub.has_ranges:

@@ -8,7 +8,7 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
-from helpers import FORKSERVER, start_forkserver
+from forkserver import FORKSERVER, start_forkserver
 
 
 def _call(module: str, name: str, arguments: tuple, outcome: Any) -> None:

@@ -8,8 +8,6 @@ environment, output and exit status of its own, as if it had been typed. `run_py
 import contextlib
 import inspect
 import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import re
 import runpy
@@ -24,7 +22,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,8 +29,8 @@ from typing import Any
 import click
 import numpy as np
 import pytest
-import shim
 from click.testing import CliRunner
+from forkserver import FORKSERVER, SCRIPTS, start_forkserver
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
@@ -121,44 +118,6 @@ def write_model(folder: Path, seed: int = 0, **changes: Any) -> tuple[Path, Path
 # ------------------------------------------------------------------------------------------------------------
 # Processes
 # ------------------------------------------------------------------------------------------------------------
-
-FORKSERVER = multiprocessing.get_context("forkserver")
-SCRIPTS = ("ddp_train", "prepare_datasets", "compare_runs", "upload_model")
-SCRIPTS += ("test_loss", "test_smoke", "test_ift", "test_harness", "ablate")
-HEAVY = (
-    "torch._dynamo",
-    "torch.distributed.run",
-    "matplotlib.pyplot",
-    "matplotlib.font_manager",
-    "tiktoken",
-    "openai",
-    "pytest",
-    "pyarrow.parquet",
-    # What `datasets` imports; itself and huggingface_hub read the environment as they are imported.
-    "pandas",
-    "pyarrow.dataset",
-    "fsspec",
-    "multiprocess",
-    "httpx",
-    "yaml",
-)
-
-
-@cache
-def start_forkserver() -> bool:
-    """Start the process that imports everything once; it finds modules as this one does. Returns whether it
-    has the library of faults.c, which does nothing until a test asks for it."""
-    FORKSERVER.set_forkserver_preload(["preload"])
-    library = shim.library_file()
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in shim.environment(library).items() if library else ():
-            patch.setenv(key, value)
-        # Given for a single test, where importing everything takes longer than it saves.
-        patch.setenv("PRELOAD", os.environ.get("PRELOAD") or ",".join([*SCRIPTS, *HEAVY]))
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        multiprocessing.forkserver.ensure_running()
-    return library is not None
 
 
 @dataclass(frozen=True)

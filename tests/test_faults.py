@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from faults import cut_power_everywhere, fail_every_call
 from forked import forked
-from helpers import start_forkserver
+from forkserver import start_forkserver
 from shim import library, read_calls
 from watched import get_ready
 
