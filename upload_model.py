@@ -9,6 +9,7 @@ project's code. Before the folder gets its name or is pushed, transformers loads
 compared with gpt.py's.
 """
 
+import contextlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -63,9 +64,10 @@ def main(
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
     require_vocabulary(model, tokenizer)
     work = Path(tempfile.mkdtemp()) if pushes else work_folder(output)
-    shutil.rmtree(work, ignore_errors=True)
+    folder = work / "finished"
+    shutil.rmtree(folder, ignore_errors=True)
     try:
-        make_folder(folder := work / "finished")
+        make_folder(folder)
         write_model(folder, model, tokenizer)
         name = destination if pushes else output.resolve().name
         write_model_card(folder, name, model, model_safetensors, license)
@@ -76,7 +78,9 @@ def main(
             publish(folder, output, last="config.json")
             print(f"Written to {output}")
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            work.rmdir()
 
 
 if __name__ == "__main__":

@@ -99,20 +99,20 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Write the line and what could not be written before; a failure is only a warning."""
-        if not self._line:
-            return
         line, self._line = self._line, {}
         finite = {key: value if math.isfinite(value) else None for key, value in line.items()}
-        self._unwritten += (json.dumps(finite) + "\n").encode()
+        if line:
+            self._unwritten += (json.dumps(finite) + "\n").encode()
         with warned(f"write {METRICS}"):
             if self._file is None:
                 self._open()
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
             # A signal arrived between this step and its validation: merge the two lines.
-            if line["step"] == self._begun_at:
+            if line.get("step") == self._begun_at:
                 self._open()
-        self._trackers.log(finite)
+        if line:
+            self._trackers.log(finite)
 
     def close(self, status: str) -> None:
         self.flush()

@@ -8,24 +8,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from basemodel.common import names
 from basemodel.common.errors import InputError
 from basemodel.common.files import contents, lock, locked
-from basemodel.common.names import (
-    CHART,
-    CHECKPOINTS,
-    METRICS,
-    SAMPLES,
-    STATUS,
-    TRAIN_JSON,
-    require_plain_name,
-)
+from basemodel.common.names import CHART, CHECKPOINTS, METRICS, SAMPLES, STATUS, TRAIN_JSON
 
 LOCK_SECONDS = 900.0  # how long a resumed run waits for its old processes, which may hang until they time out
 
 
 def find_run(runs_dir: Path, name: str) -> Path:
     """The folder of the run `name`. Raises InputError, listing the runs, if there is none."""
-    folder = runs_dir / require_plain_name(name, "run")
+    folder = runs_dir / names.require_plain_name(name, "run")
     if not folder.is_dir():
         available = ", ".join(sorted(path.parent.name for path in runs_dir.glob(f"*/{TRAIN_JSON}"))) or "none"
         raise InputError(f"{folder}: no such run; available: {available}")
@@ -96,8 +89,8 @@ def is_locked(run_dir: Path) -> bool:
 
 def set_earlier_results_aside(directory: Path) -> Path | None:
     """Move the results of an earlier run into a new subfolder and return it; None if there are none."""
-    names = (CHECKPOINTS, METRICS, STATUS, CHART, SAMPLES, "trackers.json", "tensorboard", "wandb")
-    results = [path for path in map(directory.joinpath, names) if path.is_file() or _contents(path)]
+    written = (CHECKPOINTS, METRICS, STATUS, CHART, SAMPLES, "trackers.json", "tensorboard", "wandb")
+    results = [path for path in map(directory.joinpath, written) if path.is_file() or _contents(path)]
     if not results:
         return None
     now = datetime.now(UTC)
