@@ -32,7 +32,6 @@ from basemodel.common.names import CHECKPOINTS, METRICS, MODEL_JSON, SAMPLES, TR
 from basemodel.common.output import markdown_table
 from basemodel.common.xkcd import xkcd_chart
 from basemodel.evaluation import measurements
-from basemodel.evaluation.measurements import MeasuredLoss, TaskResult, headlines
 from basemodel.model.config import GPTConfig
 from basemodel.training.config import TrainConfig
 from basemodel.training.run_folder import find_run, read_metrics, read_samples, read_status
@@ -81,8 +80,8 @@ class RunSummary:
     curves: dict[str, Points]  # train and validation (losses), learning_rate and grad_norm
     samples: list[dict[str, Any]]  # how the model continued prompts while it trained
     validation_loss: float | None  # the best so far
-    test: MeasuredLoss | None  # of the best checkpoint, else of the latest
-    tasks: list[TaskResult]  # of the same checkpoints
+    test: measurements.MeasuredLoss | None  # of the best checkpoint, else of the latest
+    tasks: list[measurements.TaskResult]  # of the same checkpoints
     tokens: int | None  # seen so far
     seconds: float | None  # in all parts of the run, however often it was resumed
     global_batch: int | None  # sequences per optimizer step
@@ -146,7 +145,7 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
         changed = (key for key in config if config[key] != first[key])
         return ", ".join(f"{key} {json.dumps(first[key])} → {json.dumps(config[key])}" for key in changed)
 
-    tasks = dict.fromkeys(result.title for run in runs for result in headlines(run.tasks))
+    tasks = dict.fromkeys(result.title for run in runs for result in measurements.headlines(run.tasks))
 
     return [
         {
@@ -158,7 +157,7 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
             "validation loss": shown(run.validation_loss, "{:.4f}"),
             "test loss": UNKNOWN if run.test is None else str(run.test),
             **dict.fromkeys(tasks, UNKNOWN),
-            **{result.title: str(result) for result in headlines(run.tasks)},
+            **{result.title: str(result) for result in measurements.headlines(run.tasks)},
             "tokens/s": shown(run.tokens_per_second, "{:,.0f}"),
             "hours": shown(run.seconds and run.seconds / 3600, "{:.2f}"),
             "cost": shown(run.status.get("cost_usd"), "${:,.2f}"),

@@ -9,6 +9,7 @@ MODEL_JSON, TRAIN_JSON = "model.json", "train.json"
 CHECKPOINTS, METRICS, STATUS, SAMPLES = "checkpoints", "metrics.jsonl", "status.json", "samples.jsonl"
 CHART = "training-run-chart.png"
 LINKS = ("latest", "best")  # in checkpoints/
+RESULTS = (CHECKPOINTS, METRICS, STATUS, CHART, SAMPLES, "trackers.json", "tensorboard", "wandb")
 # In the folder of a checkpoint or a data set
 META, TOKENIZER_FILE = "meta.json", "tokenizer.json"
 

@@ -11,7 +11,6 @@ from typing import Any
 from basemodel.common import names
 from basemodel.common.errors import InputError
 from basemodel.common.files import contents, lock, locked
-from basemodel.common.names import CHART, CHECKPOINTS, METRICS, SAMPLES, STATUS, TRAIN_JSON
 
 LOCK_SECONDS = 900.0  # how long a resumed run waits for its old processes, which may hang until they time out
 
@@ -20,7 +19,8 @@ def find_run(runs_dir: Path, name: str) -> Path:
     """The folder of the run `name`. Raises InputError, listing the runs, if there is none."""
     folder = runs_dir / names.require_plain_name(name, "run")
     if not folder.is_dir():
-        available = ", ".join(sorted(path.parent.name for path in runs_dir.glob(f"*/{TRAIN_JSON}"))) or "none"
+        runs = sorted(path.parent.name for path in runs_dir.glob(f"*/{names.TRAIN_JSON}"))
+        available = ", ".join(runs) or "none"
         raise InputError(f"{folder}: no such run; available: {available}")
     return folder
 
@@ -28,7 +28,7 @@ def find_run(runs_dir: Path, name: str) -> Path:
 def read_status(run_dir: Path) -> dict[str, Any]:
     """The contents of status.json; empty if it is missing or damaged."""
     try:
-        return dict(json.loads((run_dir / STATUS).read_text(encoding="utf-8")))
+        return dict(json.loads((run_dir / names.STATUS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -89,8 +89,7 @@ def is_locked(run_dir: Path) -> bool:
 
 def set_earlier_results_aside(directory: Path) -> Path | None:
     """Move the results of an earlier run into a new subfolder and return it; None if there are none."""
-    written = (CHECKPOINTS, METRICS, STATUS, CHART, SAMPLES, "trackers.json", "tensorboard", "wandb")
-    results = [path for path in map(directory.joinpath, written) if path.is_file() or _contents(path)]
+    results = [path for path in map(directory.joinpath, names.RESULTS) if path.is_file() or _contents(path)]
     if not results:
         return None
     now = datetime.now(UTC)
