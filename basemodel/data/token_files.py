@@ -89,7 +89,7 @@ class TokenFile:
         except (OSError, SafetensorError) as error:
             if not path.exists():
                 raise InputError(f"{path}: no such file") from None
-            raise InputError(f"{path}: not safetensors, or cut off ({error}); fetch or prepare it") from None
+            raise InputError(f"{path}: damaged or not safetensors ({error}); fetch or prepare it") from None
         tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         layout = {name: (tensor.get_dtype(), len(tensor.get_shape())) for name, tensor in tensors.items()}
         if layout != {"tokens": ("U16", 1)}:
