@@ -77,6 +77,7 @@ class Training:
             for number in (1, 2):
                 os.dup2(output, number)
             self.close_terminal()  # this process's own handle of its other end
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which this may run, has it ignored
             sys.stdout.reconfigure(line_buffering=True)
             names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"
             os.environ.update(zip(names, map(str, (rank, rank, size, size, port)), strict=True))
