@@ -178,7 +178,8 @@ def kill_once(sandbox: Sandbox, dice: random.Random, *, in_save: bool, terminal:
     with contextlib.suppress(ProcessLookupError):
         training.signal(signal.SIGHUP if terminal else signal.SIGKILL)
     statuses = set(training.wait())
-    ended = {128 + signal.SIGHUP} if terminal else {-signal.SIGKILL}
+    # A terminal may go before a training listens to signals, which it does before its first step.
+    ended = {128 + signal.SIGHUP, -signal.SIGHUP} if terminal else {-signal.SIGKILL}
     assert statuses <= {0} | ended, f"{statuses}\n{training.log.read_text()}"
     return statuses != {0}
 
