@@ -365,18 +365,14 @@ def load_optimizer_tensors(
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition(".")
         saved.setdefault(name, {})[kind] = tensor
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {}
-    for index, parameter in enumerate(parameters):
-        own_state = saved.pop(names[parameter], {})
-        if own_state.keys() == optimizer.state[parameter].keys():
-            state[index] = own_state
+    for name, parameter in model.named_parameters():
+        own_state, state = saved.pop(name, {}), optimizer.state[parameter]
+        for key in state if own_state.keys() == state.keys() else ():
+            state[key].copy_(own_state[key])  # in place, because Muon's are views
     if saved:
         name, own_state = next(iter(saved.items()))
         first = f"{name}.{next(iter(own_state))}"
         raise InputError(f"the optimizer has no parameter for '{first}'; it is configured differently")
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def _digest(meta: dict[str, Any]) -> str:

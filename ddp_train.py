@@ -55,8 +55,6 @@ class Learner:
     ) -> None:
         """`any_size`: compile for any microbatch size, not only the config's."""
         self.config, self.world = config, world
-        # DDP keeps gradients in its buckets for good; a single process frees them after each step.
-        self.keeps_gradients = world.size > 1
         self.precision = backend.choose_precision(config, world.device)
         backend.set_up_arithmetic(self.precision, deterministic=config.deterministic)
         backend.seed_weights(config.random_seed)
@@ -89,7 +87,7 @@ class Learner:
             with backend.autocast(self.precision, self.world.device):
                 module(torch.zeros(size, dtype=torch.int64, device=self.world.device)).backward()
         finally:
-            self.model.zero_grad(set_to_none=not self.keeps_gradients)
+            self.model.zero_grad()
 
     def train_step(self, microbatches: list[Tensor], learning_rate: float, *, stop: bool = False) -> Tensor:
         """Take an optimizer step on this process's share of the global batch: microbatches of (B, T + 1).
@@ -105,7 +103,7 @@ class Learner:
         finite = loss.isfinite() & grad_norm.isfinite()
         optimizer.set_learning_rate(self.optimizer, learning_rate)
         optimizer.step_if(finite, self.optimizer, self.scaler)
-        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
+        self.optimizer.zero_grad()  # to None: DDP averages new gradients as it copies them to its buckets
         return torch.stack([loss, grad_norm, finite.to(loss), stops])
 
     def _accumulate_gradients(self, microbatches: list[Tensor]) -> Tensor:

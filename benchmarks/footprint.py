@@ -54,7 +54,7 @@ def estimated(name: str, *, compiled: bool) -> float:
     """The estimated peak of a step on a CPU, in bytes."""
     model, config = configs(name)
     step = Step(model, dataclasses.replace(config, compile=compiled), config.microbatch_size, "cpu")
-    return sum(step.memory(keeps_gradients=False).values())
+    return sum(step.memory(accumulates=False).values())
 
 
 def measured(name: str, *, compiled: bool) -> float:

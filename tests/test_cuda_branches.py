@@ -72,7 +72,6 @@ def test_ddp_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(**{**TRAIN, "compile": False})
     learner = ddp_train.Learner(config, GPTConfig(**MODEL), ON_CUDA)
     assert found == {"device": CUDA, "device_ids": [1], "gradient_as_bucket_view": True}
-    assert learner.keeps_gradients
     assert learner.optimizer.defaults["fused"]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from basemodel.model.config import GPTConfig
 from basemodel.model.loss import NextTokenLoss, document_features
 from basemodel.model.masks import within_documents
 from basemodel.training.config import TrainConfig, optimizer_in_words
-from basemodel.training.optimizer import allocate_state, make_optimizer, set_learning_rate, share_out, step_if
+from basemodel.training.optimizer import allocate_state, make_optimizer, set_learning_rate, step_if
 from basemodel.training.processes import World
 from basemodel.training.schedule import learning_rate_at
 from gpt import GPTModel
@@ -112,41 +113,43 @@ def test_muon_leaves_everything_as_it_is_where_gradients_are_not_finite() -> Non
     assert not any(value.any() for state in optimizer.state.values() for value in state.values())
 
 
-def test_muons_work_is_shared_out_evenly_and_each_matrix_given_to_one_process() -> None:
-    with torch.device("meta"):
-        small = GPTModel(GPTConfig(50_257, 1024, 768, 12, 12, drop_rate=0.0, qkv_bias=False))
-    matrices = [p for p in small.trf_blocks.parameters() if p.dim() == 2]
-    costs = {id(matrix): matrix.numel() * min(matrix.shape) for matrix in matrices}
-    shares = share_out(matrices, list(costs.values()), 8)
-    assert sorted(id(matrix) for share in shares for matrix in share) == sorted(costs)
-    loads = [sum(costs[id(matrix)] for matrix in share) for share in shares]
-    assert max(loads) <= 1.05 * sum(loads) / 8
-
-
 @dataclass
 class Exchange:
-    """Two processes as Muon sees them, one after the other: `deliver` brings each the other's matrices."""
+    """Processes as Muon sees them, one after the other: all wait until the last has given its share."""
 
     rank: int
-    size: int = 2
-    shares: list[list[torch.Tensor]] = dataclasses.field(default_factory=list)
+    shares: list[list[torch.Tensor]]
 
-    def broadcast_shards(self, shares: list[list[torch.Tensor]]) -> None:
-        self.shares = shares
+    @property
+    def world(self) -> World:
+        return World(self.rank, self.rank, len(self.shares), len(self.shares), torch.device("cpu"), None)
 
-    @torch.no_grad()
-    def deliver(self, other: "Exchange") -> None:
-        for mine, theirs in zip(self.shares[other.rank], other.shares[other.rank], strict=True):
-            mine.copy_(theirs)
+    def share_of(self, count: int) -> slice:
+        return self.world.share_of(count)
+
+    def gather_shares(self, share: torch.Tensor, count: int) -> Callable[[], torch.Tensor]:
+        number = len(self.shares[self.rank])
+        self.shares[self.rank].append(share)
+        return lambda: torch.cat([shares[number] for shares in self.shares])
 
 
-def test_muons_work_shared_out_comes_to_what_one_process_alone_would_do() -> None:
+@pytest.mark.parametrize("processes", [2, 3, 5, 8])
+def test_muons_work_is_shared_out_evenly_and_each_matrix_given_to_one_process(processes: int) -> None:
+    for count in (48, 24, 2):
+        shares = [Exchange(rank, [[]] * processes).share_of(count) for rank in range(processes)]
+        items = [list(range(count))[share] for share in shares]
+        assert [item for share in items for item in share] == list(range(count))
+        assert max(map(len, items)) == -(-count // processes)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_muons_work_shared_out_comes_to_what_one_process_alone_would_do(processes: int) -> None:
     settings = config(
         optimizer="muon", weight_decay=0.1, embedding_learning_rate=0.3, head_learning_rate=0.004
     )
-    first, second = Exchange(0), Exchange(1)
-    models = [model_with_gradients(qkv_bias=True, init="zero") for _ in range(3)]
-    peers = (ALONE, first, second)
+    shares: list[list[torch.Tensor]] = [[] for _ in range(processes)]
+    peers = [ALONE, *(Exchange(rank, shares) for rank in range(processes))]
+    models = [model_with_gradients(qkv_bias=True, init="zero") for _ in peers]
     optimizers = [
         make_optimizer(model, settings, "fp32", peer) for model, peer in zip(models, peers, strict=True)
     ]
@@ -157,10 +160,11 @@ def test_muons_work_shared_out_comes_to_what_one_process_alone_would_do() -> Non
                 parameter.grad = gradient
         for optimizer in optimizers:
             set_learning_rate(optimizer, 0.01)
-            optimizer.step()
-        assert all(first.shares)
-        first.deliver(second)
-        second.deliver(first)
+            optimizer._muon.begin_step()
+        for optimizer in optimizers:
+            optimizer._adamw.step()
+            optimizer._muon.finish_step()
+    assert len(shares[0]) == 20 * 2
     alone = models[0].tensors()
     for model in models[1:]:
         for name, tensor in model.tensors().items():

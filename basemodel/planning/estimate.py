@@ -159,7 +159,7 @@ def estimate(run: Run, machine: Machine, train_count: int | None) -> Estimate:
 def memory_by_part(run: Run, machine: Machine, microbatch: int) -> dict[str, float]:
     """Bytes of one GPU."""
     step = Step(run.model_config, run.config, microbatch)
-    memory = step.memory(processes=machine.count, keeps_gradients=run.config.may_accumulate)
+    memory = step.memory(processes=machine.count, accumulates=run.config.may_accumulate)
     return memory | {"reserve": GIB * reserve_gib(machine.gpu.memory_gib)}
 
 

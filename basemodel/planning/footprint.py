@@ -70,20 +70,21 @@ class Step:
         """V, padded on a GPU as the loss pads the head."""
         return self.model.vocab_size + (-self.model.vocab_size % 64 if self.device == "cuda" else 0)
 
-    def memory(self, *, processes: int = 1, keeps_gradients: bool = True) -> dict[str, float]:
+    def memory(self, *, processes: int = 1, accumulates: bool = True) -> dict[str, float]:
         """Bytes by part when their sum is largest: as the loss is computed, or as the optimizer steps.
 
-        Gradients that are not kept come as activations go, so only the second of the two moments has them.
+        Without gradient accumulation gradients come as activations go, so only the second moment has them.
+        With several processes they are then in DDP's buckets.
         """
         weights = 4 * self.model.parameter_count
         with_one = self.model.hidden_parameters if self.config.optimizer == "muon" else 0
         lasting = {"weights": weights, "optimizer": 2 * weights - 4 * with_one}
-        if processes > 1:  # DDP rebuilds its buckets once, and then has gradients in old and new ones
+        if processes > 1:
             lasting["buckets"] = weights
-        if keeps_gradients or processes > 1:
-            lasting["gradients"] = weights
         in_loss = lasting | {"activations": self._activations(), "logits": self._logits()}
-        in_update = lasting | {"gradients": weights}
+        if accumulates:
+            in_loss["gradients"] = weights
+        in_update = lasting if processes > 1 else lasting | {"gradients": weights}
         return max(in_loss, in_update, key=lambda parts: sum(parts.values()))
 
     def _activations(self) -> float:

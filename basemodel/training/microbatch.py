@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from basemodel.common.errors import RunError
@@ -19,21 +18,6 @@ from basemodel.training.run import Run
 from basemodel.training.stopping import StopSignal
 
 Learner = Any  # ddp_train.py's, which this package does not import
-
-
-class Rehearsal(World):
-    """One process with the buffers of several, which never waits for another that ran out of memory."""
-
-    def broadcast_shards(self, shares: list[list[Tensor]]) -> None:
-        """Allocate the buffers that broadcasting `shares` takes."""
-        _ = [torch.cat([tensor.flatten() for tensor in share]) for share in shares]
-
-
-def rehearsal_of(world: World) -> World:
-    """The world in which to try sizes: without communication, but with the buffers it takes."""
-    if world.size == 1:
-        return world
-    return Rehearsal(0, world.local_rank, 1, world.local_size, world.device, control=None)
 
 
 def find_max_microbatch(run: Run, world: World, make_learner: Callable[..., Learner]) -> int:
@@ -47,8 +31,11 @@ def find_max_microbatch(run: Run, world: World, make_learner: Callable[..., Lear
         memory.limit_host_memory(world.local_size)
     smallest = dataclasses.replace(run.config, microbatch_size=1)
     with memory.memory_errors_explained("the model alone does not fit; use a smaller one or fewer processes"):
-        learner = make_learner(smallest, run.model_config, rehearsal_of(world), any_size=True)
-    learner.keeps_gradients = world.size > 1
+        # One process, which never waits for another that ran out of memory
+        alone = World(0, world.local_rank, 1, world.local_size, world.device, control=None)
+        learner = make_learner(smallest, run.model_config, alone, any_size=True)
+        # What DDP would hold
+        learner.buckets = [torch.empty_like(p) for p in learner.model.parameters() if world.size > 1]
     with StopSignal() as stop:
         size = largest_that_fits(lambda size: rehearse(learner, size), world, stop)
     if learner.loss_module.is_compiled:  # for any size so far, but a run compiles for one

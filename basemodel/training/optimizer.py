@@ -57,12 +57,31 @@ def adamw_groups(model: GPTModel, config: TrainConfig, excluded: set[int]) -> li
     ]
 
 
+class Stack:
+    """Matrices (M, N) and (N, M), M <= N, that Muon handles as one tensor (count, M, N)."""
+
+    def __init__(self, matrices: list[nn.Parameter]) -> None:
+        self.matrices = matrices
+        self.momentum = torch.zeros_like(self.join(matrices))
+        # Larger steps for tall matrices: torch's "original" adjustment.
+        factors = [math.sqrt(max(1, rows / columns)) for rows, columns in (m.shape for m in matrices)]
+        self.factors = self.momentum.new_tensor(factors)[:, None, None]
+
+    @staticmethod
+    def join(matrices: list[Tensor]) -> Tensor:
+        return torch.stack([x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]).detach()
+
+    def split(self, stacked: Tensor) -> list[Tensor]:
+        """Views of a tensor like `momentum`, each in the shape of its matrix."""
+        return [x if x.shape == m.shape else x.mT for x, m in zip(stacked, self.matrices, strict=True)]
+
+
 class Muon(torch.optim.Muon):
     """A faster torch.optim.Muon, which updates matrices by orthogonalized momentum (Jordan et al. 2024).
 
     Orthogonalizing takes fifteen small matrix products per matrix. Here matrices of the same shape are
-    batched, in `dtype`, and each process updates its share of the matrices and broadcasts them. Every process
-    keeps the momentum of all matrices, so that the first one can save it.
+    stacked, and each process orthogonalizes its share of every stack, in `dtype`. All processes keep the
+    momentum of all matrices, so that the first one can save it, and apply all updates.
     """
 
     found_inf: Tensor | None = None  # set by `step_if`
@@ -75,41 +94,42 @@ class Muon(torch.optim.Muon):
         decay, momentum = config.weight_decay, config.muon_momentum
         super().__init__([group], lr=rate, weight_decay=decay, momentum=momentum)
         self.world, self.dtype = world, dtype
-        self.shares = share_out(matrices, [p.numel() * min(p.shape) for p in matrices], world.size)
+        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for matrix in matrices:
+            by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
+        self.stacks = [Stack(each) for each in by_shape.values()]
+        for stack in self.stacks:
+            for matrix, view in zip(stack.matrices, stack.split(stack.momentum), strict=True):
+                self.state[matrix]["momentum_buffer"] = view
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Update all matrices from gradients that are already averaged over the processes.
+    def begin_step(self) -> None:
+        """Compute this process's updates from averaged gradients, and start to exchange them.
 
         Nothing changes if `found_inf` is set and not 0; the device decides that, without the host.
         """
         (group,) = self.param_groups
-        matrices = group["params"]
-        finite = matrices[0].new_zeros(()) == 0 if self.found_inf is None else self.found_inf == 0
-        for matrix in matrices:
-            state = self.state[matrix]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(matrix)
-            momentum = state["momentum_buffer"]
-            momentum.lerp_(matrix.grad.where(finite, momentum), 1 - group["momentum"])
-        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for matrix in self.shares[self.world.rank]:
-            by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
-        for batch in by_shape.values():
-            for matrix, update in zip(batch, self._updates(batch, group), strict=True):
-                # Larger steps for tall matrices: torch's "original" adjustment.
-                rate = group["lr"] * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1]))
-                updated = matrix.mul(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
-                matrix.copy_(updated.where(finite, matrix))
-        self.world.broadcast_shards(self.shares)
+        one = self.stacks[0].factors.new_ones(())
+        self._finite = one if self.found_inf is None else one - self.found_inf
+        self._updates = []
+        for stack in self.stacks:
+            gradients = Stack.join([matrix.grad for matrix in stack.matrices])
+            gradients = gradients.where(self._finite > 0, stack.momentum)
+            stack.momentum.lerp_(gradients, 1 - group["momentum"])
+            share = self.world.share_of(len(gradients))
+            ahead = gradients[share].lerp(stack.momentum[share], group["momentum"])  # Nesterov's momentum
+            updates = orthogonalized(ahead.to(self.dtype), group["ns_coefficients"], group["ns_steps"])
+            self._updates.append(self.world.gather_shares(updates, len(gradients)))
 
-    def _updates(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> list[Tensor]:
-        """The orthogonalized Nesterov momentum of matrices (M, N) or (N, M), M <= N."""
-        momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        ahead = [p.grad.lerp(m, group["momentum"]) for p, m in zip(matrices, momenta, strict=True)]
-        batch = torch.stack([x if x.shape[0] <= x.shape[1] else x.mT for x in ahead]).to(self.dtype)
-        updates = orthogonalized(batch, group["ns_coefficients"], group["ns_steps"])
-        return [u if u.shape == m.shape else u.mT for u, m in zip(updates, matrices, strict=True)]
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """Wait for the updates of all matrices and apply them."""
+        (group,) = self.param_groups
+        rate = group["lr"] * self._finite
+        for stack, updates in zip(self.stacks, self._updates, strict=True):
+            torch._foreach_mul_(stack.matrices, 1 - rate * group["weight_decay"])
+            changes = updates().float() * (rate * stack.factors)
+            torch._foreach_sub_(stack.matrices, stack.split(changes))
 
 
 def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
@@ -131,26 +151,15 @@ class MuonWithAdamW(Optimizer):
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         super().__init__([*muon.param_groups, *adamw.param_groups], defaults={})
         self._muon, self._adamw = muon, adamw
+        self.state.update(muon.state)
+        muon.state = adamw.state = self.state
 
     def step(self, closure: None = None) -> None:
         """Update all parameters."""
-        # Loading a checkpoint replaces the groups and state that both share with this optimizer.
-        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        self._muon.state = self._adamw.state = self.state
         self._muon.found_inf = self._adamw.found_inf = self.found_inf
-        self._muon.step()
-        self._adamw.step()
-
-
-def share_out(items: list[nn.Parameter], costs: list[int], shares: int) -> list[list[nn.Parameter]]:
-    """Divide items into `shares` lists of similar cost: each, the costliest first, goes to the lightest."""
-    lists: list[list[nn.Parameter]] = [[] for _ in range(shares)]
-    loads = [0] * shares
-    for index in sorted(range(len(items)), key=lambda index: -costs[index]):
-        lightest = loads.index(min(loads))
-        lists[lightest].append(items[index])
-        loads[lightest] += costs[index]
-    return lists
+        self._muon.begin_step()
+        self._adamw.step()  # while processes exchange Muon's updates
+        self._muon.finish_step()
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -126,22 +126,28 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def broadcast_shards(self, shares: list[list[Tensor]]) -> None:
-        """Broadcast the tensors of `shares[rank]`, all of one dtype, from each process, in place."""
+    def share_of(self, count: int) -> slice:
+        """Which of `count` items are this process's."""
+        size = -(-count // self.size)
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def gather_shares(self, share: Tensor, count: int) -> Callable[[], Tensor]:
+        """Start to gather the shares, along the first dimension, of all processes in `count` items.
+
+        Returns a function that waits and returns them.
+        """
         if self.size == 1:
-            return
-        flat = [torch.cat([tensor.flatten() for tensor in share]) if share else None for share in shares]
-        works = [
-            dist.broadcast(tensors, src=rank, async_op=True)
-            for rank, tensors in enumerate(flat)
-            if tensors is not None
-        ]
-        for work in works:
+            return lambda: share
+        size = -(-count // self.size)
+        padded = torch.cat([share, share.new_zeros(size - len(share), *share.shape[1:])])
+        gathered = share.new_empty(self.size * size, *share.shape[1:])
+        work = dist.all_gather_into_tensor(gathered, padded, async_op=True)
+
+        def wait() -> Tensor:
             work.wait()
-        for rank, (share, tensors) in enumerate(zip(shares, flat, strict=True)):
-            if share and rank != self.rank:
-                for tensor, values in zip(share, tensors.split([t.numel() for t in share]), strict=True):
-                    tensor.copy_(values.view_as(tensor))
+            return gathered[:count]
+
+        return wait
 
 
 @contextmanager
