@@ -141,7 +141,7 @@ class World:
         size = -(-count // self.size)
         padded = torch.cat([share, share.new_zeros(size - len(share), *share.shape[1:])])
         gathered = share.new_empty(self.size * size, *share.shape[1:])
-        work = dist.all_gather_into_tensor(gathered, padded, async_op=True)
+        work = dist.all_gather(list(gathered.chunk(self.size)), padded, async_op=True)
 
         def wait() -> Tensor:
             work.wait()
