@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -33,6 +34,7 @@ from click.testing import CliRunner
 from forkserver import FORKSERVER, SCRIPTS, start_forkserver
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parent.parent
 MODEL = {
@@ -432,8 +434,8 @@ def rank_environment(rank: int, processes: int, holder: socket.socket) -> dict[s
 
 
 def make_sandbox(path: Path, *runs: str, **changes: object) -> Sandbox:
-    """A sandbox with runs that drop out, validate, save and prune often."""
-    sandbox = Sandbox(path)
+    """A sandbox with runs that drop out, validate, save and prune often, in few microbatches."""
+    sandbox, changes = Sandbox(path), {"microbatch_size": 4, **changes}
     write_dataset(sandbox.datasets / "test/tokens")
     for run in runs:
         sandbox.write_run(run, TORTURED_MODEL, {**TORTURED_TRAIN, **changes})
@@ -455,6 +457,19 @@ def assert_modes_are_the_umasks(folder: Path) -> None:
     for path in folder.rglob("*"):
         usual = 0o777 if path.is_dir() else 0o666
         assert path.is_symlink() or stat.S_IMODE(path.stat().st_mode) == usual & ~umask, path
+
+
+class Calls(TorchDispatchMode):
+    """A context that counts the operations which compute something, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.count[func.name().removeprefix("aten::").partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def assert_same_tensors(one: dict[str, Any], other: dict[str, Any]) -> None:

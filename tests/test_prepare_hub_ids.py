@@ -77,7 +77,6 @@ def finished(script: Script) -> Finished:
 OWN = split_texts(TEXTS["own"], 0.1)
 DOCUMENTS = {
     "me/two --name small": {"train": TEXTS["small"], "validation": TEXTS["held"]},
-    "me/two --name big --validation-fraction 0.1": split_texts(TEXTS["big"], 0.1),
     "me/lines --validation-fraction 0.1": OWN,
     "me/sheet --validation-fraction 0.1": OWN,
 }

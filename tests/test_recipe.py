@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MODEL, TRAIN, Sandbox, assert_same_tensors, random_tokens, run_script, write_dataset
+from helpers import (
+    MODEL,
+    TRAIN,
+    Calls,
+    Sandbox,
+    assert_same_tensors,
+    random_tokens,
+    run_script,
+    write_dataset,
+)
 
 from basemodel.evaluation.measurements import read_test_loss
 from basemodel.model.config import GPTConfig
@@ -111,6 +120,22 @@ def test_muon_leaves_everything_as_it_is_where_gradients_are_not_finite() -> Non
     step_if(torch.tensor(False), optimizer, torch.amp.GradScaler("cpu", enabled=False))
     assert_same_tensors(before, model.tensors())
     assert not any(value.any() for state in optimizer.state.values() for value in state.values())
+
+
+def test_a_step_takes_few_kernels_however_many_the_layers() -> None:
+    counts = []
+    for layers in (2, 12):
+        model = model_with_gradients(n_layers=layers)
+        optimizer = make_optimizer(model, config(optimizer="muon"), "bf16", ALONE)
+        gradients = [parameter.grad for parameter in model.parameters()]
+        allocate_state(optimizer)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        with Calls() as calls:
+            step_if(torch.tensor(True), optimizer, torch.amp.GradScaler("cpu", enabled=False))
+        counts.append(calls.count)
+    assert counts[0] == counts[1]
+    assert counts[0]["baddbmm"] == 2 * 2 * 5 and counts[0].total() < 100, counts
 
 
 @dataclass

@@ -47,7 +47,7 @@ def sampling_sandbox(path: Path, *runs: str, interval: int = 5) -> Sandbox:
     """Runs like those of make_sandbox, with samples."""
     sandbox = make_sandbox(path)
     for run in runs:
-        train = {**TORTURED_TRAIN, **SAMPLED, "sample_interval": interval}
+        train = {**TORTURED_TRAIN, **SAMPLED, "microbatch_size": 4, "sample_interval": interval}
         sandbox.write_run(run, {**TORTURED_MODEL, "tokenizer": "bytes"}, train)
     return sandbox
 

@@ -83,8 +83,10 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGINT, None)])
+@pytest.mark.parametrize(
+    ("moment", "number", "rank"),
+    [("step", signal.SIGTERM, 1), ("save", signal.SIGINT, None), ("validation", signal.SIGTERM, 0)],
+)
 @forked
 def test_a_signal_stops_all_after_the_same_step(
     tmp_path: Path, whole: Path, moment: str, number: int, rank: int | None

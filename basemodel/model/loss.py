@@ -101,14 +101,15 @@ def chunk_loss_and_gradients(
     rows = targets.where(counts, 0)[:, None]
     log_probabilities = F.log_softmax(logits, dim=-1)
     of_targets = log_probabilities.gather(1, rows)
+    scale = counts[:, None].to(logits.dtype) if factor is None else counts[:, None] * factor
+    loss = -(of_targets.squeeze(1) * counts).sum()
     # The gradient is the softmax minus one at the target, subtracted before rounding.
-    gradient, at_targets = log_probabilities.exp_(), of_targets.exp().sub(1)
-    if factor is not None:
-        gradient, at_targets = gradient.mul_(factor), at_targets * factor
-    gradient = gradient.to(features.dtype)
-    gradient.scatter_(1, rows, at_targets.to(features.dtype))
-    gradient *= counts[:, None]
-    return -(of_targets.squeeze(1) * counts).sum(), gradient
+    if torch.compiler.is_compiling():  # one kernel; scatter_ would be another
+        columns = torch.arange(len(weight), device=weight.device)
+        gradient = (log_probabilities.exp() - (columns == rows).to(logits.dtype)) * scale
+    else:
+        gradient = log_probabilities.exp_().scatter_add_(1, rows, -torch.ones_like(of_targets)).mul_(scale)
+    return loss, gradient.to(features.dtype)
 
 
 ChunkFunction = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], tuple[Tensor, Tensor]]
@@ -120,6 +121,13 @@ class Chunks(NamedTuple):
     tokens: int | None = None  # per chunk; None: as many as CHUNK_LOGITS allows
     function: ChunkFunction = chunk_loss_and_gradients
     gradients: bool = True  # whether any are needed
+
+
+def chunk_count(tokens: int, vocab_size: int, device: str) -> int:
+    """Into how many chunks the loss is cut: of equal size, where less than twice as many as needed make them,
+    because compiled code is specialized for a size."""
+    least = math.ceil(tokens * vocab_size / CHUNK_LOGITS.get(device, DEFAULT_CHUNK_LOGITS))
+    return next((count for count in range(least, 2 * least) if tokens % count == 0), least)
 
 
 def chunked_cross_entropy(
@@ -140,9 +148,8 @@ def chunked_cross_entropy(
     if torch.is_autocast_enabled(features.device.type):
         features = features.to(torch.get_autocast_dtype(features.device.type))
     tokens = chunks.tokens
-    if tokens is None:  # equal chunks, because compiled code is specialized for a size
-        limit = CHUNK_LOGITS.get(features.device.type, DEFAULT_CHUNK_LOGITS)
-        tokens = math.ceil(len(features) / math.ceil(len(features) * len(weight) / limit))
+    if tokens is None:
+        tokens = math.ceil(len(features) / chunk_count(len(features), len(weight), features.device.type))
     gradients = torch.is_grad_enabled() and (features.requires_grad or weight.requires_grad)
     chunks = chunks._replace(tokens=tokens, gradients=gradients)
     return _ChunkedCrossEntropy.apply(features, weight, targets, loss_scale, chunks)
@@ -161,8 +168,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = features.new_zeros((), dtype=torch.promote_types(features.dtype, torch.float32))
         if chunks.gradients:
             features_gradient = torch.empty_like(features)
-            weight_gradient = torch.zeros_like(weight)
-            product = torch.empty_like(padded)
+            weight_gradient = torch.zeros_like(padded, dtype=weight.dtype)
         with torch.autocast(features.device.type, enabled=False):
             for first in range(0, len(features), chunks.tokens):
                 chunk = features[first : first + chunks.tokens]
@@ -171,12 +177,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 loss += chunk_loss
                 if chunks.gradients:
                     torch.mm(gradient, padded, out=features_gradient[first : first + chunks.tokens])
-                    torch.mm(gradient.T, chunk, out=product)
-                    weight_gradient += product[:vocab_size]
+                    _add_product(weight_gradient, gradient.T, chunk)
         if chunks.gradients:
             # The saved gradients are those of the loss times this.
             multiple = count if loss_scale is None else loss_scale
-            ctx.save_for_backward(features_gradient, weight_gradient, multiple)
+            ctx.save_for_backward(features_gradient, weight_gradient[:vocab_size], multiple)
         return loss / count
 
     @staticmethod
@@ -188,3 +193,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             weight_gradient.mul_(scale),
             *[None] * 3,
         )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add `a @ b` to a total in float32, without rounding the product to half precision where CUDA can."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

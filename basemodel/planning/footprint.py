@@ -9,15 +9,15 @@ import math
 from dataclasses import dataclass
 
 from basemodel.model.config import GPTConfig
-from basemodel.model.loss import CHUNK_LOGITS, DEFAULT_CHUNK_LOGITS
+from basemodel.model.loss import chunk_count
 from basemodel.training.config import TrainConfig
 
 # Bytes moved for each activation (tokens x width x layers), hidden weight and logit, by whether the step is
 # compiled and by the bytes of an element
 TRAFFIC = {
-    (True, 2): (128, 24, 14),
-    (True, 4): (200, 14, 28),
-    (False, 2): (194, 26, 40),
+    (True, 2): (128, 24, 10),
+    (True, 4): (200, 14, 20),
+    (False, 2): (194, 26, 44),
     (False, 4): (236, 16, 36),
 }
 
@@ -62,8 +62,7 @@ class Step:
 
     @property
     def chunks(self) -> int:
-        limit = CHUNK_LOGITS.get(self.device, DEFAULT_CHUNK_LOGITS)
-        return math.ceil(self.tokens * self.model.vocab_size / limit)
+        return chunk_count(self.tokens, self.model.vocab_size, self.device)
 
     @property
     def rows(self) -> int:
@@ -128,10 +127,10 @@ class Step:
         products = N * (18 * L * C + rows + C) + hidden + self.chunks * rows * C
         per_activation, per_weight, per_logit = TRAFFIC[self.compiled, self.element]
         traffic = N * (per_activation * L * C + per_logit * rows + 70 * C) + per_weight * hidden
-        traffic += (63 + 10 * self.chunks) * shape.vocab_size * C
+        traffic += (63 + 6 * self.chunks) * shape.vocab_size * C
         if shape.drop_rate > 0:
             traffic += (8 if self.compiled else 24) * N * L * C
-        kernels = 38 * L + 33 + 8 * self.chunks if self.compiled else 63 * L + 33 + 23 * self.chunks
+        kernels = 38 * L + 33 + 6 * self.chunks if self.compiled else 63 * L + 33 + 23 * self.chunks
         return Work(flops, products, traffic, kernels)
 
     def validation_work(self) -> Work:
