@@ -74,6 +74,7 @@ class Saver:
         self._job: Future[None] = Future()
         self._job.set_result(None)
         self._copied: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+        self._buffers: dict[str, Tensor] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -81,10 +82,30 @@ class Saver:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
 
+    def reserve(self, tensors: dict[str, Tensor]) -> None:
+        """Allocate host memory for copies of the tensors, so that none is found missing hours later.
+
+        It is one block, because pinned memory, to which CUDA copies asynchronously, comes in powers of two.
+        """
+        sizes = [tensor.nbytes for tensor in tensors.values()]
+        layout = {"dtype": torch.uint8, "device": "cpu"}
+        try:
+            block = torch.empty(sum(sizes), **layout, pin_memory=any(t.is_cuda for t in tensors.values()))
+        except RuntimeError:  # more than may be pinned
+            block = torch.empty(sum(sizes), **layout)
+        self._buffers = {
+            name: part.view(tensor.dtype).view(tensor.shape)
+            for (name, tensor), part in zip(tensors.items(), block.split(sizes), strict=True)
+        }
+
     def copy(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """Copy the tensors to host memory. Waits for the previous save and raises its error, if any."""
         self.finish()
-        self._copied = tuple(map(_copy_to_host, (model, optimizer), self._copied))
+        if not self._buffers:
+            self.reserve(model | optimizer)
+        for name, tensor in (model | optimizer).items():
+            self._buffers[name].copy_(tensor.detach(), non_blocking=True)
+        self._copied = tuple({name: self._buffers[name] for name in part} for part in (model, optimizer))
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
@@ -133,17 +154,6 @@ class Saver:
                     raise RunError(f"{problem}; --resume {then}") from error
             tqdm.write(f"Warning: {problem}; trying again in {pause} s")
             time.sleep(pause)
-
-
-def _copy_to_host(tensors: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy into the buffers of the previous save, which are pinned so that CUDA copies asynchronously."""
-    copies = {}
-    for name, tensor in tensors.items():
-        if (buffer := buffers.get(name)) is None:
-            layout = {"memory_format": torch.contiguous_format, "pin_memory": tensor.is_cuda}
-            buffer = torch.empty_like(tensor, device="cpu", **layout)
-        copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
-    return copies
 
 
 def save_checkpoint(

@@ -36,6 +36,7 @@ from basemodel.results.reporting import NoReporter, Reporter, check_reporting, c
 from basemodel.training import backend, budget, microbatch, optimizer, pending, processes, resume, stopping
 from basemodel.training.config import TrainConfig
 from basemodel.training.run import Run, prepare_run
+from basemodel.training.schedule import BatchPlan
 from gpt import GPTConfig, GPTModel
 
 # Give up after this many non-finite steps in a row. fp16 runs start with a few: the loss scale starts at 2^16
@@ -51,16 +52,26 @@ class Learner:
     """A new model and everything that trains it: loss, optimizer, gradient averaging, loss scaling."""
 
     def __init__(
-        self, config: TrainConfig, model_config: GPTConfig, world: processes.World, *, any_size: bool = False
+        self,
+        config: TrainConfig,
+        model_config: GPTConfig,
+        world: processes.World,
+        *,
+        plan: BatchPlan | None = None,
+        any_size: bool = False,
     ) -> None:
-        """`any_size`: compile for any microbatch size, not only the config's."""
+        """`plan` has the shapes to compile for; without it, it is the config's microbatch, or `any_size`."""
         self.config, self.world = config, world
+        self.full_shape = config.microbatch_size, model_config.context_length + 1
+        self.shapes = plan.shapes() if plan else {self.full_shape}
         self.precision = backend.choose_precision(config, world.device)
         backend.set_up_arithmetic(self.precision, deterministic=config.deterministic)
         backend.seed_weights(config.random_seed)
         self.model = GPTModel(model_config).to(world.device)
         self.loss_module = NextTokenLoss(self.model, document_masking=config.document_masking)
-        backend.compile_if_configured(self.loss_module, config, world, self._warm_up, any_size=any_size)
+        self.compile_problem = backend.compile_if_configured(
+            self.loss_module, config, world, self._compile_all, any_size=any_size
+        )
         self.optimizer = optimizer.make_optimizer(self.model, config, self.precision, world)
         optimizer.allocate_state(self.optimizer)
         self.ddp_module = self._wrapped_in_ddp()
@@ -76,16 +87,22 @@ class Learner:
         ddp = DistributedDataParallel(self.loss_module, device_ids=device_ids, gradient_as_bucket_view=True)
         # The first pass makes DDP rebuild its buckets, the second moves gradients there. Both change how sums
         # over three or more processes round, so a resumed run must do the same before its first step.
-        self._warm_up(ddp)
-        self._warm_up(ddp)
+        self._warm_up(ddp, self.full_shape)
+        self._warm_up(ddp, self.full_shape)
         return ddp
 
-    def _warm_up(self, module: nn.Module) -> None:
+    def _compile_all(self, module: nn.Module) -> None:
+        """Run each kind of pass once, so that nothing is left to compile, or to fail, while training."""
+        for shape in self.shapes:
+            self._warm_up(module, shape)
+        if self.config.validation_interval is not None:
+            self.validation_loss(torch.zeros(self.full_shape, dtype=torch.int64, device=self.world.device))
+
+    def _warm_up(self, module: nn.Module, shape: tuple[int, int]) -> None:
         """Run one pass without an update, to trigger compilation and DDP's one-time setup."""
-        size = self.config.microbatch_size, self.model.config.context_length + 1
         try:
             with backend.autocast(self.precision, self.world.device):
-                module(torch.zeros(size, dtype=torch.int64, device=self.world.device)).backward()
+                module(torch.zeros(shape, dtype=torch.int64, device=self.world.device)).backward()
         finally:
             self.model.zero_grad()
 
@@ -188,7 +205,7 @@ class Trainer:
 
     def __init__(self, run: Run, world: processes.World) -> None:
         self.run, self.world = run, world
-        self.learner = Learner(run.config, run.model_config, world)
+        self.learner = Learner(run.config, run.model_config, world, plan=run.plan)
         self.progress, self.budget = Progress(), budget.Budget(run, world)
 
     def train(self) -> int:
@@ -204,6 +221,8 @@ class Trainer:
         self.saver = checkpointing.Saver(
             run.checkpoints, run.config.keep_checkpoints, run.metrics, run.data.tokenizer
         )
+        if world.is_first:
+            self.saver.reserve(self._tensors()[0] | self._tensors()[1])
         with stopping.StopSignal() as stop:
             finished = self._train_and_report_failure(stop)
             # torchrun ends the other processes as soon as one exits, so all wait until everything is saved.
@@ -219,8 +238,9 @@ class Trainer:
         return 0
 
     def _make_reporter(self) -> Reporter:
-        step, compiled = self.progress.global_step, self.learner.loss_module.is_compiled
-        return Reporter(self.run, self.clock, step, self.world.device_name, compiled=compiled)
+        learner, step, device = self.learner, self.progress.global_step, self.world.device_name
+        compiled, problem = learner.loss_module.is_compiled, learner.compile_problem
+        return Reporter(self.run, self.clock, step, device, compiled=compiled, compile_problem=problem)
 
     def _train_and_report_failure(self, stop: stopping.StopSignal) -> bool:
         """Train and save, even after a signal. Returns False if one arrived before all work was done."""
@@ -356,11 +376,15 @@ class Trainer:
             rng = self.world.all_gather(resume.rng_state(self.world.device))
             if not self.world.is_first:
                 return
-            tensors = checkpointing.optimizer_tensors(model, self.learner.optimizer)
-            self.saver.copy(model.tensors(), tensors)
+            self.saver.copy(*self._tensors())
         self.reporter.log(step, {"checkpoint_seconds": round(self.clock.pauses["checkpoint"], 3)})
         self.reporter.flush()
         self.saver.write(self._meta() | {"is_best": is_best, "rng": rng})
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What a checkpoint holds, of the model and of the optimizer."""
+        model = self.learner.model
+        return model.tensors(), checkpointing.optimizer_tensors(model, self.learner.optimizer)
 
     def _await_save(self) -> None:
         """Make all processes wait for the save in progress, however long it takes, so that none times out

@@ -3,7 +3,8 @@
 #
 #     git clone THIS_REPOSITORY && cd ddp-base-model && ./setup_lambda.sh
 #
-# It installs a font for the charts, creates .venv with Python 3.11 or later, and prints the next commands.
+# It installs a font for the charts, creates .venv with Python 3.11 or later, installs what torch.compile needs to
+# build kernels, checks that PyTorch can use the GPUs, and prints the next commands.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -48,6 +49,18 @@ else # the system's Python is too old or has no venv; uv installs another one
     uv pip install --quiet --python .venv/bin/python -c requirements.lock -e .
 fi
 
+echo "== build tools"
+has_build_tools() { # prints what is missing
+    .venv/bin/python -c 'import sys; from basemodel.training.backend import missing_build_tools; sys.exit(missing_build_tools())'
+}
+if has_build_tools; then
+    echo "already there"
+else
+    headers=$(.venv/bin/python -c 'import sys; print("python{}.{}-dev".format(*sys.version_info))')
+    as_root apt-get update -qq && install_packages build-essential "$headers" && has_build_tools ||
+        echo "none were installed; training would take twice as long, because it cannot be compiled"
+fi
+
 echo "== GPUs"
 names=
 if command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total --format=csv,noheader; then
@@ -55,6 +68,15 @@ if command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,memory.total 
 else
     echo "nvidia-smi finds no GPU; training would run on the CPU"
 fi
+
+.venv/bin/python -c '
+import sys, torch
+from basemodel.common.errors import InputError
+from basemodel.training.processes import join_world
+try:
+    print(f"PyTorch {torch.__version__} trains on: {join_world().device_name}")
+except InputError as error:
+    sys.exit(f"Error: {error}")'
 
 processes=$(grep -c . <<<"$names" || true)
 case "$processes $names" in

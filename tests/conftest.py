@@ -30,6 +30,8 @@ gc.disable()  # while all tests are imported, and what they need, of which nothi
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # a GPU that torch cannot use is no matter here
     if config.getoption("numprocesses", None) and not config.getoption("collectonly"):
         start_for_all_workers()
 

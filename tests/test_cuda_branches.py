@@ -1,6 +1,8 @@
 """Every branch for CUDA, on a CPU: what would be asked of the libraries, by stand-ins that note it."""
 
+import os
 import re
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,21 +11,22 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import MODEL, TRAIN, Sandbox, write_dataset
+from helpers import MODEL, NO_CHART, TRAIN, Sandbox, assert_same_tensors, write_dataset
 from torch import Tensor
 
 import checkpointing
 import ddp_train
 from basemodel.common.errors import InputError, RunError
 from basemodel.data import sequences
-from basemodel.model import loss, masks, memory
+from basemodel.model import devices, loss, masks, memory
 from basemodel.model.config import GPTConfig
-from basemodel.training import backend, pending, processes, resume
+from basemodel.training import backend, microbatch, pending, processes, resume
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import World
 from gpt import GPTModel
 
 CUDA = torch.device("cuda", 1)
+ALONE = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device("cpu"), control=None)
 ON_CUDA = World(rank=1, local_rank=1, size=2, local_size=2, device=CUDA, control=None)
 
 
@@ -57,6 +60,106 @@ def test_more_processes_than_gpus_are_refused(two_gpus: list[Any], monkeypatch: 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(InputError, match="3 processes for 2 devices; use --nproc_per_node=2"):
         processes.join_world()
+
+
+@pytest.fixture
+def a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Stand-ins for the files of a GPU and of its driver."""
+    monkeypatch.setattr(devices, "GPU_FILES", (tmp_path / "nothing", tmp_path / "nvidia0"))
+    monkeypatch.setattr(devices, "DRIVER_FILE", tmp_path / "version")
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 2024\n"
+        "GCC version:  gcc version 12.3.0 (Ubuntu 12.3.0-1ubuntu1~22.04)\n"
+    )
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path / "nvidia0"
+
+
+def test_a_gpu_with_an_old_driver_is_no_reason_to_train_on_the_cpu(
+    a_gpu_that_torch_cannot_use: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = f"{a_gpu_that_torch_cannot_use} is there, but PyTorch {torch.__version__}"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(InputError, match=re.escape(there)) as error:
+        processes.join_world()
+    assert "(CUDA 13.0) cannot use it with driver 550.54.15; update the driver, or install" in str(
+        error.value
+    )
+    assert str(error.value).endswith("or set CUDA_VISIBLE_DEVICES= to train on the CPU")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(InputError, match="is built without CUDA; install PyTorch with CUDA, or set"):
+        processes.join_world()
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert processes.join_world().device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "built", "supported"),
+    [
+        ((7, 0), ["sm_75", "sm_80", "sm_90", "sm_120"], False),
+        ((7, 5), ["sm_75", "sm_80", "sm_90", "sm_120"], True),
+        ((8, 6), ["sm_75", "sm_80", "sm_90", "sm_120"], True),
+        ((8, 0), ["sm_75", "sm_86", "sm_90a"], False),
+        ((9, 0), ["sm_80", "sm_90a"], True),
+        ((10, 3), ["sm_90", "sm_100", "sm_120"], True),
+        ((12, 1), ["sm_90", "sm_100"], False),
+        ((12, 1), ["sm_90", "compute_90"], True),
+    ],
+)
+def test_a_gpu_that_torch_has_no_kernels_for_is_refused(
+    two_gpus: list[Any], monkeypatch: pytest.MonkeyPatch, gpu: tuple, built: list[str], supported: bool
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+    if supported:
+        assert processes.join_world().device == CUDA
+        return
+    with pytest.raises(InputError, match=f"Tesla V100 is sm_{gpu[0]}{gpu[1]}, for which PyTorch .* has no"):
+        processes.join_world()
+
+
+def test_without_build_tools_nothing_is_tried_and_the_run_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Triton looks for $CC, gcc and clang, and includes Python.h."""
+    module = loss.NextTokenLoss(GPTModel(GPTConfig(**MODEL)))
+    config = TrainConfig(**{**TRAIN, "compile": "auto"})
+    on_one = World(rank=0, local_rank=0, size=1, local_size=1, device=CUDA, control=None)
+    tried: list[Any] = []
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(backend.sysconfig, "get_path", lambda _: str(tmp_path))
+    for tools in ({"gcc"}, {"header"}):  # one of them is not enough
+        (tmp_path / "Python.h").unlink(missing_ok=True)
+        if "header" in tools:
+            (tmp_path / "Python.h").touch()
+        monkeypatch.setattr(
+            backend.shutil, "which", lambda name, tools=tools: name if name in tools else None
+        )
+        problem = backend.compile_if_configured(module, config, on_one, tried.append)
+        assert "apt install build-essential python3-dev" in problem
+        assert (
+            capsys.readouterr().out == f"Warning: training without torch.compile, which failed: {problem}\n"
+        )
+        assert not tried and not module.is_compiled
+    monkeypatch.setattr(backend.shutil, "which", lambda name: name == "clang")
+    assert backend.compile_if_configured(module, config, on_one, tried.append) is None
+    assert tried == [module] and module.is_compiled
+
+
+def test_a_run_that_could_not_be_compiled_says_so_at_its_end(sandbox: Sandbox) -> None:
+    sandbox.write_run()
+    broken = (
+        "from basemodel.training import backend; backend.compile_if_configured = lambda *_, **__: 'no gcc'"
+    )
+    said = sandbox.train(before=f"{NO_CHART}; {broken}").splitlines()
+    assert said[-6] == "Trained without torch.compile, which failed: no gcc"
+    assert said[-5].startswith("Training complete in")
+    assert sandbox.status()["compile_problem"] == "no gcc"
 
 
 def test_ddp_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,24 +296,69 @@ def test_memory_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: emptied.append("peak"))
     assert memory.peak_memory(CUDA) == 3
     assert memory.headroom(CUDA) == 21
+    cycle = type("Cycle", (), {})()  # like the traceback of an attempt that ran out of memory
+    cycle.itself, alive = cycle, weakref.ref(cycle)
+    del cycle
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("cache" if not alive() else ""))
     memory.release_memory(CUDA)
     assert emptied == ["cache", "peak"]
     assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"))
 
 
-def test_checkpoints_are_copied_to_pinned_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_size_that_fits_only_with_allocations_tried_again_is_too_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learner = ddp_train.Learner(TrainConfig(**{**TRAIN, "compile": False}), GPTConfig(**MODEL), ALONE)
+    assert "GiB free" in microbatch.rehearse(learner, 2)
+    retries = iter([3, 4])
+    monkeypatch.setattr(memory, "allocation_retries", lambda _: next(retries))
+    with pytest.raises(torch.OutOfMemoryError):
+        microbatch.rehearse(learner, 2)
+
+
+def test_segments_expand_where_they_can(two_gpus: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not under WSL2, and not where the user has said something else."""
+    monkeypatch.setattr(memory, "WSL_DEVICE", Path("/dev/nothing"))
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    processes.join_world()
+    assert os.environ.pop("PYTORCH_ALLOC_CONF") == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    processes.join_world()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setattr(memory, "WSL_DEVICE", Path("/dev/null"))
+    processes.join_world()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+@pytest.mark.parametrize("can_pin", [True, False])
+def test_checkpoints_are_copied_to_one_block_of_memory_pinned_where_that_can_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, can_pin: bool
+) -> None:
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
-    options: list[dict] = []
-    empty_like = torch.empty_like
+    asked: list[tuple[int, bool]] = []
+    empty = torch.empty
 
-    def noting(tensor: Tensor, **more: Any) -> Tensor:
-        options.append(more)
-        return empty_like(tensor, **{**more, "pin_memory": False})
+    def noting(size: int, *, pin_memory: bool = False, **more: Any) -> Tensor:
+        asked.append((size, pin_memory))
+        if pin_memory and not can_pin:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(size, **more)
 
-    monkeypatch.setattr(torch, "empty_like", noting)
+    monkeypatch.setattr(torch, "empty", noting)
+    model, optimizer = {"a": torch.rand(2, 3)}, {"a.step": torch.tensor(4.0), "a.buffer": torch.rand(3, 2).mT}
     with checkpointing.Saver(tmp_path, None, tmp_path / "log") as saver:
-        saver.copy({"a": torch.ones(2)}, {})
-    assert [(each["device"], each["pin_memory"]) for each in options] == [("cpu", True)]
+        saver.reserve(model | optimizer)
+        for _ in range(2):
+            model["a"] += 1
+            saver.copy(model, optimizer)
+            for copied, tensors in zip(saver._copied, (model, optimizer), strict=True):
+                assert_same_tensors(copied, tensors)
+                assert all(copy.is_contiguous() for copy in copied.values())
+    size = 4 * (6 + 1 + 6)
+    assert asked == ([(size, True)] if can_pin else [(size, True), (size, False)])
 
 
 def test_dropout_on_a_gpu_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """The optimised step computes what a plain one does."""
 
 import dataclasses
+import functools
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from basemodel.model.loss import (
 from basemodel.training.backend import compile_if_configured
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import World
+from basemodel.training.schedule import plan_batches
 from ddp_train import Learner
 from gpt import GPTModel
 
@@ -55,7 +58,7 @@ def test_chunked_loss_and_gradients_equal_the_whole_ones(
 def test_a_chunk_is_the_same_written_for_a_compiler(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    """To the bit, with ignored targets, padding and a factor; and without scatter_, which is another kernel."""
+    """To the bit, with ignored targets, padding and a factor; but without scatter_, a kernel of its own."""
     torch.manual_seed(0)
     features, weight = torch.randn(32, 16).to(dtype), torch.randn(104, 16).to(dtype)
     targets = torch.randint(100, (32,)).where(torch.arange(32) % 5 > 0, IGNORED)
@@ -123,6 +126,37 @@ def test_30_steps_have_the_plain_losses_in_float32(model: dict) -> None:
 def test_20_steps_have_the_plain_losses_in_bf16() -> None:
     plain, ours = losses_of_both({"init": "gpt2"}, "bf16", steps=20)
     assert ours == pytest.approx(plain, abs=2e-3)
+
+
+@pytest.mark.parametrize("shape", [{"half_batch_percent": 50}, {"short_sequence_percent": 50}, {}])
+def test_nothing_is_left_to_compile_once_training_begins(
+    monkeypatch: pytest.MonkeyPatch, shape: dict
+) -> None:
+    """Neither for half batches nor for short sequences nor for validation; a compiler that fails for one of
+    them would end the training, and one that does not would make a budget believe that steps are slow."""
+    compiled: list[int] = []
+
+    def compiler(graph: torch.fx.GraphModule, _inputs: object) -> Callable:
+        compiled.append(1)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    torch.compiler.reset()
+    settings = {**TRAIN, **shape, "validation_interval": 5, "validation_batches": 1}
+    config = TrainConfig(
+        **{**settings, "microbatch_size": 8, "min_train_tokens": 8 * 16 * 10, "compile": True}
+    )
+    plan = plan_batches(config, 16, 1, None)
+    learner = Learner(config, GPTConfig(**MODEL), ALONE, plan=plan)
+    before = len(compiled)
+    assert before >= 2 * 2, "a block and the loss, in training and in validation"
+    sequences = torch.randint(64, (8, 17))
+    for step in range(plan.steps):
+        counts = [count for _, count in plan.microbatches(step, 0)]
+        learner.train_step([plan.cut(sequences[:count], step) for count in counts], 0.01)
+    learner.validation_loss(sequences)
+    assert len(compiled) == before
+    torch.compiler.reset()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")

@@ -20,11 +20,13 @@ from helpers import (
     run_script,
     write_dataset,
 )
+from torch._dynamo.backends.registry import lookup_backend
+from torch.nn.attention.flex_attention import create_block_mask
 
 from basemodel.evaluation.measurements import read_test_loss
 from basemodel.model.config import GPTConfig
 from basemodel.model.loss import NextTokenLoss, document_features
-from basemodel.model.masks import within_documents
+from basemodel.model.masks import block_mask, within_documents
 from basemodel.training.config import TrainConfig, optimizer_in_words
 from basemodel.training.optimizer import allocate_state, make_optimizer, set_learning_rate, step_if
 from basemodel.training.processes import World
@@ -309,19 +311,43 @@ def test_no_gradient_flows_from_one_document_to_another(masking: bool) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_masks_in_blocks_which_gpus_take_give_the_same_attention(compiled: bool) -> None:
-    """FlexAttention is used on GPUs; here it runs by its formula, and as the compiler traces it."""
-    model = GPTModel(GPTConfig(**BYTES)).double()
-    tokens = sequences_of_documents()[:, :-1]
+    """FlexAttention is used on GPUs; here it runs by its formula, and as the compiler traces it: once, and
+    not anew for each mask."""
+    model, graphs = GPTModel(GPTConfig(**BYTES)).double(), []
+    attention = run = model.trf_blocks[0].att
 
-    def attended(tokens: torch.Tensor, flex: bool) -> torch.Tensor:
-        positions, mask = within_documents(tokens, END, flex=flex)
-        return model.trf_blocks[0].att(model.tok_emb(tokens) + model.pos_emb(positions), mask)
+    def compiler(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
 
-    run = torch.compile(attended, backend="aot_eager", dynamic=False) if compiled else attended
+    if compiled:
+        run = torch.compile(attention, backend=compiler, dynamic=False)
     # Without a GPU it has no backward pass, and warns that without a compiler it is slow.
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.testing.assert_close(run(tokens, True), attended(tokens, False))
+        for row in range(3):
+            tokens = sequences_of_documents().roll(row, dims=0)[:2, :-1]
+            masks = (within_documents(tokens, END, flex=flex)[1] for flex in (True, False))
+            x = model.tok_emb(tokens)
+            torch.testing.assert_close(run(x, next(masks)), attention(x, next(masks)))
+    assert len(graphs) == compiled
+
+
+@pytest.mark.parametrize("length", [128, 200, 1024])
+@pytest.mark.parametrize("share", [0.0, 0.002, 0.3])
+def test_blocks_are_those_that_torch_finds_by_looking_at_every_pair(length: int, share: float) -> None:
+    ends = torch.rand(3, length, generator=torch.Generator().manual_seed(0)) < share
+    starts = torch.where(ends, torch.arange(length), 0).cummax(dim=1).values
+    ours = block_mask(starts)
+    theirs = create_block_mask(ours.mask_mod, 3, None, length, length, device="cpu")
+    assert torch.equal(ours.to_dense(), theirs.to_dense()) and ours.shape == theirs.shape
+    if length % 128 == 0:  # torch calls no block full that has rows beyond the end
+        for name in ("kv", "full_kv", "q", "full_q"):
+            counts = getattr(ours, f"{name}_num_blocks")
+            assert torch.equal(counts, getattr(theirs, f"{name}_num_blocks"))
+            indices, expected = (getattr(mask, f"{name}_indices") for mask in (ours, theirs))
+            used = torch.arange(indices.shape[-1]) < counts[..., None]
+            assert torch.equal(indices[used], expected[used])
 
 
 def test_a_masked_run_is_validated_and_measured_within_documents(sandbox: Sandbox) -> None:

@@ -49,6 +49,8 @@ class NextTokenLoss(nn.Module):
         import torch._dynamo.config
         import torch._functorch.config
 
+        torch._dynamo.config.recompile_limit = 32  # all blocks share one code, compiled for each shape
+
         # On a CPU keep 60% of the activations and recompute the cheap ones: as fast with 10% less memory.
         on_cpu = self.model.out_head.weight.device.type == "cpu"
         torch._functorch.config.activation_memory_budget = 0.6 if on_cpu else 1.0

@@ -5,10 +5,11 @@ Shapes: B sequences, T new tokens of S in all, H heads of D = C / H.
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 
 # A boolean (B, 1, T, S), true where a query attends to a key, or FlexAttention's BlockMask; None: causal.
 AttentionMask = Tensor | BlockMask
+BLOCK = 128  # FlexAttention skips blocks of so many queries and keys
 
 
 def within_documents(tokens: Tensor, end_of_text: int, *, flex: bool) -> tuple[Tensor, AttentionMask | None]:
@@ -17,16 +18,34 @@ def within_documents(tokens: Tensor, end_of_text: int, *, flex: bool) -> tuple[T
     As a target, end-of-text closes a document; as an input, it starts the next one, whose first token is
     predicted from it. So no document's loss depends on another document. NextTokenLoss calls this.
     """
-    B, T = tokens.shape
-    index = torch.arange(T, device=tokens.device)
+    index = torch.arange(tokens.shape[1], device=tokens.device)
     starts = torch.where(tokens == end_of_text, index, 0).cummax(dim=1).values  # of each token's document
     if flex:
-
-        def attends(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (k <= q) & (k >= starts[b, q])
-
-        return index - starts, create_block_mask(attends, B, None, T, T, device=tokens.device)
+        return index - starts, block_mask(starts)
     return index - starts, ((index <= index[:, None]) & (index >= starts[:, :, None]))[:, None]
+
+
+def block_mask(starts: Tensor) -> BlockMask:
+    """FlexAttention's mask, causal and within documents; `starts` (B, T): where each token's document starts.
+
+    It is create_block_mask's, which would look at every pair of tokens, for each microbatch.
+    """
+
+    def attends(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (k >= starts[b, q])
+
+    T = starts.shape[1]
+    blocks = torch.arange(-(-T // BLOCK), device=starts.device)
+    padded = torch.cat([starts, starts[:, -1:].expand(-1, -T % BLOCK)], dim=1)[:, None]
+    first, last = padded[:, :, ::BLOCK, None], padded[:, :, BLOCK - 1 :: BLOCK, None]  # (B, 1, blocks, 1)
+    # In a full block every query attends to every key. Starts never fall from one query to the next.
+    full = (blocks < blocks[:, None]) & (blocks * BLOCK >= last)
+    partial = (blocks <= blocks[:, None]) & (blocks >= first // BLOCK) & ~full
+    lists = []
+    for kept in (partial, full):
+        order = kept.int().argsort(dim=-1, descending=True, stable=True)
+        lists += [kept.sum(-1, dtype=torch.int32), order.int()]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=BLOCK, mask_mod=attends, seq_lengths=(T, T))
 
 
 class Cache:

@@ -1,6 +1,7 @@
 """Device and host memory: measuring it, freeing it, and recognizing when it has run out."""
 
 import ctypes
+import gc
 import os
 import resource
 import sys
@@ -11,6 +12,15 @@ from pathlib import Path
 import torch
 
 from basemodel.common.errors import RunError
+
+WSL_DEVICE = Path("/dev/dxg")
+
+
+def let_segments_expand() -> None:
+    """Have CUDA's allocator waste less memory between its blocks, unless the user has set it up. It must not
+    have begun; WSL2 cannot do this (pytorch issue 192330)."""
+    if not WSL_DEVICE.exists() and not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -36,11 +46,17 @@ def peak_memory(device: torch.device) -> float:
 
 def release_memory(device: torch.device) -> None:
     """Return free memory to the device or the system and, where possible, reset the peak."""
+    gc.collect()  # tracebacks of failed attempts are cycles that keep activations
     keep_freed_memory(device)
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+
+
+def allocation_retries(device: torch.device) -> int:
+    """How often CUDA's allocator was out of memory at first and freed what it had kept; 0 elsewhere."""
+    return torch.cuda.memory_stats().get("num_alloc_retries", 0) if device.type == "cuda" else 0
 
 
 def headroom(device: torch.device) -> float:

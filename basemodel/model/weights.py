@@ -19,6 +19,7 @@ from basemodel.common.files import followed
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import CHECKPOINTS
 from basemodel.model.config import GPTConfig
+from basemodel.model.devices import current_accelerator
 from basemodel.model.hf_format import build_model, from_huggingface, set_gelu
 from gpt import GPTModel
 
@@ -38,7 +39,7 @@ def load_model(model_json: Path, weights: Path) -> GPTModel:
     from safetensors files, in evaluation mode, on the accelerator if there is one. Raises InputError."""
     model = build_model(model_json)
     load_weights(model, weights)
-    return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval()
+    return model.to(current_accelerator() or "cpu").eval()
 
 
 def load_weights(model: GPTModel, path: Path) -> None:

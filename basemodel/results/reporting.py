@@ -129,6 +129,7 @@ class StatusFile:
         self._run, self._clock, self._device = run, clock, device_name
         self.loss: float | None = None
         self.checkpoint: str | None = None  # the last one on disk
+        self.compile_problem: str | None = None
         self._peak = machines.peak_flops(machines.current_device_name())
         self._written = 0.0
 
@@ -170,6 +171,7 @@ class StatusFile:
             "launchers": run.launchers,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
             **({} if error is None else {"error": error}),
+            **({"compile_problem": self.compile_problem} if self.compile_problem else {}),
         }
         with warned(f"write {STATUS}"):
             replace_text(run.directory / STATUS, json.dumps(values, indent=1))
@@ -206,10 +208,21 @@ class ProgressLine:
 class Reporter:
     """Everything that the first process reports about a run, and when."""
 
-    def __init__(self, run: Run, clock: Clock, step: int, device_name: str, *, compiled: bool) -> None:
+    def __init__(
+        self,
+        run: Run,
+        clock: Clock,
+        step: int,
+        device_name: str,
+        *,
+        compiled: bool = True,
+        compile_problem: str | None = None,
+    ) -> None:
+        """`compile_problem`: why torch.compile failed, if it did."""
         self.run, self.clock, self._device, self._compiled = run, clock, device_name, compiled
         self.metrics = MetricsLog(run, step)
         self.status = StatusFile(run, clock, device_name)
+        self.status.compile_problem = compile_problem
         self.progress = ProgressLine(run, clock, step)
         self._last_chart = 0.0
         if run.samples.exists():
@@ -270,6 +283,8 @@ class Reporter:
         self.chart(final=True)
         seconds, tokens = self.clock.seconds(), self.run.plan.tokens(step)
         self.close("finished", step)
+        if self.status.compile_problem:
+            say(f"Trained without torch.compile, which failed: {self.status.compile_problem}")
         say(f"Training complete in {seconds:,.3f} seconds")
         say(f"Tokens seen: {tokens:,}")
         say(f"Throughput: {tokens / seconds:,.0f} tokens/second")
@@ -302,7 +317,7 @@ def complete_status(run: Run, last: dict[str, Any], checkpoint: str) -> None:
     the meta.json of its last checkpoint."""
     if read_status(run.directory).get("status") != "finished":
         step = last["global_step"]
-        reporter = Reporter(run, Clock(run, step, last["seconds"]), step, last["device"], compiled=True)
+        reporter = Reporter(run, Clock(run, step, last["seconds"]), step, last["device"])
         reporter.status.loss, reporter.status.checkpoint = last["train_loss"], checkpoint
         reporter.chart(final=True)
         reporter.close("finished", step)

@@ -1,6 +1,8 @@
 """How PyTorch computes: precision, determinism, random seeds, and compilation."""
 
 import os
+import shutil
+import sysconfig
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +13,7 @@ import torch.utils.deterministic
 from torch import nn
 from tqdm import tqdm
 
+from basemodel.common.command_line import available_cpus
 from basemodel.common.errors import RunError
 from basemodel.model.loss import NextTokenLoss
 from basemodel.model.memory import is_out_of_memory
@@ -42,6 +45,9 @@ def set_up_arithmetic(precision: str, *, deterministic: bool) -> None:
     """
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    # The default on Hopper and Blackwell without dropout, with reports of NaN (pytorch issue 196678)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and only helps find bugs
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -70,30 +76,43 @@ def compile_if_configured(
     warm_up: Callable[[nn.Module], None],
     *,
     any_size: bool = False,
-) -> None:
-    """Compile the loss if the config says so and `warm_up`, a pass through it, succeeds.
+) -> str | None:
+    """Compile the loss if the config says so and `warm_up`, passes through it, succeeds.
 
-    If it fails, "auto" reports why and continues uncompiled, and `true` raises RunError.
+    If it fails, "auto" continues uncompiled, reports why and returns the reason; `true` raises RunError.
     """
     if not config.compiles_on(world.device.type):
-        return
+        return None
+    # As many as all processes of the node can use: Inductor would start 32 for each of them.
+    threads = max(1, available_cpus() // world.local_size)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     if world.device.type == "cpu" and world.local_size > 1:
         # Processes that write the same compiled library concurrently corrupt it.
         cache = Path(tempfile.gettempdir()) / f"torchinductor-{os.getuid()}-{world.local_rank}"
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    loss.compile(any_size=any_size)
-    problem = None
+    problem = missing_build_tools() if world.device.type == "cuda" else None
     try:
-        warm_up(loss)
+        if problem is None:
+            loss.compile(any_size=any_size)
+            warm_up(loss)
     except Exception as error:  # compilers fail in many ways, but only before training starts
         if is_out_of_memory(error):
             raise
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     problem = next(filter(None, world.all_gather(problem)), None)
     if problem is None:
-        return
+        return None
     if config.compile is True:
         raise RunError(f'torch.compile failed ({problem}); set "compile" to "auto" or false')
     loss.uncompile()
     if world.is_first:
-        tqdm.write(f"Training without torch.compile, which failed: {problem}")
+        tqdm.write(f"Warning: training without torch.compile, which failed: {problem}")
+    return problem
+
+
+def missing_build_tools() -> str | None:
+    """What Triton lacks to build what launches its kernels; None if it has all."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")) and header.exists():
+        return None
+    return f"it needs a C compiler and {header}; on Ubuntu, apt install build-essential python3-dev"

@@ -83,6 +83,7 @@ def rehearse(learner: Learner, size: int) -> str:
     config, shape, device = learner.config, learner.model.config, learner.world.device
     learner.optimizer.zero_grad()  # left over from a size that did not fit
     memory.release_memory(device)
+    retries = memory.allocation_retries(device)
     tokens = torch.randint(shape.vocab_size, (size, shape.context_length + 1)).to(device)
     # With accumulation, the second microbatch's activations coexist with the first one's gradients.
     microbatches = [tokens] * (2 if config.may_accumulate else 1)
@@ -92,5 +93,7 @@ def rehearse(learner: Learner, size: int) -> str:
     speed = len(microbatches) * size * shape.context_length / (time.perf_counter() - start)
     if config.validation_interval is not None:
         learner.validation_loss(tokens)
+    if memory.allocation_retries(device) > retries:  # it would be slow, in every step
+        raise torch.OutOfMemoryError("it fits only if memory is freed and allocated again")
     peak, free = memory.peak_memory(device), memory.headroom(device)
     return f"{peak:.2f} GiB, {speed:,.0f} tokens/s per process, {free:.1f} GiB free"

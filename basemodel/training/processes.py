@@ -18,6 +18,8 @@ from torch import Tensor
 
 from basemodel.common.command_line import available_cpus
 from basemodel.common.errors import InputError, RunError
+from basemodel.model import memory
+from basemodel.model.devices import current_accelerator, require_kernels
 
 Result = TypeVar("Result")
 
@@ -165,10 +167,11 @@ def joined_world(collective_timeout: float) -> Iterator[World]:
 def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
     """Choose this process's device and join the process group; collectives time out after `timeout`.
 
-    Raises InputError if the node has fewer devices than processes, or environment variables are wrong.
+    Raises InputError if the node has fewer devices than processes, or a GPU that PyTorch cannot use, or if
+    environment variables are wrong.
     """
     rank, local_rank, size, local_size = place_in_the_world()
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = current_accelerator()
     if accelerator is None:
         device = torch.device("cpu")
         if local_size > 1:  # torchrun sets one thread per process, regardless of the cores
@@ -180,7 +183,9 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
         if local_rank >= count:
             raise InputError(f"LOCAL_RANK is {local_rank} on a node with {count} devices; {LAUNCH_ADVICE}")
         device = torch.device(accelerator.type, local_rank)
+        memory.let_segments_expand()
         torch.accelerator.set_device_index(local_rank)
+        require_kernels(device)
     if size == 1:
         return World(rank, local_rank, size, local_size, device, control=None)
     # NCCL's own timeout aborts the process without a message, so the watchdog must come first.

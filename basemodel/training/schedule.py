@@ -72,6 +72,17 @@ class BatchPlan:
         length = self.length // SHORT_PARTS
         return sequences.unfold(1, length + 1, length).flatten(0, 1)
 
+    def shapes(self) -> set[tuple[int, int]]:
+        """The shapes, (sequences, tokens + 1), of the microbatches that the steps train on."""
+        steps = [step for step in (0, self.half_steps, self.short_steps) if step < self.steps]
+        counts = [(step, next(self.microbatches(step, rank=0))[1]) for step in steps]
+        return {
+            (SHORT_PARTS * count, self.length // SHORT_PARTS + 1)
+            if step < self.short_steps
+            else (count, self.length + 1)
+            for step, count in counts
+        }
+
 
 def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: int | None) -> BatchPlan:
     """Plan the steps of a run over `per_epoch` sequences of `length` tokens (None: unknown).
