@@ -238,9 +238,8 @@ class Trainer:
         return 0
 
     def _make_reporter(self) -> Reporter:
-        learner, step, device = self.learner, self.progress.global_step, self.world.device_name
-        compiled, problem = learner.loss_module.is_compiled, learner.compile_problem
-        return Reporter(self.run, self.clock, step, device, compiled=compiled, compile_problem=problem)
+        step, problem = self.progress.global_step, self.learner.compile_problem
+        return Reporter(self.run, self.clock, step, self.world.device_name, problem)
 
     def _train_and_report_failure(self, stop: stopping.StopSignal) -> bool:
         """Train and save, even after a signal. Returns False if one arrived before all work was done."""

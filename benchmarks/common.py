@@ -1,5 +1,6 @@
 """What the benchmarks share: where the project is, what was measured, and how a number is written."""
 
+import os
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def measured_code() -> dict[str, str]:
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git
         commit = ""
+    commit = os.environ.get("MEASURED_COMMIT") or commit  # where the code was copied without its history
     return {"commit": commit or "unknown", "torch": torch.__version__}
 
 

@@ -3,6 +3,7 @@
     python benchmarks/gpu.py all                  every part, each in a process of its own, 8 minutes at most
     python benchmarks/gpu.py speed --out DIR      one part; its table is printed and kept in DIR/speed.md
     python benchmarks/gpu.py run --datasets-dir DIR       on the tokens of DIR/OWNER/NAME
+    python benchmarks/gpu.py lease --minutes 9    what tells most in minutes: lease.py
     python benchmarks/gpu.py all --tiny           a rehearsal with a tiny model, on a CPU too
 
 `correct` runs `pytest -m gpu`. `speed` measures GPT-2 small's training step, one change at a time, beside the
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 import click
+import lease
 from common import ROOT, measured_code, require, run_python
 from gpu_parts import LIMIT, VOCABULARY_CACHE, Report, Setup, measure, recipe, run, speed
 
@@ -112,12 +114,25 @@ def device_facts() -> dict[str, str | float]:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("part", type=click.Choice([*PARTS, "all"]))
+@click.argument("part", type=click.Choice([*PARTS, "all", "lease"]))
 @click.option("--datasets-dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("gpu-results"), show_default=True)
 @click.option("--tiny", is_flag=True, help="A tiny model, for a CPU.")
+@click.option("--minutes", type=float, default=9.0, show_default=True, help="The most that lease may take.")
+@click.option("--only", help="Stages of lease, separated by commas.  [default: all]")
 @click.option("--measure", "setting", hidden=True)
-def main(part: str, datasets_dir: Path | None, out: Path, *, tiny: bool, setting: str | None) -> int:
+@click.option("--worker", hidden=True)
+def main(
+    part: str,
+    datasets_dir: Path | None,
+    out: Path,
+    *,
+    tiny: bool,
+    minutes: float,
+    only: str | None,
+    setting: str | None,
+    worker: str | None,
+) -> int:
     """Run PART of the acceptance run, or all; exit status 1 if something failed.
 
     Tokens are those of DATASETS_DIR/OWNER/NAME, by default the documentation that comes with Python.
@@ -125,12 +140,21 @@ def main(part: str, datasets_dir: Path | None, out: Path, *, tiny: bool, setting
     if setting:
         print(json.dumps(measure(json.loads(setting))))
         return 0
+    stages = (worker or only or ",".join(lease.STAGES)).split(",")
+    unknown = [stage for stage in stages if stage not in lease.STAGES]
+    require(not unknown, f"no stage {unknown}; there are {', '.join(lease.STAGES)}")
+    options = ["--datasets-dir", str(datasets_dir)] if datasets_dir else []
+    options += ["--out", str(out), *["--tiny"] * tiny]
+    if part == "lease" and not worker:
+        return lease.conduct(stages, out, minutes, options)
     facts = device_facts()
     require(tiny or facts["memory"] > 0, "torch.cuda is not available; --tiny rehearses on a CPU")
     out.mkdir(parents=True, exist_ok=True)
     if part == "all":
-        options = ["--datasets-dir", str(datasets_dir)] if datasets_dir else []
-        return run_all(out, [*options, "--out", str(out), *["--tiny"] * tiny])
+        return run_all(out, options)
+    if part == "lease":
+        lease.work(stages, Setup(datasets_dir, tiny, facts["name"], facts["memory"]), out, minutes)
+        return 0
     report = Report(out / f"{part}.md")
     code = measured_code()
     report.say(

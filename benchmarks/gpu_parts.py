@@ -77,6 +77,7 @@ class Setup:
     folder: Path = field(default_factory=Path)  # for runs and whatever else need not be kept
     processes: list[subprocess.Popen] = field(default_factory=list)  # trainings
     started: float = field(default_factory=time.monotonic)
+    limit: float = LIMIT  # seconds
 
     @property
     def length(self) -> int:
@@ -89,7 +90,7 @@ class Setup:
 
     def left(self) -> float:
         """Seconds that the part has left, less a reserve for its end."""
-        return LIMIT - 30 - self.seconds()
+        return self.limit - min(30.0, 0.1 * self.limit) - self.seconds()
 
     def close(self) -> None:
         """Kill the trainings that a failed part leaves running."""
@@ -252,6 +253,7 @@ def find_tokens(setup: Setup) -> Tokens:
     folder = setup.datasets_dir
     if folder is None:
         folder = setup.folder / "datasets"
+    if not folder.exists():
         tokenizer = "gpt2" if VOCABULARY.exists() and not setup.tiny else "bytes"
         options = "--tokenizer", tokenizer, "--validation-fraction", "0.1"
         run_python("prepare_datasets.py", "python-docs", str(folder / "local/python-docs"), *options)

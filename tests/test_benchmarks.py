@@ -33,6 +33,7 @@ import common
 import gpu
 import gpu_parts
 import ladder
+import lease
 import optimizers
 
 FIGURE = r"-?[\d,]*\.?\d+"
@@ -80,7 +81,12 @@ def assert_lines(said: str, *patterns: str) -> None:
 
 
 def test_every_benchmark_is_run_here() -> None:
-    scripts = {path.stem for path in ROOT.glob("benchmarks/*.py")} - {"common", "reference", "gpu_parts"}
+    scripts = {path.stem for path in ROOT.glob("benchmarks/*.py")} - {
+        "common",
+        "reference",
+        "gpu_parts",
+        "lease",
+    }
     scripts.remove("roofline")  # whose figures test_plan.py checks
     assert scripts == set(
         re.findall(r'(?:measured|Script)\([^"]*"(?:benchmarks/)?(\w+)(?:\.py)?"', Path(__file__).read_text())
@@ -169,6 +175,72 @@ def test_gpu_goes_on_after_a_part_that_fails_or_hangs(
         ["| recipe", "passed"],
     ]
     assert not is_alive(int((tmp_path / "child").read_text())), "what the part had started"
+
+
+def test_lease(sandbox: Sandbox) -> None:
+    """Every stage, in a rehearsal: each figure at once as a line of JSON, and a table of all in the end."""
+    (sandbox.datasets / "test/tokens/meta.json").write_text('{"tokenizer": "bytes", "vocab_size": 257}')
+    sandbox.env |= {"CUDA_VISIBLE_DEVICES": "", "MEASURED_COMMIT": "0123abc"}
+    options = "lease", "--tiny", "--datasets-dir", sandbox.datasets, "--out", sandbox.path / "out"
+    said = measured(sandbox, "gpu", *options, runs=False)
+    text = (sandbox.path / "out/lease.jsonl").read_text()
+    assert said.startswith(text)
+    found: dict[str, list[dict]] = {}
+    for line in map(json.loads, text.splitlines()):
+        found.setdefault(line.pop("stage"), []).append(line)
+    assert list(found) == list(lease.STAGES)
+    assert not [line for lines in found.values() for line in lines if "problem" in line]
+    assert found["facts"][0]["commit"] == "0123abc"
+    keys = {
+        "eager": {"tokens_per_second", "ms", "peak_gib"},
+        "compiled": {"first_step_seconds", "idle_share", "launches", "kernels", "unique_graphs"},
+        "best": {"tokens_per_second", "kernels", "shape", "optimizer"},
+        "small": {"microbatch", "ddp", "host_ms", "launches"},
+        "levers": {"variant", "loss", "tokens_per_second"},
+        "tests": {"tests"},
+        "run": {"seconds_to_step_1", "killed_after", "resumed_after", "stall_seconds", "val_loss"},
+        "recipes": {"recipe", "val_loss", "tokens_per_second"},
+    }
+    for stage, wanted in keys.items():
+        assert wanted <= {key for line in found[stage] for key in line}, stage
+    losses = [line["val_loss"] for line in found["run"] if "val_loss" in line]
+    assert losses[-1] < losses[0]
+    assert len((sandbox.path / "out/lease.md").read_text().splitlines()) == len(text.splitlines()) + 3
+
+
+STAGE = """
+import json, sys, time
+for stage in sys.argv[sys.argv.index("--worker") + 1].split(","):
+    print(json.dumps({"stage": stage, "begins": True}), flush=True)
+    print("what is no figure", flush=True)
+    print(json.dumps({"stage": stage, "figure": 1}), flush=True)
+    if stage == "eager":
+        time.sleep(60)
+    if stage == "compiled":
+        sys.exit(3)
+    print(json.dumps({"stage": stage, "seconds": 0.1, "ends": True}), flush=True)
+"""
+
+
+def test_a_stage_that_hangs_or_dies_costs_the_next_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "worker.py").write_text(STAGE)
+    monkeypatch.setattr(lease, "SCRIPT", tmp_path / "worker.py")
+    monkeypatch.setattr(lease, "STAGES", dict.fromkeys(lease.STAGES, (None, 1.0)))
+    assert lease.conduct(["facts", "eager", "compiled", "best"], tmp_path, 1.0, []) == 1
+    found = [json.loads(line) for line in (tmp_path / "lease.jsonl").read_text().splitlines()]
+    ends = [(line["stage"], line.get("problem")) for line in found if "figure" not in line]
+    assert ends == [
+        ("facts", None),
+        ("eager", "killed: out of time"),
+        ("compiled", "ended with status 3"),
+        ("best", None),
+    ]
+    assert [line["stage"] for line in found if "figure" in line] == ["facts", "eager", "compiled", "best"]
+    assert (tmp_path / "lease.log").read_text() == "what is no figure\n" * 4
+    assert lease.conduct(["facts", "eager", "best"], tmp_path, 0.02, []) == 1
+    assert '"stage": "best", "problem": "not begun: out of time"' in (tmp_path / "lease.jsonl").read_text()
 
 
 def test_gpu_says_which_steps_fail_and_measures_the_others(

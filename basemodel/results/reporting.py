@@ -209,17 +209,10 @@ class Reporter:
     """Everything that the first process reports about a run, and when."""
 
     def __init__(
-        self,
-        run: Run,
-        clock: Clock,
-        step: int,
-        device_name: str,
-        *,
-        compiled: bool = True,
-        compile_problem: str | None = None,
+        self, run: Run, clock: Clock, step: int, device_name: str, compile_problem: str | None = None
     ) -> None:
         """`compile_problem`: why torch.compile failed, if it did."""
-        self.run, self.clock, self._device, self._compiled = run, clock, device_name, compiled
+        self.run, self.clock, self._device = run, clock, device_name
         self.metrics = MetricsLog(run, step)
         self.status = StatusFile(run, clock, device_name)
         self.status.compile_problem = compile_problem
@@ -245,7 +238,8 @@ class Reporter:
         self.progress.show(step, loss, self.status.mfu(average))
         self.status.refresh(step)
         if self.clock.steps == ENOUGH_STEPS:
-            warning = slower_than_planned(self.run, self._device, average, compiled=self._compiled)
+            compiled = self.status.compile_problem is None
+            warning = slower_than_planned(self.run, self._device, average, compiled=compiled)
             if warning:
                 say(warning)
 
