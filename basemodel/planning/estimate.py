@@ -47,8 +47,8 @@ class Roofline:
             gradients, last = 4 * shape.parameter_count, 4 * shape.vocab_size * shape.emb_dim
             # The token embedding's gradient comes last, when there is nothing left to compute meanwhile.
             hidden = min(backward, ring * (gradients - last))
-            # Each GPU orthogonalizes some of Muon's matrices, and sends them to the others.
-            updates = 4 * shape.hidden_parameters / link if step.config.optimizer == "muon" else 0.0
+            # Each GPU orthogonalizes some of Muon's matrices, and sends the updates, in bf16, to the others.
+            updates = 2 * shape.hidden_parameters / link if step.config.optimizer == "muon" else 0.0
             parts["exchange between GPUs"] = ring * gradients - hidden + updates
         return parts
 

@@ -145,6 +145,6 @@ class Step:
         shape, muon = self.model, self.config.optimizer == "muon"
         C, L, clips = shape.emb_dim, shape.n_layers, self.config.clipping_max_norm is not None
         traffic = (44 + 8 * clips) * shape.parameter_count + (66 * shape.hidden_parameters if muon else 0)
-        kernels = (13 + 13 * clips + 55 * muon) * L + 28 + 9 * clips + 45 * muon
+        kernels = (13 + 13 * clips) * L + 28 + 9 * clips + 70 * muon
         share = muon / shared_by
         return Work(share * 300 * L * C**3, share * 120 * L * C**2, traffic, kernels)
