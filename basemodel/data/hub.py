@@ -275,18 +275,17 @@ def push(
     api = hub.HfApi()
     try:
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-        commit = api.upload_folder(
+        return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             repo_type=repo_type,
             commit_message=message,
             delete_patterns=PATTERNS if repo_type == "dataset" else None,
-        )
+        ).commit_url
     except Exception as error:  # anything a network, a proxy or the Hub can raise
         raise RunError(
             f"{repo_id}: the upload failed ({reason(error)}); run the same command again to resume it"
         ) from None
-    return commit.commit_url
 
 
 def reason(error: Exception) -> str:

@@ -150,8 +150,7 @@ def _check_merges(ranks: dict[bytes, int], listed: list[Any]) -> None:
     The trainer lists exactly these, in the order of the ids, because a token has one pair that makes it: what
     happens between the ends of a token is the same in any word, unless a merge crosses them.
     """
-    missing = [f"{byte:#04x}" for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
+    if missing := [f"{byte:#04x}" for byte in range(256) if bytes([byte]) not in ranks]:
         raise InputError(f"lacks {len(missing)} of the 256 bytes: {', '.join(missing[:5])}")
     characters = byte_characters()
     expected = [["".join(map(characters.get, part)) for part in pair] for pair in merges(ranks)]
