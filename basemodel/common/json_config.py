@@ -37,9 +37,8 @@ class Range:
 
 def key(meaning: str, default: Any = dataclasses.MISSING, **bounds: float) -> Any:
     """A config's field: its meaning, its default unless it is required, and the bounds of its Range."""
-    return dataclasses.field(
-        default=default, metadata={"meaning": meaning, "range": Range(**bounds) if bounds else None}
-    )
+    allowed = Range(**bounds) if bounds else None
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "range": allowed})
 
 
 def check_ranges(config: Any) -> None:
