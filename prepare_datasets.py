@@ -34,13 +34,7 @@ from basemodel.common.json_config import read_json_object
 from basemodel.common.names import META, TOKENIZER_FILE
 from basemodel.data.hub import check_push, push
 from basemodel.data.token_files import as_one_path, split_files
-from basemodel.data.tokenizer import (
-    MAX_TOKENS,
-    MIN_TOKENS,
-    get_tokenizer,
-    read_tokenizer,
-    train_tokenizer,
-)
+from basemodel.data.tokenizer import MAX_TOKENS, MIN_TOKENS, get_tokenizer, read_tokenizer, train_tokenizer
 from basemodel.prepare.assemble import Layout, count_skipped, lay_out, lay_out_nanogpt, write_dataset
 from basemodel.prepare.dataset_card import card, counted, draw_lengths, excerpts, summary
 from basemodel.prepare.documents import Piece, make_shards
@@ -194,11 +188,7 @@ def lay_out_text(
 
     Raises InputError.
     """
-    counts = {
-        "revision": source.commit,
-        "files_read": len(source.files),
-        "files_skipped": dict(source.skipped),
-    }
+    counts = {"revision": source.commit, "files_read": len(source.files), "files_skipped": source.skipped}
     if source.nanogpt:
         return lay_out_nanogpt(source.nanogpt, get_tokenizer(settings.tokenizer, settings.folder)), counts
     parts = encode_all(make_shards(find_pieces(source, settings)), parts_dir, settings, vocabulary, workers)
@@ -258,8 +248,7 @@ def unfinished_folder(output_dir: Path) -> Iterator[Path]:
         # Not flock, which forked workers share: one that outlives this process would go on holding it.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        problem = "another process is preparing it; wait for it or stop it"
-        raise InputError(f"{output_dir}: {problem}") from None
+        raise InputError(f"{output_dir}: another process is preparing it; wait for it or stop it") from None
     except OSError as error:
         print(f"Warning: {folder}: cannot be locked ({error.strerror}); do not prepare it twice at once")
     remove_unfinished(folder)

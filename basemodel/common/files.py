@@ -62,8 +62,7 @@ def link_target(link: Path) -> str | None:
 
 def followed(path: Path) -> Path:
     """A path, also one through a `latest` or `best` that is a text file."""
-    links = (each for each in (path, *path.parents) if each.name in LINKS and each.is_file())
-    link = next(links, None)
+    link = next((each for each in (path, *path.parents) if each.name in LINKS and each.is_file()), None)
     return link.parent / link_target(link) / path.relative_to(link) if link else path
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import types
 import typing
@@ -17,33 +18,27 @@ Config = TypeVar("Config")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The range of values that a key may have; None: no such bound."""
+    """The range of values that a key may have."""
 
-    min: float | None = None
-    above: float | None = None
-    max: float | None = None
-    below: float | None = None
+    min: float = -math.inf
+    above: float = -math.inf
+    max: float = math.inf
+    below: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        return (
-            (self.min is None or value >= self.min)
-            and (self.above is None or value > self.above)
-            and (self.max is None or value <= self.max)
-            and (self.below is None or value < self.below)
-        )
+        return self.min <= value <= self.max and self.above < value < self.below
 
     def __str__(self) -> str:
-        if self.min is not None and self.max is not None:
+        if math.isfinite(self.min) and math.isfinite(self.max):
             return f"from {self.min} to {self.max}"
         bounds = {"at least": self.min, "more than": self.above, "at most": self.max, "below": self.below}
-        return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+        return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if math.isfinite(bound))
 
 
 def key(meaning: str, default: Any = dataclasses.MISSING, **bounds: float) -> Any:
     """A config's field: its meaning, its default unless it is required, and the bounds of its Range."""
-    return dataclasses.field(
-        default=default, metadata={"meaning": meaning, "range": Range(**bounds) if bounds else None}
-    )
+    allowed = Range(**bounds) if bounds else None
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "range": allowed})
 
 
 def check_ranges(config: Any) -> None:
@@ -138,25 +133,20 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
     """Return `value` as the type `hint`, or raise InputError. An integer counts as a float."""
-    for option in (
-        typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    ):
-        if typing.get_origin(option) is typing.Literal:
-            if isinstance(value, str) and value in typing.get_args(option):
-                return value
-        elif typing.get_origin(option) is tuple:
-            kinds = typing.get_args(option)
-            if isinstance(value, list):
-                kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
-                if len(value) == len(kinds):
-                    return tuple(_checked(key, v, kind) for v, kind in zip(value, kinds, strict=True))
-        elif typing.get_origin(option) is dict:
-            if isinstance(value, dict):
-                entries = typing.get_args(option)[1]
-                return {name: _checked(f"{key}.{name}", entry, entries) for name, entry in value.items()}
-        elif option is float and type(value) in (int, float) and abs(value) < sys.float_info.max:
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    for option in typing.get_args(hint) if is_union else (hint,):
+        kind, arguments = typing.get_origin(option) or option, typing.get_args(option)
+        if kind is typing.Literal and isinstance(value, str) and value in arguments:
+            return value
+        if kind is tuple and isinstance(value, list):
+            hints = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+            if len(value) == len(hints):
+                return tuple(_checked(key, each, hint) for each, hint in zip(value, hints, strict=True))
+        if kind is dict and isinstance(value, dict):
+            return {name: _checked(f"{key}.{name}", entry, arguments[1]) for name, entry in value.items()}
+        if kind is float and type(value) in (int, float) and abs(value) < sys.float_info.max:
             return float(value)
-        elif option is not float and type(value) is option:
+        if kind is not float and type(value) is kind:
             return value
     raise InputError(f"{key} must be {described(hint)}, not {json.dumps(value)}")
 

@@ -19,8 +19,7 @@ def require_plain_name(name: str, what: str) -> str:
 
     Plain means `[A-Za-z0-9._-]+`, and neither `.` nor `..`. Raises InputError otherwise.
     """
-    plain = re.fullmatch(r"[A-Za-z0-9._-]+", name) and name not in (".", "..")
-    if not plain:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name in (".", ".."):
         raise InputError(f"{what} '{name}' must be a plain name of letters, digits, '.', '_' and '-'")
     return name
 

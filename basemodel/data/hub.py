@@ -22,7 +22,7 @@ from basemodel.common.files import fingerprint, free_space, locked, replace_text
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import META, TOKENIZER_FILE, require_repo_id
 from basemodel.common.output import Progress
-from basemodel.data.token_files import PATTERNS, missing_files, read_meta, split_files, whole_set
+from basemodel.data.token_files import PATTERNS, read_meta, split_files, whole_set
 
 FINGERPRINTS = ".fingerprints.json"  # in a data set's folder: the hashes of its files
 PAUSES = (1, 2, 4, 8, 16, 32)  # seconds before another try when a connection breaks
@@ -45,9 +45,7 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     commit = _commit_of(folder, splits)
     if None not in (commit, revision) and len(revision) >= 40 and revision != commit:
         raise InputError(f"{folder}: is at {commit}, but dataset_revision asks for {revision}; move it away")
-    missing = missing_files(folder, splits)
-    missing += [name for name in _own_tokenizer(folder) if not (folder / name).exists()]
-    if missing:
+    if missing := [name for name in _file_names(folder, splits) if not (folder / name).exists()]:
         with _failures_in_one_line(folder, ", ".join(missing)):
             info = hub.HfApi().dataset_info(dataset, revision=commit or revision)
             folder.mkdir(parents=True, exist_ok=True)
@@ -65,9 +63,10 @@ def _commit_of(folder: Path, splits: list[str]) -> str | None:
     return next(filter(None, commits), None)
 
 
-def _own_tokenizer(folder: Path) -> list[str]:
-    """The name of the data set's own tokenizer, if its meta.json says that it has one."""
-    return [TOKENIZER_FILE] if read_meta(folder).get("tokenizer") == "dataset" else []
+def _file_names(folder: Path, splits: Iterable[str]) -> list[str]:
+    """The names of the splits' files, and of the data set's own tokenizer if meta.json says it has one."""
+    names = [path.name for split in splits for path in split_files(folder, split)]
+    return [*names, TOKENIZER_FILE] if read_meta(folder).get("tokenizer") == "dataset" else names
 
 
 def _download(folder: Path, info: "hub.DatasetInfo", splits: list[str]) -> None:
@@ -127,9 +126,9 @@ def _receive(file: "hub.HfFileMetadata", url: str, incomplete: Path, label: str)
     from huggingface_hub.utils._runtime import is_xet_available
 
     headers = build_hf_headers(headers={"Accept-Encoding": "identity"})  # for ranges of the file itself
-    request, start = {"headers": headers, "expected_size": file.size}, incomplete.stat().st_size
+    start = incomplete.stat().st_size
     with Progress(total=file.size, initial=start, desc=label, unit="B", unit_scale=True) as bar:
-        request["_tqdm_bar"] = bar
+        request = {"headers": headers, "expected_size": file.size, "_tqdm_bar": bar}
         if start == 0 and file.xet_file_data is not None and is_xet_available():
             try:
                 xet_get(incomplete_path=incomplete, xet_file_data=file.xet_file_data, **request)
@@ -163,8 +162,7 @@ def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str
     promised = meta.get("sha256") if isinstance(meta.get("sha256"), dict) else {}
     recorded = _known_fingerprints(folder)
     known = dict(recorded)
-    names = [path.name for split in splits for path in split_files(folder, split)]
-    names += _own_tokenizer(folder)
+    names = _file_names(folder, splits)
     for name in names:
         path, stat = folder / name, (folder / name).stat()
         entry = known.get(name, {})
@@ -275,18 +273,17 @@ def push(
     api = hub.HfApi()
     try:
         api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-        commit = api.upload_folder(
+        return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             repo_type=repo_type,
             commit_message=message,
             delete_patterns=PATTERNS if repo_type == "dataset" else None,
-        )
+        ).commit_url
     except Exception as error:  # anything a network, a proxy or the Hub can raise
         raise RunError(
             f"{repo_id}: the upload failed ({reason(error)}); run the same command again to resume it"
         ) from None
-    return commit.commit_url
 
 
 def reason(error: Exception) -> str:

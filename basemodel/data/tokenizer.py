@@ -77,7 +77,7 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
         model = _checked_model(content)
         ids = {**model["vocab"], END_OF_TEXT: _end_of_text(content)}
         _check_ids(list(ids.values()))
-        end = ids.pop(END_OF_TEXT)
+        special = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
         values = {character: byte for byte, character in byte_characters().items()}
         if unknown := [token for token in ids if not values.keys() >= set(token)]:
             raise InputError(f"is not byte-level: {unknown[0]!r} has a character that stands for no byte")
@@ -85,7 +85,6 @@ def read_tokenizer(path: Path) -> tiktoken.Encoding:
         _check_merges(ranks, model["merges"])
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    special = {END_OF_TEXT: end}
     return tiktoken.Encoding("dataset", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -150,8 +149,7 @@ def _check_merges(ranks: dict[bytes, int], listed: list[Any]) -> None:
     The trainer lists exactly these, in the order of the ids, because a token has one pair that makes it: what
     happens between the ends of a token is the same in any word, unless a merge crosses them.
     """
-    missing = [f"{byte:#04x}" for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
+    if missing := [f"{byte:#04x}" for byte in range(256) if bytes([byte]) not in ranks]:
         raise InputError(f"lacks {len(missing)} of the 256 bytes: {', '.join(missing[:5])}")
     characters = byte_characters()
     expected = [["".join(map(characters.get, part)) for part in pair] for pair in merges(ranks)]

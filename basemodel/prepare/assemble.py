@@ -34,8 +34,9 @@ def write_dataset(folder: Path, layout: Layout, settings: Settings) -> dict[str,
     if settings.tokenizer == "dataset":
         shutil.copyfile(settings.folder / TOKENIZER_FILE, folder / TOKENIZER_FILE)
         sha256[TOKENIZER_FILE] = settings.tokenizer_sha256
+    capacity = (MAX_FILE_SIZE - len(_header(MAX_FILE_SIZE // 2))) // 2  # tokens in a file
     for split, (_, segments) in layout.items():
-        files = cut_segments(segments, tokens_in(MAX_FILE_SIZE))
+        files = cut_segments(segments, capacity)
         for name, file_segments in zip(split_names(split, len(files)), files, strict=True):
             sha256[name] = join_segments(file_segments, folder / name)
     return {
@@ -135,11 +136,6 @@ def cut_segments(segments: list[Segment], capacity: int) -> list[list[Segment]]:
             files[-1].append((path, start, end))
             start, room = end, room - (end - start)
     return files
-
-
-def tokens_in(size: int) -> int:
-    """The number of tokens that fit into a file of `size` bytes."""
-    return (size - len(_header(size // 2))) // 2
 
 
 def _header(count: int) -> bytes:

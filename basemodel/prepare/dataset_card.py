@@ -37,8 +37,8 @@ def draw_lengths(layout: Layout, end_of_text: int, path: Path, title: str) -> st
     from basemodel.common.xkcd import xkcd_chart
 
     lengths = document_lengths(layout, end_of_text)
-    mean, median, total = float(lengths.mean()), float(np.median(lengths)), int(lengths.sum(dtype=np.int64))
-    lost = 1 - np.minimum(lengths, CONTEXT_LENGTH).sum(dtype=np.int64) / total
+    mean, median, total = lengths.mean(), np.median(lengths), lengths.sum()
+    lost = 1 - np.minimum(lengths, CONTEXT_LENGTH).sum() / total
     with xkcd_chart(path, (10, 6)) as figure:
         axes = figure.subplots()
         axes.hist(lengths, bins=np.geomspace(1, lengths.max() + 1, 60))

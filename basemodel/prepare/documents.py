@@ -174,11 +174,10 @@ class LongText:
         with io.TextIOWrapper(open_utf8(self.path), "utf-8", "replace and count", newline="") as file:
             while more := file.read(size):
                 text += more
-                cut = safe_cut(text)
-                if cut:
+                if cut := safe_cut(text):
                     yield text[:cut].encode()
                     text = text[cut:]
-                size = 2 * size if cut == 0 else self.BLOCK
+                size = self.BLOCK if cut else 2 * size
         yield text.encode()
 
     def _replace(self, error: UnicodeError) -> tuple[str, int]:

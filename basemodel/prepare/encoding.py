@@ -1,7 +1,6 @@
 """Encoding shards of documents in parallel, by tiktoken or gigatoken, into folders that can be resumed."""
 
 import base64
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -19,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -291,7 +290,7 @@ def encode_all(
         jobs = {pool.submit(encode_shard, i, shards[i], parts_dir, settings, vocabulary): i for i in order}
         # Only now that the workers are forked: the bar has a thread.
         with Progress(total=sum(sizes), desc="encoding", unit="B", unit_scale=True) as progress:
-            for job in concurrent.futures.as_completed(jobs):
+            for job in as_completed(jobs):
                 number = jobs[job]
                 parts[number] = job.result()
                 progress.update(sizes[number])
