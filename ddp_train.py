@@ -98,7 +98,7 @@ class Learner:
         if self.config.validation_interval is not None:
             self.validation_loss(torch.zeros(self.full_shape, dtype=torch.int64, device=self.world.device))
 
-    def _warm_up(self, module: nn.Module, shape: tuple[int, int]) -> None:
+    def _warm_up(self, module: nn.Module, shape: tuple[int, ...]) -> None:
         """Run one pass without an update, to trigger compilation and DDP's one-time setup."""
         try:
             with backend.autocast(self.precision, self.world.device):

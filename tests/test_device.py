@@ -87,6 +87,7 @@ def test_ddp_averages_gradients_as_it_copies_them_and_nothing_clears_them() -> N
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     two = World(rank=0, local_rank=0, size=2, local_size=2, device=torch.device("cpu"), control=None)
     learner = make_learner(two)
+    assert all(parameter.grad is None for parameter in learner.model.parameters()), "old buckets are free"
     matrix = list(learner.model.trf_blocks[0].ff.layers[0].weight.shape)
     for accumulation in (1, 2):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:

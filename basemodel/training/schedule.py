@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from basemodel.common.errors import InputError
@@ -72,15 +73,12 @@ class BatchPlan:
         length = self.length // SHORT_PARTS
         return sequences.unfold(1, length + 1, length).flatten(0, 1)
 
-    def shapes(self) -> set[tuple[int, int]]:
+    def shapes(self) -> set[tuple[int, ...]]:
         """The shapes, (sequences, tokens + 1), of the microbatches that the steps train on."""
-        steps = [step for step in (0, self.half_steps, self.short_steps) if step < self.steps]
-        counts = [(step, next(self.microbatches(step, rank=0))[1]) for step in steps]
         return {
-            (SHORT_PARTS * count, self.length // SHORT_PARTS + 1)
-            if step < self.short_steps
-            else (count, self.length + 1)
-            for step, count in counts
+            self.cut(torch.empty(count, self.length + 1, device="meta"), step).shape
+            for step in (0, self.half_steps, self.short_steps)
+            for _, count in self.microbatches(min(step, self.steps - 1), rank=0)
         }
 
 
