@@ -110,12 +110,10 @@ def print_plan(run: Run, world: World) -> None:
         "Disk": checkpoints_in_words(run) + (f"; {free / 1e9:.1f} GB are free" if free < math.inf else ""),
         "ETA": "not known before a first run here; --on MACHINE estimates it for a GPU",
     }
-    limit = math.inf
     if config.max_seconds is not None:
-        limit = config.max_seconds
-        lines["Budget"] = f"ends after {limit / 3600:.4g} hours, with the schedule at its end"
+        lines["Budget"] = f"ends after {config.max_seconds / 3600:.4g} hours, with the schedule at its end"
     if speed:
-        seconds = min(limit, tokens / speed)
+        seconds = min(config.max_seconds or math.inf, tokens / speed)
         lines["ETA"] = f"{timedelta(seconds=round(seconds))} at {speed:,.0f} tokens/s, as in the last run"
     if price is not None:
         cost = f"${seconds / 3600 * price:.2f} at " if speed else ""

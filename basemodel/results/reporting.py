@@ -32,19 +32,14 @@ TEMPERATURE, TOP_K = 1.0, 25
 
 def check_reporting(run: Run) -> None:
     """Raise InputError if samples or trackers that the config asks for would fail later."""
-    require_tokenizer(run)
-    require_packages(run.config.report_to)
-
-
-def require_tokenizer(run: Run) -> None:
-    """Raise InputError if the run's prompts cannot be encoded. A data set's own tokenizer encodes anything,
-    and `open_data` checks that it exists."""
     shape = run.model_config
+    # A data set's own tokenizer encodes any prompt, and `open_data` checks that it exists.
     if run.config.sample_interval is not None and shape.tokenizer != "dataset":
         from basemodel.data.tokenizer import get_tokenizer
         from basemodel.model.generation import encode_prompts
 
         encode_prompts(get_tokenizer(shape.tokenizer), run.config.sample_prompts, shape.vocab_size)
+    require_packages(run.config.report_to)
 
 
 def continue_prompts(run: Run, model: GPTModel, step: int) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from basemodel.model.config import GPTConfig
 from basemodel.training.config import OLD_KEYS, TrainConfig
 from basemodel.training.resume import FREE_ON_RESUME
 from basemodel.training.run import Run
-from basemodel.training.run_folder import find_run, read_metrics, read_status
+from basemodel.training.run_folder import read_metrics, read_status
 
 CONFIGS = {"model": GPTConfig, "train": TrainConfig}
 KEYS = {field.name: file for file, config in CONFIGS.items() for field in dataclasses.fields(config)}
@@ -70,12 +70,11 @@ class Study:
     @classmethod
     def plan(cls, runs_dir: Path, base: str, variations: tuple[str, ...], seeds: int) -> "Study":
         """Check a study and return it. Raises InputError, naming what is wrong in BASE or in a variation."""
-        folder = find_run(runs_dir, base)
-        config = Run.read(runs_dir, base).config
-        if config.validation_interval is None:
+        run = Run.read(runs_dir, base)
+        if run.config.validation_interval is None:
             hint = "validation losses are compared; set validation_interval and validation_batches"
-            raise InputError(f"{folder / 'train.json'}: has no validation, but {hint}")
-        values = {file: read_json_object(folder / f"{file}.json") for file in CONFIGS}
+            raise InputError(f"{run.directory / 'train.json'}: has no validation, but {hint}")
+        values = {file: read_json_object(run.directory / f"{file}.json") for file in CONFIGS}
         values["train"] = TrainConfig.from_old_keys(values["train"])  # so that a variation can replace them
         variants = [Variant(base, values)]
         for text in variations:
@@ -83,7 +82,7 @@ class Study:
             if same := next((other for other in variants if other.changes == variant.changes), None):
                 raise InputError(f"--vary {text}: is the same as {same.label}; leave it out")
             variants.append(variant)
-        first = config.random_seed
+        first = run.config.random_seed
         return cls(base, runs_dir, variants, list(range(first, first + seeds)))
 
     def folder(self, variant: Variant, seed: int) -> Path:
@@ -206,7 +205,6 @@ class Outcome:
     losses: list[float]
     differences: list[float]  # to the base with the same seed, where both have finished; empty for the base
     interval: tuple[float, float] | None  # of their mean; None for fewer than two
-    missing: int  # seeds without a difference
 
     @property
     def verdict(self) -> str:
@@ -226,21 +224,20 @@ def outcomes(study: Study) -> list[Outcome]:
     gives both runs the same order of data and, where shapes agree, the same initial weights. Their effect on
     both losses cancels in the difference, and the interval holds even where they have none.
     """
-    confidence, base, results = single_confidence(study), {}, []
+    confidence, base, results = single_confidence(study), None, []
     for variant in study.variants:
         losses = {seed: final_loss(study.folder(variant, seed)) for seed in study.seeds}
-        is_base, base = not base, base or losses
-        pairs = [(losses[seed], base[seed]) for seed in study.seeds]
-        pairs = [(loss, base_loss) for loss, base_loss in pairs if None not in (loss, base_loss)]
-        differences = [] if is_base else [loss - base_loss for loss, base_loss in pairs]
+        losses = {seed: loss for seed, loss in losses.items() if loss is not None}
+        if base is None:
+            base, differences = losses, []
+        else:
+            differences = [loss - base[seed] for seed, loss in losses.items() if seed in base]
         interval = None
         if (count := len(differences)) > 1:
             mean, spread = statistics.fmean(differences), statistics.stdev(differences)
             reach = student_t_quantile(confidence, count - 1) * spread / math.sqrt(count)
             interval = mean - reach, mean + reach
-        finished = [loss for loss in losses.values() if loss is not None]
-        missing = len(study.seeds) - len(pairs)
-        results.append(Outcome(variant.label, finished, differences, interval, missing))
+        results.append(Outcome(variant.label, list(losses.values()), differences, interval))
     return results
 
 
@@ -264,8 +261,9 @@ def table(study: Study) -> str:
         if outcome.interval:
             cells[5] = "{:+.4f} to {:+.4f}".format(*outcome.interval)
         if index:
-            missing = f", {outcome.missing} of {len(study.seeds)} seeds missing" if outcome.missing else ""
-            cells[6] = outcome.verdict + missing
+            missing = len(study.seeds) - len(outcome.differences)
+            note = f", {missing} of {len(study.seeds)} seeds missing" if missing else ""
+            cells[6] = outcome.verdict + note
         rows.append(cells)
     return markdown_table([*header, "verdict"], rows)
 
