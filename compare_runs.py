@@ -146,7 +146,6 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
         return ", ".join(f"{key} {json.dumps(first[key])} → {json.dumps(config[key])}" for key in changed)
 
     tasks = dict.fromkeys(result.title for run in runs for result in measurements.headlines(run.tasks))
-
     return [
         {
             "run": run.folder.name,
@@ -197,8 +196,7 @@ def draw_chart(runs: list[RunSummary], path: Path) -> None:
 
 
 def highest_loss(runs: list[RunSummary]) -> float:
-    """The highest loss to draw, leaving out the first twentieth of the tokens: those losses would squash the
-    others."""
+    """The highest loss after the first twentieth of the tokens, whose losses would squash the others."""
     longest = max(run.tokens or 0 for run in runs)
     points = (point for run in runs for point in (*run.curves["train"], *run.curves["validation"]))
     return max((loss for tokens, loss in points if tokens >= longest / 20), default=1.0)
@@ -220,8 +218,7 @@ def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, s
         "MADE": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    page = re.sub("@([A-Z]+)@", lambda match: values[match[1]], template)
-    replace_text(path, page)
+    replace_text(path, re.sub("@([A-Z]+)@", lambda match: values[match[1]], template))
 
 
 def page_entry(run: RunSummary, cells: dict[str, str], page: Path) -> dict[str, Any]:

@@ -112,8 +112,7 @@ def from_huggingface(
     """
     ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        match = re.match(r"(?:transformer\.)?(h\.\d+\.|)", name)
-        block, part = match[1], name[match.end() :]
+        block, part = re.fullmatch(r"(?:transformer\.)?(h\.\d+\.|)(.*)", name, re.DOTALL).groups()
         if block and part in ("attn.bias", "attn.masked_bias"):
             continue
         tensor = tensor.T.contiguous() if block and transposed and tensor.dim() == 2 else tensor

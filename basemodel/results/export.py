@@ -36,8 +36,7 @@ def write_model(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> 
     config = huggingface_config(model.config, end_of_text) | {"activation_function": gelu_name(model)}
     for name, values in (("config", config), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in to_huggingface(model.tensors()).items()}
-    save_tensors(tensors, folder / "model.safetensors")
+    save_tensors(to_huggingface(model.tensors()), folder / "model.safetensors")
     write_tokenizer(folder, tokenizer, model.config.context_length)
 
 
