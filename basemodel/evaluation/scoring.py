@@ -23,10 +23,8 @@ HEAD_ROWS = 1024  # tokens whose logits exist at once; with GPT-2's vocabulary 2
 
 class Scorer:
     """Answers questions about texts with a model. Answers are kept in the folder `cache`, in a file named by
-    the hash of the weights, and never computed again.
-
-    Raises InputError if the model lacks tokens of the tokenizer.
-    """
+    the hash of the weights, and never computed again. Raises InputError if the model lacks tokens of the
+    tokenizer."""
 
     def __init__(
         self, model: GPTModel, tokenizer: tiktoken.Encoding, *, batch_size: int, cache: Path

@@ -128,10 +128,8 @@ def from_huggingface(
 
 
 def to_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_huggingface`, for `GPTModel.tensors()`, with the prefix `transformer.`.
-
-    Q, K and V without biases get zero biases. A tied model's head, not among its tensors, is left out.
-    """
+    """The inverse of `from_huggingface`, for `GPTModel.tensors()`, with the prefix `transformer.`. Q, K and V
+    without biases get zero biases. A tied model's head, not among its tensors, is left out."""
     theirs: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         block, part = re.fullmatch(r"(trf_blocks\.\d+\.|)(.+)", name).groups()

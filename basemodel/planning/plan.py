@@ -135,10 +135,8 @@ def checkpoints_in_words(run: Run) -> str:
 
 
 def plan_on_machines(run: Run, datasets_dir: Path | None, asked: Elsewhere) -> None:
-    """Print what a run would take on one machine or all, or what a budget buys.
-
-    Raises InputError for an unknown machine, a malformed table, or a run of unknown length.
-    """
+    """Print what a run would take on one machine or all, or what a budget buys. Raises InputError for an
+    unknown machine, a malformed table, or a run of unknown length."""
     machines = find_machines(asked.on or "all", read_gpus(asked.machines or TABLE))
     run_data = open_if_here(run, datasets_dir)
     if run_data is None and run.config.min_train_tokens == -1:

@@ -129,9 +129,7 @@ It is a base model: it continues text, and was not trained to follow instruction
 
 def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, license: str | None) -> None:
     """Write README.md for a model from a weights file: metadata for the Hub, how to use it, and its figures.
-
-    For a checkpoint of a run, also copy the run's chart.
-    """
+    For a checkpoint of a run, also copy the run's chart."""
     from huggingface_hub import ModelCardData
 
     checkpoint, meta = folder_of(weights), {}

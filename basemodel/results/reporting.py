@@ -44,10 +44,8 @@ def check_reporting(run: Run) -> None:
 
 def continue_prompts(run: Run, model: GPTModel, step: int) -> list[dict[str, Any]]:
     """Continue the run's prompts after `step` steps; return the lines of samples.jsonl, one per prompt.
-
     Training is not affected: a twin with the same weights, never compiled and never in training mode, does
-    the computing, and the random numbers come from a separate generator.
-    """
+    the computing, and the random numbers come from a separate generator."""
     from basemodel.data.tokenizer import get_tokenizer
     from basemodel.model.generation import Sampling, continuations, random_generator
 
@@ -259,11 +257,8 @@ class Reporter:
                 say(one_line(f"step {step:,}: {sample['prompt']}{sample['text']}"))
 
     def chart(self, *, final: bool = False) -> None:
-        """Redraw the chart; a failure never stops training.
-
-        Unless `final`, draw only if there are steps to draw and drawing takes less than 1% of the time since
-        the last chart.
-        """
+        """Redraw the chart; a failure never stops training. Unless `final`, draw only if there are steps to
+        draw and drawing takes less than 1% of the time since the last chart."""
         idle = time.monotonic() - self._last_chart
         due = self.clock.steps > 0 and idle > 100 * self.clock.pauses["chart"]
         if not (final or due):

@@ -105,10 +105,8 @@ class Study:
 
 
 def read_variation(text: str, base: Variant) -> Variant:
-    """The variation of `base` that KEY=VALUE[,KEY=VALUE...] describes; values are JSON or plain words.
-
-    Raises InputError for unknown keys, values that the configs refuse, and losses that could not be compared.
-    """
+    """The variation of `base` that KEY=VALUE[,KEY=VALUE...] describes; values are JSON or plain words. Raises
+    InputError for unknown keys, values that the configs refuse, and losses that could not be compared."""
     source = f"--vary {text}"
     values = {file: dict(contents) for file, contents in base.values.items()}
     changed = []
@@ -147,9 +145,7 @@ def as_checked(values: Values, source: str) -> dict[str, Any]:
 
 def matching_batches(base: dict[str, Any], config: dict[str, Any], source: str) -> int:
     """The validation_batches that make `config` validate on the base's tokens, whatever its microbatch.
-
-    Raises InputError if no number does.
-    """
+    Raises InputError if no number does."""
     base_batch, batch = (keys["microbatch_size"] * keys["context_length"] for keys in (base, config))
     tokens = base["validation_batches"] * base_batch
     batches, rest = divmod(tokens, batch)
@@ -161,10 +157,8 @@ def matching_batches(base: dict[str, Any], config: dict[str, Any], source: str) 
 
 
 def write_run(folder: Path, values: Values, seed: int) -> None:
-    """Write a run's two files with a seed.
-
-    Raises InputError if the run has begun with other settings, apart from those that may change.
-    """
+    """Write a run's two files with a seed. Raises InputError if the run has begun with other settings, apart
+    from those that may change."""
     values = {**values, "train": {**values["train"], "random_seed": seed}}
     if (folder / METRICS).exists():
         earlier = {file: read_json_object(folder / f"{file}.json") for file in CONFIGS}
