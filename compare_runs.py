@@ -9,13 +9,12 @@ The page is self-contained. When served together with the runs' folders, it also
 status.json and samples.jsonl to follow runs in progress.
 """
 
-import dataclasses
 import html
 import json
 import os
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     validating = sum(line.get("validation_seconds", 0.0) for line in metrics)
     return RunSummary(
         folder=folder,
-        config=dataclasses.asdict(model_config) | dataclasses.asdict(config),
+        config=asdict(model_config) | asdict(config),
         parameters=model_config.parameter_count,
         status=read_status(folder),
         curves={name: binned(curve(metrics, key)) for name, key in keys.items()} | {"validation": validation},

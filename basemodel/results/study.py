@@ -1,13 +1,12 @@
 """An ablation study: a base run and variations of it, each trained with several seeds."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
 import re
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from basemodel.training.run import Run
 from basemodel.training.run_folder import read_metrics, read_status
 
 CONFIGS = {"model": GPTConfig, "train": TrainConfig}
-KEYS = {field.name: file for file, config in CONFIGS.items() for field in dataclasses.fields(config)}
+KEYS = {field.name: file for file, config in CONFIGS.items() for field in fields(config)}
 # Keys that decide which tokens a run is validated on.
 SAME_FOR_ALL = {"dataset", "dataset_revision", "tokenizer", "start_val_token"}
 SAME_FOR_ALL |= {"validation_batches", "validation_interval"}
@@ -140,7 +139,7 @@ def read_variation(text: str, base: Variant) -> Variant:
 def as_checked(values: Values, source: str) -> dict[str, Any]:
     """All keys of both configs, with their defaults, checked; errors name their `source`."""
     configs = (checked_config(config, values[file], source) for file, config in CONFIGS.items())
-    return {key: value for config in configs for key, value in dataclasses.asdict(config).items()}
+    return {key: value for config in configs for key, value in asdict(config).items()}
 
 
 def matching_batches(base: dict[str, Any], config: dict[str, Any], source: str) -> int:
