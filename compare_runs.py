@@ -178,9 +178,12 @@ def notes(runs: list[RunSummary]) -> list[str]:
 
 def draw_chart(runs: list[RunSummary], path: Path) -> None:
     """Draw the runs' losses over tokens seen, one color per run, as a PNG in xkcd style."""
+    # The highest loss after the first twentieth of the tokens, whose losses would squash the others.
+    longest = max(run.tokens or 0 for run in runs)
+    all_points = (point for run in runs for point in (*run.curves["train"], *run.curves["validation"]))
+    top = max((loss for tokens, loss in all_points if tokens >= longest / 20), default=1.0)
     with xkcd_chart(path, (11, 7)) as figure:
         axes = figure.subplots()
-        top = highest_loss(runs)
         for index, run in enumerate(runs):
             color = f"C{index}"
             styles = (("train", {"alpha": 0.4}), ("validation", {"marker": "o", "markersize": 5}))
@@ -192,13 +195,6 @@ def draw_chart(runs: list[RunSummary], path: Path) -> None:
         axes.set(xlabel="tokens seen", ylabel="nats per token", title="validation (dots) and training loss")
         axes.set_ylim(top=1.02 * top)
         axes.legend()
-
-
-def highest_loss(runs: list[RunSummary]) -> float:
-    """The highest loss after the first twentieth of the tokens, whose losses would squash the others."""
-    longest = max(run.tokens or 0 for run in runs)
-    points = (point for run in runs for point in (*run.curves["train"], *run.curves["validation"]))
-    return max((loss for tokens, loss in points if tokens >= longest / 20), default=1.0)
 
 
 def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, seconds: int) -> None:
