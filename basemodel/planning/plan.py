@@ -137,16 +137,15 @@ def plan_on_machines(run: Run, datasets_dir: Path | None, asked: Elsewhere) -> N
     """Print what a run would take on one machine or all, or what a budget buys. Raises InputError for an
     unknown machine, a malformed table, or a run of unknown length."""
     machines = find_machines(asked.on or "all", read_gpus(asked.machines or TABLE))
-    run_data = open_if_here(run, datasets_dir)
-    if run_data is None and run.config.min_train_tokens == -1:
+    run = replace(run, data=open_if_here(run, datasets_dir))
+    if run.data is None and run.config.min_train_tokens == -1:
         raise InputError(
             "min_train_tokens is -1, all there are, and the data are not here; set a number, or fetch them"
         )
-    run, train_count = replace(run, data=run_data), run_data and run_data.train.count
     estimates, refused = [], []
     for machine in machines:
         try:
-            estimates.append(estimate(run, machine, train_count))
+            estimates.append(estimate(run, machine, run.data and run.data.train.count))
         except InputError as error:
             refused.append(error)
     if not estimates:
