@@ -263,16 +263,14 @@ def table(study: Study) -> str:
 
 def notes(study: Study) -> list[str]:
     """How to read the table, and what to mistrust in it."""
-    count, confidence = len(study.variants) - 1, single_confidence(study)
+    count, percent = len(study.variants) - 1, f"{100 * single_confidence(study):.4g}%"
     paragraphs = [
         "Losses are those of the validation after the last step, in nats per token. A difference is the loss "
         f"of the variation minus the loss of {study.base} with the same seed, averaged over the seeds; its "
         "interval is Student's t on these pairs."
     ]
     if count > 1:
-        paragraphs[0] += (
-            f" Each interval has {100 * confidence:.4g}% confidence, all {count} together {CONFIDENCE:.0%}."
-        )
+        paragraphs[0] += f" Each interval has {percent} confidence, all {count} together {CONFIDENCE:.0%}."
     if any(outcome.verdict == "within noise" for outcome in outcomes(study)[1:]):
         meaning = "Within noise means not shown to differ, rather than shown to be equal"
         paragraphs.append(f"{meaning}. More --seeds make the intervals narrower.")
