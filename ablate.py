@@ -116,10 +116,8 @@ class Trainings:
             self._process.terminate()  # it saves a checkpoint first
 
     def check(self) -> None:
-        """Check each variant that has not begun, by `--plan` with this launcher and data.
-
-        Raises InputError for the first that cannot be trained.
-        """
+        """Check each variant that has not begun, by `--plan` with this launcher and data. Raises InputError
+        for the first that cannot be trained."""
         for variant in self.study.variants:
             folder = self.study.folder(variant, self.study.seeds[0])
             if self.stopped or (folder / METRICS).exists():

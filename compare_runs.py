@@ -9,13 +9,12 @@ The page is self-contained. When served together with the runs' folders, it also
 status.json and samples.jsonl to follow runs in progress.
 """
 
-import dataclasses
 import html
 import json
 import os
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def read_run(runs_dir: Path, name: str) -> RunSummary:
     validating = sum(line.get("validation_seconds", 0.0) for line in metrics)
     return RunSummary(
         folder=folder,
-        config=dataclasses.asdict(model_config) | dataclasses.asdict(config),
+        config=asdict(model_config) | asdict(config),
         parameters=model_config.parameter_count,
         status=read_status(folder),
         curves={name: binned(curve(metrics, key)) for name, key in keys.items()} | {"validation": validation},
@@ -146,7 +145,6 @@ def table(runs: list[RunSummary]) -> list[dict[str, str]]:
         return ", ".join(f"{key} {json.dumps(first[key])} → {json.dumps(config[key])}" for key in changed)
 
     tasks = dict.fromkeys(result.title for run in runs for result in measurements.headlines(run.tasks))
-
     return [
         {
             "run": run.folder.name,
@@ -180,9 +178,12 @@ def notes(runs: list[RunSummary]) -> list[str]:
 
 def draw_chart(runs: list[RunSummary], path: Path) -> None:
     """Draw the runs' losses over tokens seen, one color per run, as a PNG in xkcd style."""
+    # The highest loss after the first twentieth of the tokens, whose losses would squash the others.
+    longest = max(run.tokens or 0 for run in runs)
+    all_points = (point for run in runs for point in (*run.curves["train"], *run.curves["validation"]))
+    top = max((loss for tokens, loss in all_points if tokens >= longest / 20), default=1.0)
     with xkcd_chart(path, (11, 7)) as figure:
         axes = figure.subplots()
-        top = highest_loss(runs)
         for index, run in enumerate(runs):
             color = f"C{index}"
             styles = (("train", {"alpha": 0.4}), ("validation", {"marker": "o", "markersize": 5}))
@@ -194,14 +195,6 @@ def draw_chart(runs: list[RunSummary], path: Path) -> None:
         axes.set(xlabel="tokens seen", ylabel="nats per token", title="validation (dots) and training loss")
         axes.set_ylim(top=1.02 * top)
         axes.legend()
-
-
-def highest_loss(runs: list[RunSummary]) -> float:
-    """The highest loss to draw, leaving out the first twentieth of the tokens: those losses would squash the
-    others."""
-    longest = max(run.tokens or 0 for run in runs)
-    points = (point for run in runs for point in (*run.curves["train"], *run.curves["validation"]))
-    return max((loss for tokens, loss in points if tokens >= longest / 20), default=1.0)
 
 
 def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, seconds: int) -> None:
@@ -220,8 +213,7 @@ def write_page(runs: list[RunSummary], rows: list[dict[str, str]], path: Path, s
         "MADE": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    page = re.sub("@([A-Z]+)@", lambda match: values[match[1]], template)
-    replace_text(path, page)
+    replace_text(path, re.sub("@([A-Z]+)@", lambda match: values[match[1]], template))
 
 
 def page_entry(run: RunSummary, cells: dict[str, str], page: Path) -> dict[str, Any]:

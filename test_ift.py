@@ -168,8 +168,7 @@ def print_scores(title: str, names: list[str], scores: np.ndarray, seed: int) ->
         print(f"{skipped} of {asked} questions have no valid scores; means and intervals leave them out.")
         print("The same command asks for them again")
     print_means("model", [names[index] for index in order], scores[order], ".1f")
-    pairs = list(itertools.combinations(order, 2))
-    if pairs:
+    if pairs := list(itertools.combinations(order, 2)):
         labels = [f"{names[a]} minus {names[b]}" for a, b in pairs]
         print_means("paired difference", labels, np.stack([scores[a] - scores[b] for a, b in pairs]), "+.1f")
 

@@ -59,8 +59,7 @@ def main(
     starts = [prompt for prompt in prompts for _ in range(samples)]
     sampling = Sampling(temperature, top_k, random_generator(model, seed))
     texts = continuations(model, tokenizer, starts, tokens, sampling)
-    separator = "\n\n" if len(texts) > 1 else "\n"
-    print(separator.join(printable(start + text) for start, text in zip(starts, texts, strict=True)))
+    print("\n\n".join(printable(start + text) for start, text in zip(starts, texts, strict=True)))
 
 
 if __name__ == "__main__":

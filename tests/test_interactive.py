@@ -122,7 +122,7 @@ def test_an_answer_streams_and_shows_no_character_by_halves(
     monkeypatch.setattr(prompt_line, "stream", stream)
     settings = {"temperature": 0.0, "top_k": 1, "tokens": 99, "seed": None}
     line = PromptLine(load_model(*map(Path, files)), get_tokenizer("bytes"), settings, [])
-    line._take("ä")
+    line._answer("ä")
     told = [i for i, item in enumerate(screen.written) if isinstance(item, int)]
     shown = [item for item in screen.written if isinstance(item, str)]
     assert "".join(shown) == "äé語🙂\\x1b[2J!\N{REPLACEMENT CHARACTER}\n\n"

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 RESAMPLES = 1000  # for the standard errors of metrics that are not means
 SEED = 1234  # of few-shot examples: the library's own default
-Generation = tuple[str, dict[str, Any]]  # a prompt, and how to continue it
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,8 @@ def load_task(manager: "TaskManager", name: str) -> Any:
         return manager.load([name])
     except Exception as error:  # whatever a task's own code, datasets and the network can raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        hint = ""
-        if isinstance(error, ConnectionError):
-            hint = "; run it once with a network, then the data stay in the cache of datasets (HF_HOME)"
+        offline = "; run it once with a network, then the data stay in the cache of datasets (HF_HOME)"
+        hint = offline if isinstance(error, ConnectionError) else ""
         raise InputError(f"task '{name}' could not be loaded: {reason}{hint}") from None
 
 
@@ -135,8 +133,8 @@ def harness_model(scorer: Scorer) -> "LM":
     return Model()
 
 
-def continue_until(scorer: Scorer, requests: Sequence[Generation]) -> list[str]:
-    """Continue each prompt greedily up to the first of its request's stop strings."""
+def continue_until(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Continue the prompt of each request (prompt, options) greedily, up to the first of its stop strings."""
     if any(options.get("do_sample") and options.get("temperature") != 0 for _, options in requests):
         raise InputError("the task samples its answers, which is not supported; choose another")
     counts = [options.get("max_gen_toks", 256) for _, options in requests]

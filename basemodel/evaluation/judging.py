@@ -33,9 +33,7 @@ class BadReply(Exception):
 
 def read_questions(paths: tuple[Path, ...]) -> dict[str, list[Record]]:
     """The records of results files, by the model's name: questions, and the answers in `model_response`.
-
-    Raises InputError if they do not answer the same questions.
-    """
+    Raises InputError if they do not answer the same questions."""
     results: dict[str, list[Record]] = {}
     for path in paths:
         name = path.name.removesuffix(RESULTS_ENDING).removesuffix(".json")

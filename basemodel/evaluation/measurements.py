@@ -1,12 +1,11 @@
 """Results of evaluations, which are kept beside a checkpoint: its test loss and its scores on tasks."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def read_test_loss(folder: Path) -> MeasuredLoss | None:
 
 def write_test_loss(folder: Path, result: MeasuredLoss) -> None:
     """Keep a checkpoint's test loss beside it."""
-    _write(folder / TEST_LOSS_FILE, dataclasses.asdict(result))
+    _write(folder / TEST_LOSS_FILE, asdict(result))
 
 
 def read_task_results(folder: Path) -> list[TaskResult]:
@@ -112,7 +111,7 @@ def read_task_results(folder: Path) -> list[TaskResult]:
 def add_task_results(folder: Path, results: Iterable[TaskResult]) -> None:
     """Add results to those kept in `folder`, in place of earlier ones with the same title."""
     by_title = {result.title: result for result in (*read_task_results(folder), *results)}
-    _write(folder / TASKS_FILE, {"results": [dataclasses.asdict(result) for result in by_title.values()]})
+    _write(folder / TASKS_FILE, {"results": [asdict(result) for result in by_title.values()]})
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:

@@ -45,7 +45,11 @@ class PromptLine:
             print(HELP)
         while True:
             try:
-                self._take(input("> " if at_terminal else ""))
+                line = input("> " if at_terminal else "")
+                if line.startswith("/") and not line.startswith("//"):
+                    self._change_settings(line)
+                elif line.strip():
+                    self._answer(line.removeprefix("/"))
             except EOFError:
                 print(end="\n" if at_terminal else "")
                 return
@@ -53,12 +57,6 @@ class PromptLine:
                 print()
             except InputError as error:
                 print(f"Error: {error}")
-
-    def _take(self, line: str) -> None:
-        if line.startswith("/") and not line.startswith("//"):
-            self._change_settings(line)
-        elif line.strip():
-            self._answer(line.removeprefix("/") if line.startswith("//") else line)
 
     def _change_settings(self, line: str) -> None:
         """Obey a line such as `/temperature 0.7`, which click reads as options."""

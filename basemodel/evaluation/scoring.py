@@ -23,10 +23,8 @@ HEAD_ROWS = 1024  # tokens whose logits exist at once; with GPT-2's vocabulary 2
 
 class Scorer:
     """Answers questions about texts with a model. Answers are kept in the folder `cache`, in a file named by
-    the hash of the weights, and never computed again.
-
-    Raises InputError if the model lacks tokens of the tokenizer.
-    """
+    the hash of the weights, and never computed again. Raises InputError if the model lacks tokens of the
+    tokenizer."""
 
     def __init__(
         self, model: GPTModel, tokenizer: tiktoken.Encoding, *, batch_size: int, cache: Path
@@ -46,8 +44,7 @@ class Scorer:
         whether all its tokens are the most likely ones. Raises RunError if the logits are not finite."""
         length = self.model.config.context_length
         self.asked += len(pairs)
-        sizes = [(len(continuation), len(context) + len(continuation)) for context, continuation in pairs]
-        self.cut += sum(continuation <= length and text > length + 1 for continuation, text in sizes)
+        self.cut += sum(len(answer) <= length < len(context) + len(answer) - 1 for context, answer in pairs)
         parts = [list(windows(*pair, length)) for pair in pairs]
         answers = iter(self._answers([window for part in parts for window in part], self._score))
         scores = [[next(answers) for _ in part] for part in parts]

@@ -1,9 +1,8 @@
 """Generating text: continuing token sequences, and prompts in batches."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tiktoken
 import torch
@@ -110,7 +109,7 @@ def continuations(
     InputError for prompts outside the model's vocabulary.
     """
     end = tokenizer.eot_token
-    sampling = dataclasses.replace(sampling, stop=end)
+    sampling = replace(sampling, stop=end)
     encoded = encode_prompts(tokenizer, prompts, model.config.vocab_size)
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     texts = [""] * len(prompts)

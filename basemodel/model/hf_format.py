@@ -112,8 +112,7 @@ def from_huggingface(
     """
     ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        match = re.match(r"(?:transformer\.)?(h\.\d+\.|)", name)
-        block, part = match[1], name[match.end() :]
+        block, part = re.fullmatch(r"(?:transformer\.)?(h\.\d+\.|)(.*)", name, re.DOTALL).groups()
         if block and part in ("attn.bias", "attn.masked_bias"):
             continue
         tensor = tensor.T.contiguous() if block and transposed and tensor.dim() == 2 else tensor
@@ -129,10 +128,8 @@ def from_huggingface(
 
 
 def to_huggingface(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_huggingface`, for `GPTModel.tensors()`, with the prefix `transformer.`.
-
-    Q, K and V without biases get zero biases. A tied model's head, not among its tensors, is left out.
-    """
+    """The inverse of `from_huggingface`, for `GPTModel.tensors()`, with the prefix `transformer.`. Q, K and V
+    without biases get zero biases. A tied model's head, not among its tensors, is left out."""
     theirs: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         block, part = re.fullmatch(r"(trf_blocks\.\d+\.|)(.+)", name).groups()

@@ -89,10 +89,8 @@ def find_machines(name: str, gpus: dict[str, GPU]) -> list[Machine]:
 
 
 def gpu_of(device_name: str, memory_gib: float = 0.0) -> GPU | None:
-    """The GPU that CUDA calls `device_name` and that has about `memory_gib`; None if the table has none.
-
-    Only whole words count: an A100 is no A10, and a GB200 has another rate than a B200.
-    """
+    """The GPU that CUDA calls `device_name` and that has about `memory_gib`; None if the table has none. Only
+    whole words count: an A100 is no A10, and a GB200 has another rate than a B200."""
     try:
         known = read_gpus().values()
     except InputError:  # which must not stop a training

@@ -1,9 +1,8 @@
 """What a run would do and what it would cost, here or on other machines (`--plan`, `--on`, `--budget`)."""
 
-import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -58,7 +57,7 @@ class Elsewhere:
 
     def is_asked(self, only_plan: bool) -> bool:
         """Whether to plan for other machines. Raises InputError for an option without the one it needs."""
-        for name, value in dataclasses.asdict(self).items():
+        for name, value in asdict(self).items():
             if value is not None and not only_plan:
                 raise InputError(f"--{name} goes with --plan")
         asked = self.on is not None or self.budget is not None
@@ -81,7 +80,7 @@ def plan_here(run: Run, datasets_dir: Path, world: World) -> None:
     data = open_if_here(run, datasets_dir)
     plan = plan_batches(run.config, run.model_config.context_length, world.size, data and data.train.count)
     if world.is_first:
-        print_plan(dataclasses.replace(run, data=data, plan=plan), world)
+        print_plan(replace(run, data=data, plan=plan), world)
 
 
 def print_plan(run: Run, world: World) -> None:
@@ -105,17 +104,15 @@ def print_plan(run: Run, world: World) -> None:
         "Hardware": f"{world.size} x {world.device_name}, precision {precision}",
         "Global batch": f"{plan.global_batch:,} sequences, {plan.tokens_per_batch:,} tokens = {split}",
         "Steps": f"{plan.steps:,}, {tokens:,} tokens" if plan.steps else "not known before the data are here",
-        "Optimizer": optimizer_in_words(dataclasses.asdict(config)),
+        "Optimizer": optimizer_in_words(asdict(config)),
         "FLOPs": f"{tokens * shape.flops_per_token:.2e}, {shape.flops_per_token:,} per token",
         "Disk": checkpoints_in_words(run) + (f"; {free / 1e9:.1f} GB are free" if free < math.inf else ""),
         "ETA": "not known before a first run here; --on MACHINE estimates it for a GPU",
     }
-    limit = math.inf
     if config.max_seconds is not None:
-        limit = config.max_seconds
-        lines["Budget"] = f"ends after {limit / 3600:.4g} hours, with the schedule at its end"
+        lines["Budget"] = f"ends after {config.max_seconds / 3600:.4g} hours, with the schedule at its end"
     if speed:
-        seconds = min(limit, tokens / speed)
+        seconds = min(config.max_seconds or math.inf, tokens / speed)
         lines["ETA"] = f"{timedelta(seconds=round(seconds))} at {speed:,.0f} tokens/s, as in the last run"
     if price is not None:
         cost = f"${seconds / 3600 * price:.2f} at " if speed else ""
@@ -137,21 +134,18 @@ def checkpoints_in_words(run: Run) -> str:
 
 
 def plan_on_machines(run: Run, datasets_dir: Path | None, asked: Elsewhere) -> None:
-    """Print what a run would take on one machine or all, or what a budget buys.
-
-    Raises InputError for an unknown machine, a malformed table, or a run of unknown length.
-    """
+    """Print what a run would take on one machine or all, or what a budget buys. Raises InputError for an
+    unknown machine, a malformed table, or a run of unknown length."""
     machines = find_machines(asked.on or "all", read_gpus(asked.machines or TABLE))
-    run_data = open_if_here(run, datasets_dir)
-    if run_data is None and run.config.min_train_tokens == -1:
+    run = replace(run, data=open_if_here(run, datasets_dir))
+    if run.data is None and run.config.min_train_tokens == -1:
         raise InputError(
             "min_train_tokens is -1, all there are, and the data are not here; set a number, or fetch them"
         )
-    run, train_count = dataclasses.replace(run, data=run_data), run_data and run_data.train.count
     estimates, refused = [], []
     for machine in machines:
         try:
-            estimates.append(estimate(run, machine, train_count))
+            estimates.append(estimate(run, machine, run.data and run.data.train.count))
         except InputError as error:
             refused.append(error)
     if not estimates:

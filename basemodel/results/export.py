@@ -36,8 +36,7 @@ def write_model(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> 
     config = huggingface_config(model.config, end_of_text) | {"activation_function": gelu_name(model)}
     for name, values in (("config", config), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in to_huggingface(model.tensors()).items()}
-    save_tensors(tensors, folder / "model.safetensors")
+    save_tensors(to_huggingface(model.tensors()), folder / "model.safetensors")
     write_tokenizer(folder, tokenizer, model.config.context_length)
 
 
@@ -130,9 +129,7 @@ It is a base model: it continues text, and was not trained to follow instruction
 
 def write_model_card(folder: Path, name: str, model: GPTModel, weights: Path, license: str | None) -> None:
     """Write README.md for a model from a weights file: metadata for the Hub, how to use it, and its figures.
-
-    For a checkpoint of a run, also copy the run's chart.
-    """
+    For a checkpoint of a run, also copy the run's chart."""
     from huggingface_hub import ModelCardData
 
     checkpoint, meta = folder_of(weights), {}

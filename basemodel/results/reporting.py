@@ -32,27 +32,20 @@ TEMPERATURE, TOP_K = 1.0, 25
 
 def check_reporting(run: Run) -> None:
     """Raise InputError if samples or trackers that the config asks for would fail later."""
-    require_tokenizer(run)
-    require_packages(run.config.report_to)
-
-
-def require_tokenizer(run: Run) -> None:
-    """Raise InputError if the run's prompts cannot be encoded. A data set's own tokenizer encodes anything,
-    and `open_data` checks that it exists."""
     shape = run.model_config
+    # A data set's own tokenizer encodes any prompt, and `open_data` checks that it exists.
     if run.config.sample_interval is not None and shape.tokenizer != "dataset":
         from basemodel.data.tokenizer import get_tokenizer
         from basemodel.model.generation import encode_prompts
 
         encode_prompts(get_tokenizer(shape.tokenizer), run.config.sample_prompts, shape.vocab_size)
+    require_packages(run.config.report_to)
 
 
 def continue_prompts(run: Run, model: GPTModel, step: int) -> list[dict[str, Any]]:
     """Continue the run's prompts after `step` steps; return the lines of samples.jsonl, one per prompt.
-
     Training is not affected: a twin with the same weights, never compiled and never in training mode, does
-    the computing, and the random numbers come from a separate generator.
-    """
+    the computing, and the random numbers come from a separate generator."""
     from basemodel.data.tokenizer import get_tokenizer
     from basemodel.model.generation import Sampling, continuations, random_generator
 
@@ -258,11 +251,8 @@ class Reporter:
                 say(one_line(f"step {step:,}: {sample['prompt']}{sample['text']}"))
 
     def chart(self, *, final: bool = False) -> None:
-        """Redraw the chart; a failure never stops training.
-
-        Unless `final`, draw only if there are steps to draw and drawing takes less than 1% of the time since
-        the last chart.
-        """
+        """Redraw the chart; a failure never stops training. Unless `final`, draw only if there are steps to
+        draw and drawing takes less than 1% of the time since the last chart."""
         idle = time.monotonic() - self._last_chart
         due = self.clock.steps > 0 and idle > 100 * self.clock.pauses["chart"]
         if not (final or due):

@@ -11,10 +11,8 @@ from basemodel.training.run_folder import read_metrics
 
 
 def draw_chart(metrics: Path, chart: Path, title: str) -> None:
-    """Draw loss, learning rate and gradient norm over the steps of a metrics.jsonl as a PNG.
-
-    Steps are grouped into at most 200 bins, drawn as means and, for the loss, a band from min to max.
-    """
+    """Draw loss, learning rate and gradient norm over the steps of a metrics.jsonl as a PNG. Steps are
+    grouped into at most 200 bins, drawn as means and, for the loss, a band from min to max."""
     lines = read_metrics(metrics)
     trained = [line for line in lines if "train_loss" in line]
     validated = [line for line in lines if "val_loss" in line]

@@ -1,13 +1,12 @@
 """An ablation study: a base run and variations of it, each trained with several seeds."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
 import re
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from basemodel.model.config import GPTConfig
 from basemodel.training.config import OLD_KEYS, TrainConfig
 from basemodel.training.resume import FREE_ON_RESUME
 from basemodel.training.run import Run
-from basemodel.training.run_folder import find_run, read_metrics, read_status
+from basemodel.training.run_folder import read_metrics, read_status
 
 CONFIGS = {"model": GPTConfig, "train": TrainConfig}
-KEYS = {field.name: file for file, config in CONFIGS.items() for field in dataclasses.fields(config)}
+KEYS = {field.name: file for file, config in CONFIGS.items() for field in fields(config)}
 # Keys that decide which tokens a run is validated on.
 SAME_FOR_ALL = {"dataset", "dataset_revision", "tokenizer", "start_val_token"}
 SAME_FOR_ALL |= {"validation_batches", "validation_interval"}
@@ -70,12 +69,11 @@ class Study:
     @classmethod
     def plan(cls, runs_dir: Path, base: str, variations: tuple[str, ...], seeds: int) -> "Study":
         """Check a study and return it. Raises InputError, naming what is wrong in BASE or in a variation."""
-        folder = find_run(runs_dir, base)
-        config = Run.read(runs_dir, base).config
-        if config.validation_interval is None:
+        run = Run.read(runs_dir, base)
+        if run.config.validation_interval is None:
             hint = "validation losses are compared; set validation_interval and validation_batches"
-            raise InputError(f"{folder / 'train.json'}: has no validation, but {hint}")
-        values = {file: read_json_object(folder / f"{file}.json") for file in CONFIGS}
+            raise InputError(f"{run.directory / 'train.json'}: has no validation, but {hint}")
+        values = {file: read_json_object(run.directory / f"{file}.json") for file in CONFIGS}
         values["train"] = TrainConfig.from_old_keys(values["train"])  # so that a variation can replace them
         variants = [Variant(base, values)]
         for text in variations:
@@ -83,7 +81,7 @@ class Study:
             if same := next((other for other in variants if other.changes == variant.changes), None):
                 raise InputError(f"--vary {text}: is the same as {same.label}; leave it out")
             variants.append(variant)
-        first = config.random_seed
+        first = run.config.random_seed
         return cls(base, runs_dir, variants, list(range(first, first + seeds)))
 
     def folder(self, variant: Variant, seed: int) -> Path:
@@ -106,10 +104,8 @@ class Study:
 
 
 def read_variation(text: str, base: Variant) -> Variant:
-    """The variation of `base` that KEY=VALUE[,KEY=VALUE...] describes; values are JSON or plain words.
-
-    Raises InputError for unknown keys, values that the configs refuse, and losses that could not be compared.
-    """
+    """The variation of `base` that KEY=VALUE[,KEY=VALUE...] describes; values are JSON or plain words. Raises
+    InputError for unknown keys, values that the configs refuse, and losses that could not be compared."""
     source = f"--vary {text}"
     values = {file: dict(contents) for file, contents in base.values.items()}
     changed = []
@@ -143,14 +139,12 @@ def read_variation(text: str, base: Variant) -> Variant:
 def as_checked(values: Values, source: str) -> dict[str, Any]:
     """All keys of both configs, with their defaults, checked; errors name their `source`."""
     configs = (checked_config(config, values[file], source) for file, config in CONFIGS.items())
-    return {key: value for config in configs for key, value in dataclasses.asdict(config).items()}
+    return {key: value for config in configs for key, value in asdict(config).items()}
 
 
 def matching_batches(base: dict[str, Any], config: dict[str, Any], source: str) -> int:
     """The validation_batches that make `config` validate on the base's tokens, whatever its microbatch.
-
-    Raises InputError if no number does.
-    """
+    Raises InputError if no number does."""
     base_batch, batch = (keys["microbatch_size"] * keys["context_length"] for keys in (base, config))
     tokens = base["validation_batches"] * base_batch
     batches, rest = divmod(tokens, batch)
@@ -162,10 +156,8 @@ def matching_batches(base: dict[str, Any], config: dict[str, Any], source: str) 
 
 
 def write_run(folder: Path, values: Values, seed: int) -> None:
-    """Write a run's two files with a seed.
-
-    Raises InputError if the run has begun with other settings, apart from those that may change.
-    """
+    """Write a run's two files with a seed. Raises InputError if the run has begun with other settings, apart
+    from those that may change."""
     values = {**values, "train": {**values["train"], "random_seed": seed}}
     if (folder / METRICS).exists():
         earlier = {file: read_json_object(folder / f"{file}.json") for file in CONFIGS}
@@ -206,7 +198,6 @@ class Outcome:
     losses: list[float]
     differences: list[float]  # to the base with the same seed, where both have finished; empty for the base
     interval: tuple[float, float] | None  # of their mean; None for fewer than two
-    missing: int  # seeds without a difference
 
     @property
     def verdict(self) -> str:
@@ -226,21 +217,20 @@ def outcomes(study: Study) -> list[Outcome]:
     gives both runs the same order of data and, where shapes agree, the same initial weights. Their effect on
     both losses cancels in the difference, and the interval holds even where they have none.
     """
-    confidence, base, results = single_confidence(study), {}, []
+    confidence, base, results = single_confidence(study), None, []
     for variant in study.variants:
         losses = {seed: final_loss(study.folder(variant, seed)) for seed in study.seeds}
-        is_base, base = not base, base or losses
-        pairs = [(losses[seed], base[seed]) for seed in study.seeds]
-        pairs = [(loss, base_loss) for loss, base_loss in pairs if None not in (loss, base_loss)]
-        differences = [] if is_base else [loss - base_loss for loss, base_loss in pairs]
+        losses = {seed: loss for seed, loss in losses.items() if loss is not None}
+        if base is None:
+            base, differences = losses, []
+        else:
+            differences = [loss - base[seed] for seed, loss in losses.items() if seed in base]
         interval = None
         if (count := len(differences)) > 1:
             mean, spread = statistics.fmean(differences), statistics.stdev(differences)
             reach = student_t_quantile(confidence, count - 1) * spread / math.sqrt(count)
             interval = mean - reach, mean + reach
-        finished = [loss for loss in losses.values() if loss is not None]
-        missing = len(study.seeds) - len(pairs)
-        results.append(Outcome(variant.label, finished, differences, interval, missing))
+        results.append(Outcome(variant.label, list(losses.values()), differences, interval))
     return results
 
 
@@ -264,24 +254,23 @@ def table(study: Study) -> str:
         if outcome.interval:
             cells[5] = "{:+.4f} to {:+.4f}".format(*outcome.interval)
         if index:
-            missing = f", {outcome.missing} of {len(study.seeds)} seeds missing" if outcome.missing else ""
-            cells[6] = outcome.verdict + missing
+            missing = len(study.seeds) - len(outcome.differences)
+            note = f", {missing} of {len(study.seeds)} seeds missing" if missing else ""
+            cells[6] = outcome.verdict + note
         rows.append(cells)
     return markdown_table([*header, "verdict"], rows)
 
 
 def notes(study: Study) -> list[str]:
     """How to read the table, and what to mistrust in it."""
-    count, confidence = len(study.variants) - 1, single_confidence(study)
+    count, percent = len(study.variants) - 1, f"{100 * single_confidence(study):.4g}%"
     paragraphs = [
         "Losses are those of the validation after the last step, in nats per token. A difference is the loss "
         f"of the variation minus the loss of {study.base} with the same seed, averaged over the seeds; its "
         "interval is Student's t on these pairs."
     ]
     if count > 1:
-        paragraphs[0] += (
-            f" Each interval has {100 * confidence:.4g}% confidence, all {count} together {CONFIDENCE:.0%}."
-        )
+        paragraphs[0] += f" Each interval has {percent} confidence, all {count} together {CONFIDENCE:.0%}."
     if any(outcome.verdict == "within noise" for outcome in outcomes(study)[1:]):
         meaning = "Within noise means not shown to differ, rather than shown to be equal"
         paragraphs.append(f"{meaning}. More --seeds make the intervals narrower.")

@@ -112,7 +112,6 @@ class Trackio:
         self._run.finish()
 
 
-Tracker = TensorBoard | WeightsAndBiases | Trackio
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "trackio": Trackio}
 
 
@@ -139,7 +138,7 @@ class Trackers:
     def __init__(self, run: Run, step: int, say: Callable[[str], None]) -> None:
         """`run` continues after `step` steps, where its metrics.jsonl ends; `say` reports failures."""
         self._say, self._waiting = say, Line()
-        self._trackers: dict[str, Tracker] = {}
+        self._trackers: dict[str, TensorBoard | WeightsAndBiases | Trackio] = {}
         for name in run.config.report_to:
             with self._dropped_on_failure(name):
                 self._trackers[name] = TRACKERS[name](run, step)
