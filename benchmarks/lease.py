@@ -372,7 +372,7 @@ def recipes(lease: Lease) -> None:
     for number, name in enumerate(list(RECIPES)[:2], start=1):
         model, settings = read_recipe(name, tiny=lease.tiny)
         training = train(lease, f"earlier-{number}", model, settings | {"half_batch_percent": 0})
-        lease.give(recipe=training.name, is_=name)
+        lease.give(recipe=training.name, what=name)
         training.start()
         training.finish()
         give_losses(lease, training)
