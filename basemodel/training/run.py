@@ -152,7 +152,7 @@ def prepare_run(run: Run, datasets_dir: Path, world: World, checkpoint: str | No
     plan = plan_batches(config, model_config.context_length, world.size, data.train.count)
     used = plan.sequences(plan.steps), config.validation_batches * config.microbatch_size
     share = world.local_rank, world.local_size
-    world.agree(lambda: check_tokens(data, *used, model_config.vocab_size, share=share))
+    world.agree(lambda: check_tokens(data, *used, share=share))
     files = world.agree(lambda: hub.fingerprint_files(folder, config.splits), on=on_each_node)
     files = hub.same_on_all_nodes([node for node in world.all_gather(files) if node is not None])
     return replace(run, model_config=data.model_config, plan=plan, data=data, files=files)
@@ -186,9 +186,7 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
     return RunData(train, validation, model, tokenizer, folder)
 
 
-def check_tokens(
-    data: RunData, train: int, validation: int, vocab_size: int, *, share: tuple[int, int]
-) -> None:
+def check_tokens(data: RunData, train: int, validation: int, *, share: tuple[int, int]) -> None:
     """Check every token of the first `train` and `validation` sequences, which are those a run will use.
 
     `share` (index, count) is this process's part among those of its node. Raises InputError for a token id
@@ -199,4 +197,4 @@ def check_tokens(
         if sequences is not None:
             tokens = count * sequences.length + 1
             first, stop = (sequences.start + tokens * part // parts for part in (index, index + 1))
-            sequences.tokens.check_vocabulary(first, stop, vocab_size)
+            sequences.tokens.check_vocabulary(first, stop, data.model_config.vocab_size)
