@@ -56,10 +56,9 @@ class World:
 
     @property
     def device_name(self) -> str:
-        cuda = self.device.type == "cuda"
-        return (
-            torch.cuda.get_device_name(self.device) if cuda else f"{self.device.type} ({platform.machine()})"
-        )
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type} ({platform.machine()})"
 
     def all_gather(self, value: Result, *, patiently: bool = False) -> list[Result]:
         """Every process's `value` (any small object), by rank."""
