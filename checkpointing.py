@@ -198,8 +198,7 @@ def save_checkpoint(
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises InputError, naming the file, if it is damaged or incomplete."""
     meta = read_json_object(path / META_FILE)
-    missing = REQUIRED_META - meta.keys()
-    if missing:
+    if missing := REQUIRED_META - meta.keys():
         raise InputError(f"{path / META_FILE}: incomplete: missing {', '.join(sorted(missing))}")
     digest = meta.pop("digest", None)
     if digest != _digest(meta):
@@ -263,7 +262,7 @@ def require_named(folder: Path, name: str) -> Path:
     if (folder / name).is_symlink():
         raise InputError(f"{folder / name}: is a link; name the checkpoint folder itself")
     if not (folder / name).is_dir():
-        available = _names(list_checkpoints(folder))
+        available = ", ".join(path.name for path in list_checkpoints(folder)) or "none"
         raise InputError(f"{folder / name}: no such checkpoint; available: {available}")
     return folder / name
 
@@ -276,10 +275,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
         if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
     ]
     return sorted(checkpoints, key=lambda path: (path.name.split("-")[0], int(NAME.fullmatch(path.name)[1])))
-
-
-def _names(paths: list[Path]) -> str:
-    return ", ".join(path.name for path in paths) or "none"
 
 
 def point_link(folder: Path, name: str, target: Path) -> None:
@@ -380,8 +375,7 @@ def load_optimizer_tensors(
         for key in state if own_state.keys() == state.keys() else ():
             state[key].copy_(own_state[key])  # in place, because Muon's are views
     if saved:
-        name, own_state = next(iter(saved.items()))
-        first = f"{name}.{next(iter(own_state))}"
+        first = next(key for key in tensors if key.rpartition(".")[0] in saved)
         raise InputError(f"the optimizer has no parameter for '{first}'; it is configured differently")
 
 

@@ -132,10 +132,8 @@ def main(
             if settings.tokenizer == "dataset":
                 settings = add_tokenizer(folder, tokenizer, text, settings)
             layout, counts = lay_out_text(text, folder / "parts", settings, vocabulary, workers)
-            description = (
-                f"{source} as tokens: one tensor 'tokens' per split, end-of-text after each document"
-            )
-            meta = {"description": description, **asdict(request), **counts}
+            form = "one tensor 'tokens' per split, end-of-text after each document"
+            meta = {"description": f"{source} as tokens: {form}", **asdict(request), **counts}
             meta |= write_dataset(finished, layout, settings)
             if stats:
                 title = f"{output_dir.name}: document lengths"
