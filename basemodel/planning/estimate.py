@@ -173,8 +173,8 @@ def measured_speed(run: Run, machine: Machine) -> float | None:
     """Tokens per second of the run itself, if it last trained on such a machine with this microbatch."""
     status = read_status(run.directory)
     gpu = gpu_of(str(status.get("device")), status.get("device_gib") or 0.0)
-    same = gpu == machine.gpu and status.get("processes") == machine.count
-    same = same and status.get("microbatch_size") == run.config.microbatch_size
+    last = gpu, status.get("processes"), status.get("microbatch_size")
+    same = last == (machine.gpu, machine.count, run.config.microbatch_size)
     return status.get("tokens_per_second") if same else None
 
 
