@@ -6,7 +6,7 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -228,9 +228,8 @@ def store_of_these_processes(rank: int, size: int) -> dist.Store:
     first one publishes the list of all ids until every process has seen its own in it, and a hash of that
     list becomes the prefix. Raises RunError if not all processes have started within START_SECONDS.
     """
-    late = f"process {rank} of {size} waited {START_SECONDS:.0f} s for the others to start"
     deadline, own_id = time.monotonic() + START_SECONDS, uuid.uuid4().hex
-    try:
+    with suppress(dist.DistError):
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
         store.set(f"member/{rank}", own_id)
         while (remaining := deadline - time.monotonic()) > 0.01:
@@ -245,9 +244,7 @@ def store_of_these_processes(rank: int, size: int) -> dist.Store:
                 if store.check([f"{generation}/present/{other}" for other in range(size)]):
                     return dist.PrefixStore(generation, store)
             time.sleep(0.01)
-    except dist.DistError as error:
-        raise RunError(late) from error
-    raise RunError(late)
+    raise RunError(f"process {rank} of {size} waited {START_SECONDS:.0f} s for the others to start")
 
 
 @contextmanager
