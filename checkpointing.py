@@ -20,10 +20,11 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class Checkpoint:
     meta: dict[str, Any]
 
 
-class Saver:
+class Saver(AbstractContextManager):
     """Saves checkpoints in a background thread, one at a time: `copy`, then `write`.
 
     Leaving its context waits for the save in progress.
@@ -75,9 +76,6 @@ class Saver:
         self._job.set_result(None)
         self._copied: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
         self._buffers: dict[str, Tensor] = {}
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
