@@ -97,9 +97,8 @@ def find_gigatoken(engine: str, tokenizer: tiktoken.Encoding, folder: Path) -> P
 
     Raises InputError if the engine "gigatoken" cannot be used here; "auto" prints why it is not.
     """
-    if engine == "tiktoken" or tokenizer.name != "gpt2":
-        return None
-    if engine == "auto" and importlib.util.find_spec("gigatoken") is None:
+    is_missing = engine == "auto" and importlib.util.find_spec("gigatoken") is None
+    if is_missing or engine == "tiktoken" or tokenizer.name != "gpt2":
         return None
     vocabulary = folder / "gpt2.tiktoken"
     tokens = map(tokenizer.decode_single_token_bytes, range(tokenizer.eot_token))
