@@ -215,10 +215,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def newest_checkpoint(
     folder: Path, say: Callable[[str], None], *, only_best: bool = False
 ) -> Checkpoint | None:
-    """The newest valid checkpoint in `folder`, or None; each invalid one is reported to `say`.
-
-    With `only_best`, the newest that was the best when it was saved.
-    """
+    """The newest valid checkpoint in `folder`, or None; each invalid one is reported to `say`. With
+    `only_best`, the newest that was the best when it was saved."""
     for path in reversed(list_checkpoints(folder)):
         try:
             if not only_best or read_json_object(path / META_FILE).get("is_best"):
@@ -250,10 +248,8 @@ def named_checkpoint(folder: Path, name: str, say: Callable[[str], None]) -> Che
 
 
 def require_named(folder: Path, name: str) -> Path:
-    """The path of the checkpoint that a user named. Raises InputError if `folder` does not have it.
-
-    The names of the two links always pass.
-    """
+    """The path of the checkpoint that a user named. Raises InputError if `folder` does not have it. The names
+    of the two links always pass."""
     require_plain_name(name, "checkpoint")
     if name in LINKS:
         return folder / name
@@ -360,10 +356,8 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 def load_optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Load what `optimizer_tensors` returned. Raises InputError for a tensor that belongs to no parameter.
-
-    A parameter whose state comes from another kind of optimizer starts with fresh state.
-    """
+    """Load what `optimizer_tensors` returned. Raises InputError for a tensor that belongs to no parameter. A
+    parameter whose state comes from another kind of optimizer starts with fresh state."""
     saved: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition(".")

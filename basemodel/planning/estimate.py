@@ -127,10 +127,8 @@ class Estimate:
 
 
 def estimate(run: Run, machine: Machine, train_count: int | None) -> Estimate:
-    """Estimate a run on a machine. `train_count`: sequences of the data, where they are here.
-
-    Raises InputError if the global batch cannot be split among the GPUs.
-    """
+    """Estimate a run on a machine. `train_count`: sequences of the data, where they are here. Raises
+    InputError if the global batch cannot be split among the GPUs."""
     config, count, batch = run.config, machine.count, run.config.global_batch_size
     if batch is not None and batch % count:
         raise InputError(f"global_batch_size {batch} is not a multiple of the {count} GPUs of {machine.name}")

@@ -18,10 +18,8 @@ Learner = Any  # ddp_train.py's, which this package does not import
 
 
 def find_max_microbatch(run: Run, world: World, make_learner: Callable[..., Learner]) -> int:
-    """The largest microbatch_size with which the run fits into memory on every process.
-
-    Takes real steps, but without all-reduce. Raises RunError if not even 1 fits, or when asked to stop.
-    """
+    """The largest microbatch_size with which the run fits into memory on every process. Takes real steps, but
+    without all-reduce. Raises RunError if not even 1 fits, or when asked to stop."""
     # Run a collective first, so that its buffers are allocated before anything is measured.
     world.all_reduce(torch.zeros(1, device=world.device))
     if world.device.type == "cpu":
@@ -44,10 +42,8 @@ def find_max_microbatch(run: Run, world: World, make_learner: Callable[..., Lear
 
 
 def largest_that_fits(learner: Learner, world: World, stop: StopSignal) -> int:
-    """The largest microbatch size that fits on every process, found by doubling, then bisecting.
-
-    Raises RunError if not even 1 fits, or when asked to stop.
-    """
+    """The largest microbatch size that fits on every process, found by doubling, then bisecting. Raises
+    RunError if not even 1 fits, or when asked to stop."""
     fitting, too_large = 0, None
     while too_large is None or too_large - fitting > 1:
         size = (fitting + too_large) // 2 if too_large else max(1, 2 * fitting)

@@ -77,10 +77,8 @@ class World:
         return tuple(sorted(names))
 
     def agree(self, task: Callable[[], Result], *, on: bool = True) -> Result | None:
-        """Run `task` on the processes where `on` is true while the others wait; return its result there.
-
-        If it raises InputError or RunError on one process, all processes raise that error.
-        """
+        """Run `task` on the processes where `on` is true while the others wait; return its result there. If
+        it raises InputError or RunError on one process, all processes raise that error."""
         result, problem = None, None
         if on:
             try:
@@ -133,10 +131,8 @@ class World:
         return slice(self.rank * size, (self.rank + 1) * size)
 
     def gather_shares(self, share: Tensor, count: int) -> Callable[[], Tensor]:
-        """Start to gather the shares, along the first dimension, of all processes in `count` items.
-
-        Returns a function that waits and returns them.
-        """
+        """Start to gather the shares, along the first dimension, of all processes in `count` items. Returns a
+        function that waits and returns them."""
         if self.size == 1:
             return lambda: share
         size = -(-count // self.size)
@@ -153,10 +149,8 @@ class World:
 
 @contextmanager
 def joined_world(collective_timeout: float) -> Iterator[World]:
-    """Join the process group, then leave it; collectives time out after `collective_timeout` seconds.
-
-    A collective in which another process has died or hung raises RunError.
-    """
+    """Join the process group, then leave it; collectives time out after `collective_timeout` seconds. A
+    collective in which another process has died or hung raises RunError."""
     with lost_processes_explained():
         yield join_world(timedelta(seconds=collective_timeout))
         if dist.is_initialized():
@@ -202,10 +196,8 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
 
 
 def place_in_the_world() -> tuple[int, int, int, int]:
-    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; the defaults are those of a single process.
-
-    Raises InputError for values that no launcher would set, as left behind by a shell or a scheduler.
-    """
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; the defaults are those of a single process. Raises
+    InputError for values that no launcher would set, as left behind by a shell or a scheduler."""
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     values = {name: os.environ.get(name, default) for name, default in defaults.items()}
     if not all(value.isdecimal() for value in values.values()):

@@ -108,10 +108,8 @@ def restore_tensors(
 
 
 def set_rng_state(meta: dict[str, Any], world: World, seed: int) -> str:
-    """Restore the `rng_state` of each process; return a message for the user, or an empty string.
-
-    With another type of device or number of processes, dropout masks will differ.
-    """
+    """Restore the `rng_state` of each process; return a message for the user, or an empty string. With
+    another type of device or number of processes, dropout masks will differ."""
     states = meta["rng"]
     if len(states) != world.size:
         fresh = np.random.SeedSequence((seed, meta["global_step"], world.rank))

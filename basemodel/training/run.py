@@ -132,9 +132,7 @@ def _times_due(interval: int | None, after: int, last: int) -> int:
 
 def prepare_run(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, *, resume: bool) -> Run:
     """Lock the run's folder, download missing data once per node, and check every token the run will use.
-
-    Returns the run with its data and plan. Raises InputError, before a download, without the `checkpoint`.
-    """
+    Returns the run with its data and plan. Raises InputError, before a download, without the `checkpoint`."""
     config, model_config = run.config, run.model_config
     config.accumulation_for(world.size)  # raises an error here, not after a download
     if checkpoint is not None and not resume:
