@@ -71,8 +71,8 @@ def find_source(request: Request, leave_out: Path | None) -> Callable[[], Source
 
 
 def find_files(source: Path, request: Request, leave_out: Path | None) -> Source:
-    """The text files in a folder, recursively and sorted by path, or the file itself. Raises InputError.
-    Hidden files and folders are skipped, and files that describe a data set's tables."""
+    """The text files in a folder, recursively and sorted by path, or the file itself. Hidden files and
+    folders are skipped, and files that describe a data set's tables. Raises InputError."""
     if source.is_file():
         if file_type(source) is None:
             raise InputError(f"{source}: unknown file type; known are {KNOWN_TYPES}")
