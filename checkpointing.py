@@ -20,10 +20,11 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class Checkpoint:
     meta: dict[str, Any]
 
 
-class Saver:
+class Saver(AbstractContextManager):
     """Saves checkpoints in a background thread, one at a time: `copy`, then `write`.
 
     Leaving its context waits for the save in progress.
@@ -75,9 +76,6 @@ class Saver:
         self._job.set_result(None)
         self._copied: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
         self._buffers: dict[str, Tensor] = {}
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
@@ -198,8 +196,7 @@ def save_checkpoint(
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises InputError, naming the file, if it is damaged or incomplete."""
     meta = read_json_object(path / META_FILE)
-    missing = REQUIRED_META - meta.keys()
-    if missing:
+    if missing := REQUIRED_META - meta.keys():
         raise InputError(f"{path / META_FILE}: incomplete: missing {', '.join(sorted(missing))}")
     digest = meta.pop("digest", None)
     if digest != _digest(meta):
@@ -218,10 +215,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def newest_checkpoint(
     folder: Path, say: Callable[[str], None], *, only_best: bool = False
 ) -> Checkpoint | None:
-    """The newest valid checkpoint in `folder`, or None; each invalid one is reported to `say`.
-
-    With `only_best`, the newest that was the best when it was saved.
-    """
+    """The newest valid checkpoint in `folder`, or None; each invalid one is reported to `say`. With
+    `only_best`, the newest that was the best when it was saved."""
     for path in reversed(list_checkpoints(folder)):
         try:
             if not only_best or read_json_object(path / META_FILE).get("is_best"):
@@ -253,17 +248,15 @@ def named_checkpoint(folder: Path, name: str, say: Callable[[str], None]) -> Che
 
 
 def require_named(folder: Path, name: str) -> Path:
-    """The path of the checkpoint that a user named. Raises InputError if `folder` does not have it.
-
-    The names of the two links always pass.
-    """
+    """The path of the checkpoint that a user named. Raises InputError if `folder` does not have it. The names
+    of the two links always pass."""
     require_plain_name(name, "checkpoint")
     if name in LINKS:
         return folder / name
     if (folder / name).is_symlink():
         raise InputError(f"{folder / name}: is a link; name the checkpoint folder itself")
     if not (folder / name).is_dir():
-        available = _names(list_checkpoints(folder))
+        available = ", ".join(path.name for path in list_checkpoints(folder)) or "none"
         raise InputError(f"{folder / name}: no such checkpoint; available: {available}")
     return folder / name
 
@@ -276,10 +269,6 @@ def list_checkpoints(folder: Path) -> list[Path]:
         if NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
     ]
     return sorted(checkpoints, key=lambda path: (path.name.split("-")[0], int(NAME.fullmatch(path.name)[1])))
-
-
-def _names(paths: list[Path]) -> str:
-    return ", ".join(path.name for path in paths) or "none"
 
 
 def point_link(folder: Path, name: str, target: Path) -> None:
@@ -367,10 +356,8 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 def load_optimizer_tensors(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Load what `optimizer_tensors` returned. Raises InputError for a tensor that belongs to no parameter.
-
-    A parameter whose state comes from another kind of optimizer starts with fresh state.
-    """
+    """Load what `optimizer_tensors` returned. Raises InputError for a tensor that belongs to no parameter. A
+    parameter whose state comes from another kind of optimizer starts with fresh state."""
     saved: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, kind = key.rpartition(".")
@@ -380,8 +367,7 @@ def load_optimizer_tensors(
         for key in state if own_state.keys() == state.keys() else ():
             state[key].copy_(own_state[key])  # in place, because Muon's are views
     if saved:
-        name, own_state = next(iter(saved.items()))
-        first = f"{name}.{next(iter(own_state))}"
+        first = next(key for key in tensors if key.rpartition(".")[0] in saved)
         raise InputError(f"the optimizer has no parameter for '{first}'; it is configured differently")
 
 

@@ -132,10 +132,8 @@ def main(
             if settings.tokenizer == "dataset":
                 settings = add_tokenizer(folder, tokenizer, text, settings)
             layout, counts = lay_out_text(text, folder / "parts", settings, vocabulary, workers)
-            description = (
-                f"{source} as tokens: one tensor 'tokens' per split, end-of-text after each document"
-            )
-            meta = {"description": description, **asdict(request), **counts}
+            form = "one tensor 'tokens' per split, end-of-text after each document"
+            meta = {"description": f"{source} as tokens: {form}", **asdict(request), **counts}
             meta |= write_dataset(finished, layout, settings)
             if stats:
                 title = f"{output_dir.name}: document lengths"
@@ -164,10 +162,8 @@ def choose_tokenizer(tokenizer: str | None, train_size: int | None) -> dict[str,
 
 
 def add_tokenizer(folder: Path, file: str | None, source: Source, settings: Settings) -> Settings:
-    """Put the data set's own tokenizer into a folder: a copy of a file, or one trained on the source.
-
-    Returns settings that name it. Raises InputError.
-    """
+    """Put the data set's own tokenizer into a folder: a copy of a file, or one trained on the source. Returns
+    settings that name it. Raises InputError."""
     path, size = folder / TOKENIZER_FILE, settings.train_tokenizer
     if size is None:
         shutil.copyfile(file, path)
@@ -184,10 +180,8 @@ def add_tokenizer(folder: Path, file: str | None, source: Source, settings: Sett
 def lay_out_text(
     source: Source, parts_dir: Path, settings: Settings, vocabulary: Path | None, workers: int
 ) -> tuple[Layout, dict[str, Any]]:
-    """Encode the source's text. Returns where each split's tokens are, and counts for meta.json.
-
-    Raises InputError.
-    """
+    """Encode the source's text. Returns where each split's tokens are, and counts for meta.json. Raises
+    InputError."""
     counts = {"revision": source.commit, "files_read": len(source.files), "files_skipped": source.skipped}
     if source.nanogpt:
         return lay_out_nanogpt(source.nanogpt, get_tokenizer(settings.tokenizer, settings.folder)), counts
@@ -233,10 +227,8 @@ def check_prepared(folder: Path, options: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def unfinished_folder(output_dir: Path) -> Iterator[Path]:
-    """The folder for work in progress, locked for this process; it stays if it holds finished parts.
-
-    Raises InputError if another process prepares the same data set, or the folder cannot be written to.
-    """
+    """The folder for work in progress, locked for this process; it stays if it holds finished parts. Raises
+    InputError if another process prepares the same data set, or the folder cannot be written to."""
     folder = work_folder(output_dir)
     parts = folder / "parts"
     try:

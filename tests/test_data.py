@@ -156,4 +156,4 @@ def test_the_tokens_that_a_run_uses_are_checked_and_no_others(
     for used, (part, parts) in itertools.product(((4, 1), (1, 4)), ((0, 1), (0, 3), (1, 3), (2, 3))):
         found = refused and part == (parts - 1 if index == 47 else 0)
         with pytest.raises(InputError, match=f"token 64 at index {index} ") if found else nullcontext():
-            check_tokens(data, *used, 64, share=(part, parts))
+            check_tokens(data, *used, share=(part, parts))

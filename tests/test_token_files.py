@@ -90,12 +90,12 @@ def test_each_file_is_checked_and_named(tmp_path: Path) -> None:
     config = TrainConfig(**{**TRAIN, "dataset": "a/b"})
     model = GPTConfig(**MODEL)
     data = open_data(config, model, tmp_path)
-    check_tokens(data, 6, 0, 64, share=(0, 1))  # 97 tokens
+    check_tokens(data, 6, 0, share=(0, 1))  # 97 tokens
     with pytest.raises(InputError, match=rf"^{paths[2]}: token 64 at index 1 is outside"):
-        check_tokens(data, 7, 0, 64, share=(0, 1))
-    check_tokens(data, 12, 0, 64, share=(0, 2))
+        check_tokens(data, 7, 0, share=(0, 1))
+    check_tokens(data, 12, 0, share=(0, 2))
     with pytest.raises(InputError, match=rf"^{paths[2]}: token 64 at index 1 "):
-        check_tokens(data, 12, 0, 64, share=(1, 2))
+        check_tokens(data, 12, 0, share=(1, 2))
     with pytest.raises(InputError, match=r"train-\*-of-00004.safetensors: too short: 200 tokens do not fill"):
         open_data(TrainConfig(**{**TRAIN, "dataset": "a/b", "start_train_token": 190}), model, tmp_path)
     save_file({"tokens": tokens.astype(np.int32)}, paths[1])

@@ -141,9 +141,8 @@ def _receive(file: "hub.HfFileMetadata", url: str, incomplete: Path, label: str)
                     http_get(url, stream, resume_size=stream.tell(), **request)
                     return
                 except HTTPError as error:
-                    answered = getattr(error, "response", None) is not None
-                    if answered or pause is None:
-                        raise
+                    if pause is None or getattr(error, "response", None) is not None:
+                        raise  # after the last pause, or because the Hub answered
                     time.sleep(pause)
                 except OSError as error:
                     if error.errno is None:

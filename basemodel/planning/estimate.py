@@ -127,10 +127,8 @@ class Estimate:
 
 
 def estimate(run: Run, machine: Machine, train_count: int | None) -> Estimate:
-    """Estimate a run on a machine. `train_count`: sequences of the data, where they are here.
-
-    Raises InputError if the global batch cannot be split among the GPUs.
-    """
+    """Estimate a run on a machine. `train_count`: sequences of the data, where they are here. Raises
+    InputError if the global batch cannot be split among the GPUs."""
     config, count, batch = run.config, machine.count, run.config.global_batch_size
     if batch is not None and batch % count:
         raise InputError(f"global_batch_size {batch} is not a multiple of the {count} GPUs of {machine.name}")
@@ -173,8 +171,8 @@ def measured_speed(run: Run, machine: Machine) -> float | None:
     """Tokens per second of the run itself, if it last trained on such a machine with this microbatch."""
     status = read_status(run.directory)
     gpu = gpu_of(str(status.get("device")), status.get("device_gib") or 0.0)
-    same = gpu == machine.gpu and status.get("processes") == machine.count
-    same = same and status.get("microbatch_size") == run.config.microbatch_size
+    last = gpu, status.get("processes"), status.get("microbatch_size")
+    same = last == (machine.gpu, machine.count, run.config.microbatch_size)
     return status.get("tokens_per_second") if same else None
 
 

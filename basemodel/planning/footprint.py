@@ -101,13 +101,10 @@ class Step:
             eager_cpu = on_cpu and not self.compiled
             per_token += (8 if eager_cpu else 2) * C
             per_token += (12 if eager_cpu else 6) * H * T if on_cpu else 0
-        if self.config.document_masking and not self._uses_flex_attention and not on_cpu:
+        flex_attention = self.compiled and shape.drop_rate == 0  # which needs no mask of T x T
+        if self.config.document_masking and not on_cpu and not flex_attention:
             per_token += T * e
         return L * (self.tokens * per_token + copies) + self.tokens * (8 * C + 16)
-
-    @property
-    def _uses_flex_attention(self) -> bool:
-        return self.compiled and self.device == "cuda" and self.model.drop_rate == 0
 
     def _logits(self) -> float:
         """Bytes that the loss takes: a chunk's logits in several forms, the head's copy and gradients, the

@@ -25,11 +25,8 @@ Layout = dict[str, tuple[list[int], list[Segment]]]  # of each split: its size, 
 
 
 def write_dataset(folder: Path, layout: Layout, settings: Settings) -> dict[str, Any]:
-    """Write the token files of both splits, none above MAX_FILE_SIZE, and the data set's own tokenizer, if
-    it has one; return what meta.json says of them.
-
-    Raises RunError if a part is damaged.
-    """
+    """Write the token files of both splits, none above MAX_FILE_SIZE, and the data set's own tokenizer, if it
+    has one; return what meta.json says of them. Raises RunError if a part is damaged."""
     tokenizer, sha256 = get_tokenizer(settings.tokenizer, settings.folder), {}
     if settings.tokenizer == "dataset":
         shutil.copyfile(settings.folder / TOKENIZER_FILE, folder / TOKENIZER_FILE)

@@ -94,12 +94,9 @@ def encode(tokenizer: tiktoken.Encoding, text: bytes) -> np.ndarray:
 
 def find_gigatoken(engine: str, tokenizer: tiktoken.Encoding, folder: Path) -> Path | None:
     """The vocabulary with which gigatoken encodes, written into `folder`; None means to encode with tiktoken.
-
-    Raises InputError if the engine "gigatoken" cannot be used here; "auto" prints why it is not.
-    """
-    if engine == "tiktoken" or tokenizer.name != "gpt2":
-        return None
-    if engine == "auto" and importlib.util.find_spec("gigatoken") is None:
+    Raises InputError if the engine "gigatoken" cannot be used here; "auto" prints why it is not."""
+    is_missing = engine == "auto" and importlib.util.find_spec("gigatoken") is None
+    if is_missing or engine == "tiktoken" or tokenizer.name != "gpt2":
         return None
     vocabulary = folder / "gpt2.tiktoken"
     tokens = map(tokenizer.decode_single_token_bytes, range(tokenizer.eot_token))
@@ -234,9 +231,7 @@ def _end_with_parent() -> None:
 
 def sample_texts(pieces: list[Piece], settings: Settings) -> Iterator[str]:
     """About SAMPLE_BYTES of the training documents: the first ones of each piece, in proportion to its size.
-
-    Raises InputError.
-    """
+    Raises InputError."""
     share = min(1.0, SAMPLE_BYTES / max(1, sum(piece.size for piece in pieces)))
     for piece in pieces:
         room = piece.size * share
@@ -278,9 +273,7 @@ def encode_all(
     shards: list[list[Piece]], parts_dir: Path, settings: Settings, vocabulary: Path | None, workers: int
 ) -> list[Part]:
     """Encode all shards with a pool of workers, showing progress; returns their parts in the shards' order.
-
-    Raises InputError, and RunError if a worker is killed.
-    """
+    Raises InputError, and RunError if a worker is killed."""
     sizes = [sum(piece.size for piece in shard) for shard in shards]
     parts: dict[int, Part] = {}
     started = time.monotonic()

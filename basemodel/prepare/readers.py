@@ -48,10 +48,8 @@ def cut_into_pieces(path: Path, split: str | None, text_column: str) -> Iterator
 
 
 def read_documents(piece: Piece, text_column: str) -> Iterator[Text | LongText | None]:
-    """The documents in a piece, None for a null: rows of tables, JSON objects, a whole text file.
-
-    Raises InputError.
-    """
+    """The documents in a piece, None for a null: rows of tables, JSON objects, a whole text file. Raises
+    InputError."""
     if piece.path is None:
         yield from map(Text.from_str, python_docs())
         return
@@ -182,9 +180,7 @@ def _csv_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
 
 def _header(path: Path, text_column: str) -> tuple[str, list[str]]:
     """A .csv's delimiter (comma, tab, or the semicolon of many countries' spreadsheets) and its column names.
-
-    Raises InputError if none of them is the text column.
-    """
+    Raises InputError if none of them is the text column."""
     with _open_text(path) as file:
         line = file.readline(100_000)
     names = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in ",;\t"}

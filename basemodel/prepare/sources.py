@@ -49,10 +49,8 @@ class Source:
 
 
 def find_source(request: Request, leave_out: Path | None) -> Callable[[], Source]:
-    """Locate the text without reading it; the function returned downloads it if need be.
-
-    The folder `leave_out`, which is to hold the tokens, is not searched. Raises InputError.
-    """
+    """Locate the text without reading it; the function returned downloads it if need be. The folder
+    `leave_out`, which is to hold the tokens, is not searched. Raises InputError."""
     path = Path(request.source)
     if request.source == PYTHON_DOCS:
         return lambda: Source([], is_python_docs=True)
@@ -73,10 +71,8 @@ def find_source(request: Request, leave_out: Path | None) -> Callable[[], Source
 
 
 def find_files(source: Path, request: Request, leave_out: Path | None) -> Source:
-    """The text files in a folder, recursively and sorted by path, or the file itself. Raises InputError.
-
-    Hidden files and folders are skipped, and files that describe a data set's tables.
-    """
+    """The text files in a folder, recursively and sorted by path, or the file itself. Hidden files and
+    folders are skipped, and files that describe a data set's tables. Raises InputError."""
     if source.is_file():
         if file_type(source) is None:
             raise InputError(f"{source}: unknown file type; known are {KNOWN_TYPES}")

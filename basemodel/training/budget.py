@@ -114,8 +114,7 @@ class Budget:
 
 
 def has_ended(run: Run, meta: dict[str, Any]) -> bool:
-    """Whether a checkpoint with `meta` ends the run: all steps are done, or the budget is spent and has not
-    changed."""
+    """Whether a checkpoint ends the run: all steps are done, or its budget is spent and unchanged."""
     step = meta["global_step"]
     spent = run.config.max_seconds is not None and step == meta.get("total_steps")
     return meta["settled"] and (step >= run.plan.steps or (spent and _has_same_limits(run.config, meta)))

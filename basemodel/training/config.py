@@ -114,18 +114,6 @@ class TrainConfig:
         check_ranges(self)
         if self.min_train_tokens != -1 and self.min_train_tokens <= 0:
             raise InputError(f"min_train_tokens must be above 0, or -1 for all, not {self.min_train_tokens}")
-        self._check_schedule()
-        for name in ("muon_learning_rate", "muon_momentum"):
-            if self.optimizer != "muon" and getattr(self, name) != getattr(TrainConfig, name):
-                raise InputError(f'{name} has no effect without "optimizer": "muon"; leave it out')
-        if self.max_usd is not None and self.usd_per_hour is None:
-            raise InputError("max_usd needs usd_per_hour, the price of the machine")
-        if self.validation_interval is not None and self.validation_batches <= 0:
-            raise InputError("validation_batches must be at least 1 when validation_interval is set")
-        if self.sample_interval is not None and not self.sample_prompts:
-            raise InputError("sample_prompts must have at least one prompt when sample_interval is set")
-
-    def _check_schedule(self) -> None:
         warmup, decay = self.warmup_period_percent, self.decay_period_percent
         if self.lr_schedule == "constant" and warmup != 0:
             raise InputError('lr_schedule "constant" has no warm-up; use "wsd", "decay_period_percent": 0')
@@ -135,6 +123,15 @@ class TrainConfig:
             )
         if self.lr_schedule != "wsd" and decay != TrainConfig.decay_period_percent:
             raise InputError('decay_period_percent has no effect without "lr_schedule": "wsd"; leave it out')
+        for name in ("muon_learning_rate", "muon_momentum"):
+            if self.optimizer != "muon" and getattr(self, name) != getattr(TrainConfig, name):
+                raise InputError(f'{name} has no effect without "optimizer": "muon"; leave it out')
+        if self.max_usd is not None and self.usd_per_hour is None:
+            raise InputError("max_usd needs usd_per_hour, the price of the machine")
+        if self.validation_interval is not None and self.validation_batches <= 0:
+            raise InputError("validation_batches must be at least 1 when validation_interval is set")
+        if self.sample_interval is not None and not self.sample_prompts:
+            raise InputError("sample_prompts must have at least one prompt when sample_interval is set")
 
     @property
     def max_seconds(self) -> float | None:

@@ -1,7 +1,4 @@
-"""The search for the largest microbatch that fits (`-f`).
-
-It takes real training steps on random tokens, doubling the size until memory runs out, then bisecting.
-"""
+"""The search for the largest microbatch that fits (`-f`). It takes real steps on random tokens."""
 
 import dataclasses
 import time
@@ -21,10 +18,8 @@ Learner = Any  # ddp_train.py's, which this package does not import
 
 
 def find_max_microbatch(run: Run, world: World, make_learner: Callable[..., Learner]) -> int:
-    """The largest microbatch_size with which the run fits into memory on every process.
-
-    Takes real steps, but without all-reduce. Raises RunError if not even 1 fits, or when asked to stop.
-    """
+    """The largest microbatch_size with which the run fits into memory on every process. Takes real steps, but
+    without all-reduce. Raises RunError if not even 1 fits, or when asked to stop."""
     # Run a collective first, so that its buffers are allocated before anything is measured.
     world.all_reduce(torch.zeros(1, device=world.device))
     if world.device.type == "cpu":
@@ -37,25 +32,22 @@ def find_max_microbatch(run: Run, world: World, make_learner: Callable[..., Lear
         # What DDP would hold
         learner.buckets = [torch.empty_like(p) for p in learner.model.parameters() if world.size > 1]
     with StopSignal() as stop:
-        size = largest_that_fits(lambda size: rehearse(learner, size), world, stop)
+        size = largest_that_fits(learner, world, stop)
     if learner.loss_module.is_compiled:  # for any size so far, but a run compiles for one
         torch.compiler.reset()
         learner.loss_module.compile()
-        while size > 1 and not fits(lambda size: rehearse(learner, size), size, world):
+        while size > 1 and not fits(learner, size, world):
             size -= 1
     return size
 
 
-def largest_that_fits(try_size: Callable[[int], str], world: World, stop: StopSignal) -> int:
-    """The largest microbatch size that fits on every process, found by doubling, then bisecting.
-
-    `try_size` takes real steps at a size and describes them. Raises RunError if not even 1 fits, or when
-    asked to stop.
-    """
+def largest_that_fits(learner: Learner, world: World, stop: StopSignal) -> int:
+    """The largest microbatch size that fits on every process, found by doubling, then bisecting. Raises
+    RunError if not even 1 fits, or when asked to stop."""
     fitting, too_large = 0, None
     while too_large is None or too_large - fitting > 1:
         size = (fitting + too_large) // 2 if too_large else max(1, 2 * fitting)
-        fitting, too_large = (size, too_large) if fits(try_size, size, world) else (fitting, size)
+        fitting, too_large = (size, too_large) if fits(learner, size, world) else (fitting, size)
         if world.any(stop):
             raise RunError(f"stopped by a signal; the largest microbatch that fit so far was {fitting}")
     if fitting == 0:
@@ -64,11 +56,11 @@ def largest_that_fits(try_size: Callable[[int], str], world: World, stop: StopSi
     return fitting
 
 
-def fits(try_size: Callable[[int], str], size: int, world: World) -> bool:
+def fits(learner: Learner, size: int, world: World) -> bool:
     """Whether a microbatch of `size` fits on every process; the first one prints the answer."""
     description = None
     try:
-        description = try_size(size)
+        description = rehearse(learner, size)
     except Exception as error:
         if not memory.is_out_of_memory(error):
             raise

@@ -52,13 +52,11 @@ class PendingSteps:
         self._queue.append((step, on_host, event))
 
     def read_due(self) -> list[tuple[int, StepResult, float]]:
-        """Wait for all results, except that of a step just launched on a GPU; return (step, result, seconds)
-        of each."""
+        """Wait for all results but that of a step just launched on a GPU; return (step, result, seconds)."""
         return self._read(keep=self._behind)
 
     def read_all(self) -> list[tuple[int, StepResult, float]]:
-        """Wait for all results; return (step, result, seconds) of each. No step is in progress then, until
-        `restart_clock`."""
+        """Wait for all results, as `read_due` returns them; no step is in progress until `restart_clock`."""
         results = self._read(keep=0)
         self._in_a_step = False
         return results

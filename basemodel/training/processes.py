@@ -6,7 +6,7 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -56,10 +56,9 @@ class World:
 
     @property
     def device_name(self) -> str:
-        cuda = self.device.type == "cuda"
-        return (
-            torch.cuda.get_device_name(self.device) if cuda else f"{self.device.type} ({platform.machine()})"
-        )
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type} ({platform.machine()})"
 
     def all_gather(self, value: Result, *, patiently: bool = False) -> list[Result]:
         """Every process's `value` (any small object), by rank."""
@@ -78,10 +77,8 @@ class World:
         return tuple(sorted(names))
 
     def agree(self, task: Callable[[], Result], *, on: bool = True) -> Result | None:
-        """Run `task` on the processes where `on` is true while the others wait; return its result there.
-
-        If it raises InputError or RunError on one process, all processes raise that error.
-        """
+        """Run `task` on the processes where `on` is true while the others wait; return its result there. If
+        it raises InputError or RunError on one process, all processes raise that error."""
         result, problem = None, None
         if on:
             try:
@@ -134,10 +131,8 @@ class World:
         return slice(self.rank * size, (self.rank + 1) * size)
 
     def gather_shares(self, share: Tensor, count: int) -> Callable[[], Tensor]:
-        """Start to gather the shares, along the first dimension, of all processes in `count` items.
-
-        Returns a function that waits and returns them.
-        """
+        """Start to gather the shares, along the first dimension, of all processes in `count` items. Returns a
+        function that waits and returns them."""
         if self.size == 1:
             return lambda: share
         size = -(-count // self.size)
@@ -154,10 +149,8 @@ class World:
 
 @contextmanager
 def joined_world(collective_timeout: float) -> Iterator[World]:
-    """Join the process group, then leave it; collectives time out after `collective_timeout` seconds.
-
-    A collective in which another process has died or hung raises RunError.
-    """
+    """Join the process group, then leave it; collectives time out after `collective_timeout` seconds. A
+    collective in which another process has died or hung raises RunError."""
     with lost_processes_explained():
         yield join_world(timedelta(seconds=collective_timeout))
         if dist.is_initialized():
@@ -203,10 +196,8 @@ def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
 
 
 def place_in_the_world() -> tuple[int, int, int, int]:
-    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; the defaults are those of a single process.
-
-    Raises InputError for values that no launcher would set, as left behind by a shell or a scheduler.
-    """
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; the defaults are those of a single process. Raises
+    InputError for values that no launcher would set, as left behind by a shell or a scheduler."""
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     values = {name: os.environ.get(name, default) for name, default in defaults.items()}
     if not all(value.isdecimal() for value in values.values()):
@@ -229,9 +220,8 @@ def store_of_these_processes(rank: int, size: int) -> dist.Store:
     first one publishes the list of all ids until every process has seen its own in it, and a hash of that
     list becomes the prefix. Raises RunError if not all processes have started within START_SECONDS.
     """
-    late = f"process {rank} of {size} waited {START_SECONDS:.0f} s for the others to start"
     deadline, own_id = time.monotonic() + START_SECONDS, uuid.uuid4().hex
-    try:
+    with suppress(dist.DistError):
         store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_SECONDS)))
         store.set(f"member/{rank}", own_id)
         while (remaining := deadline - time.monotonic()) > 0.01:
@@ -246,9 +236,7 @@ def store_of_these_processes(rank: int, size: int) -> dist.Store:
                 if store.check([f"{generation}/present/{other}" for other in range(size)]):
                     return dist.PrefixStore(generation, store)
             time.sleep(0.01)
-    except dist.DistError as error:
-        raise RunError(late) from error
-    raise RunError(late)
+    raise RunError(f"process {rank} of {size} waited {START_SECONDS:.0f} s for the others to start")
 
 
 @contextmanager

@@ -26,24 +26,13 @@ from basemodel.training.processes import World
 from basemodel.training.run import Run
 from gpt import GPTModel
 
-# Keys of train.json that may change when a run resumes: they say how the same work is split, saved, checked
-# or shown.
+# Keys of train.json that may change when a run resumes: they say how the same work is ...
 FREE_ON_RESUME = {
-    "microbatch_size",
-    "gradient_accumulation_steps",
-    "global_batch_size",
-    "compile",
-    "usd_per_hour",
-    "max_hours",
-    "max_usd",
-    "checkpoint_interval",
-    "keep_checkpoints",
-    "validation_interval",
-    "validation_batches",
-    "start_val_token",
-    "sample_interval",
-    "sample_prompts",
-    "report_to",
+    *("microbatch_size", "gradient_accumulation_steps", "global_batch_size", "compile"),  # computed
+    *("usd_per_hour", "max_hours", "max_usd"),  # paid for
+    *("checkpoint_interval", "keep_checkpoints"),  # saved
+    *("validation_interval", "validation_batches", "start_val_token"),  # checked
+    *("sample_interval", "sample_prompts", "report_to"),  # shown
 }
 
 
@@ -119,10 +108,8 @@ def restore_tensors(
 
 
 def set_rng_state(meta: dict[str, Any], world: World, seed: int) -> str:
-    """Restore the `rng_state` of each process; return a message for the user, or an empty string.
-
-    With another type of device or number of processes, dropout masks will differ.
-    """
+    """Restore the `rng_state` of each process; return a message for the user, or an empty string. With
+    another type of device or number of processes, dropout masks will differ."""
     states = meta["rng"]
     if len(states) != world.size:
         fresh = np.random.SeedSequence((seed, meta["global_step"], world.rank))

@@ -132,9 +132,7 @@ def _times_due(interval: int | None, after: int, last: int) -> int:
 
 def prepare_run(run: Run, datasets_dir: Path, world: World, checkpoint: str | None, *, resume: bool) -> Run:
     """Lock the run's folder, download missing data once per node, and check every token the run will use.
-
-    Returns the run with its data and plan. Raises InputError, before a download, without the `checkpoint`.
-    """
+    Returns the run with its data and plan. Raises InputError, before a download, without the `checkpoint`."""
     config, model_config = run.config, run.model_config
     config.accumulation_for(world.size)  # raises an error here, not after a download
     if checkpoint is not None and not resume:
@@ -152,7 +150,7 @@ def prepare_run(run: Run, datasets_dir: Path, world: World, checkpoint: str | No
     plan = plan_batches(config, model_config.context_length, world.size, data.train.count)
     used = plan.sequences(plan.steps), config.validation_batches * config.microbatch_size
     share = world.local_rank, world.local_size
-    world.agree(lambda: check_tokens(data, *used, model_config.vocab_size, share=share))
+    world.agree(lambda: check_tokens(data, *used, share=share))
     files = world.agree(lambda: hub.fingerprint_files(folder, config.splits), on=on_each_node)
     files = hub.same_on_all_nodes([node for node in world.all_gather(files) if node is not None])
     return replace(run, model_config=data.model_config, plan=plan, data=data, files=files)
@@ -186,9 +184,7 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
     return RunData(train, validation, model, tokenizer, folder)
 
 
-def check_tokens(
-    data: RunData, train: int, validation: int, vocab_size: int, *, share: tuple[int, int]
-) -> None:
+def check_tokens(data: RunData, train: int, validation: int, *, share: tuple[int, int]) -> None:
     """Check every token of the first `train` and `validation` sequences, which are those a run will use.
 
     `share` (index, count) is this process's part among those of its node. Raises InputError for a token id
@@ -199,4 +195,4 @@ def check_tokens(
         if sequences is not None:
             tokens = count * sequences.length + 1
             first, stop = (sequences.start + tokens * part // parts for part in (index, index + 1))
-            sequences.tokens.check_vocabulary(first, stop, vocab_size)
+            sequences.tokens.check_vocabulary(first, stop, data.model_config.vocab_size)

@@ -20,8 +20,7 @@ def find_run(runs_dir: Path, name: str) -> Path:
     folder = runs_dir / names.require_plain_name(name, "run")
     if not folder.is_dir():
         runs = sorted(path.parent.name for path in runs_dir.glob(f"*/{names.TRAIN_JSON}"))
-        available = ", ".join(runs) or "none"
-        raise InputError(f"{folder}: no such run; available: {available}")
+        raise InputError(f"{folder}: no such run; available: {', '.join(runs) or 'none'}")
     return folder
 
 
@@ -70,8 +69,7 @@ def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
         raise InputError(f"{run_dir}: not writable; training writes its results there")
     waiting = f"Waiting up to {LOCK_SECONDS:.0f} s for another process of this run (pid {holder}) to end"
     try:
-        patience = (LOCK_SECONDS, lambda: say(waiting)) if say else ()
-        return lock(run_dir, *patience) is not None
+        return lock(run_dir, LOCK_SECONDS if say else 0.0, lambda: say(waiting)) is not None
     except BlockingIOError:
         raise InputError(
             f"{run_dir}: is being trained by another process (pid {holder}); wait for it or stop it"

@@ -83,10 +83,8 @@ class BatchPlan:
 
 
 def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: int | None) -> BatchPlan:
-    """Plan the steps of a run over `per_epoch` sequences of `length` tokens (None: unknown).
-
-    Raises InputError if the global batch does not divide evenly or there are too few tokens.
-    """
+    """Plan the steps of a run over `per_epoch` sequences of `length` tokens (None: unknown). Raises
+    InputError if the global batch does not divide evenly or there are too few tokens."""
     accumulation = config.accumulation_for(processes)
     global_batch = config.microbatch_size * accumulation * processes
     available = None if per_epoch is None else per_epoch * config.epochs
