@@ -130,6 +130,11 @@ CONFIGS = {
         {"min_train_tokens": 10_000},
         "set epochs to 3, or min_train_tokens to -1 to use all",
     ),
+    "too few for one step": (
+        {},
+        {"min_train_tokens": -1, "microbatch_size": 25, "global_batch_size": 500},
+        "set epochs to 3, or a global batch of at most 249, with global_batch_size or microbatch_size",
+    ),
     "start too late": (
         {},
         {"start_train_token": 3990},

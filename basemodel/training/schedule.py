@@ -94,10 +94,13 @@ def plan_batches(config: TrainConfig, length: int, processes: int, per_epoch: in
         batches = -(-config.min_train_tokens // (global_batch * length))  # rounded up
     needed = max(1, batches) * global_batch
     if available is not None and needed > available:
+        less = "min_train_tokens to -1 to use all of them"
+        if available < global_batch:  # not enough for a single step
+            less = f"a global batch of at most {available}, with global_batch_size or microbatch_size"
         raise InputError(
             f"{config.dataset} has {available:,} sequences of {length} tokens in {config.epochs} epochs "
             f"after start_train_token {config.start_train_token}, but the run needs {needed:,}; set "
-            f"epochs to {math.ceil(needed / per_epoch)}, or min_train_tokens to -1 to use all of them"
+            f"epochs to {math.ceil(needed / per_epoch)}, or {less}"
         )
     halved = round(batches * config.half_batch_percent / 100)
     if halved and config.microbatch_size * accumulation % 2:
