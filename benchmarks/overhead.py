@@ -29,7 +29,7 @@ def seconds_per_log(run_dir: Path, folder: Path) -> float:
     plan = plan_batches(run.config, run.model_config.context_length, 1, None)
     run = dataclasses.replace(run, directory=folder, plan=plan)
     clock = Clock(run, 0, 0.0)
-    reporter = Reporter(run, clock, 0, "cpu", compiled=False)
+    reporter = Reporter(run, clock, 0, "cpu")
     start = time.perf_counter()
     for step in range(1, 20_001):
         values = {"train_loss": 3.1415926, "grad_norm": 0.57721566, "learning_rate": 0.0004}

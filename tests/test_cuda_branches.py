@@ -34,6 +34,7 @@ ON_CUDA = World(rank=1, local_rank=1, size=2, local_size=2, device=CUDA, control
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A node with two GPUs, of which this process has the second; the calls that would use them."""
     calls: list[Any] = []
+    monkeypatch.setattr(torch.version, "cuda", None)  # of what is there, nothing is asked for its kernels
     for name, value in (("is_available", True), ("device_count", 2)):
         monkeypatch.setattr(torch.accelerator, name, lambda value=value: value)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))

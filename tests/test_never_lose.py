@@ -240,7 +240,7 @@ def cut_off(sandbox: Sandbox, run: str, *options: str, **more: object) -> None:
 def test_three_processes_go_on_to_the_same_bits(tmp_path: Path) -> None:
     """With three, the order of additions in an exchange of gradients depends on DDP's buckets: without the
     pass through DDP in make_state, this test fails."""
-    sandbox = make_sandbox(tmp_path, "whole", "resumed", microbatch_size=1, global_batch_size=6)
+    sandbox = make_sandbox(tmp_path, "whole", "resumed", microbatch_size=2, global_batch_size=6)
     train(sandbox, "whole", processes=3)
     cut_off(sandbox, "resumed", processes=3)
     train(sandbox, "resumed", "--resume", processes=3)

@@ -247,6 +247,7 @@ def test_a_process_takes_the_device_that_torch_finds(
 ) -> None:
     """Apple's GPU is one device and trains as one process; of more devices each process takes its own."""
     chosen = []
+    monkeypatch.setattr(torch.version, "cuda", None)
     finds = {
         "is_available": lambda: True,
         "current_accelerator": lambda: torch.device("mps" if devices == 1 else "cuda"),
