@@ -33,6 +33,7 @@ GPT2 = {"vocab_size": 50257, "tokenizer": "gpt2"}
 # vocabulary, context, width, heads, layers; then what else differs, and the microbatch.
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "1M": (BYTES | {"shape": (128, 128, 4, 5)}, {"microbatch_size": 16}),
+    "1M, dropout": (BYTES | {"shape": (128, 128, 4, 5), "drop_rate": 0.1}, {"microbatch_size": 16}),
     "5M, dropout": (BYTES | {"shape": (256, 256, 8, 6), "drop_rate": 0.1}, {"microbatch_size": 8}),
     "13M, Muon": (BYTES | {"shape": (256, 384, 6, 7)}, {"microbatch_size": 8, "optimizer": "muon"}),
     "29M, tied": (GPT2 | {"shape": (256, 384, 6, 5), "tie_weights": True}, {"microbatch_size": 4}),

@@ -103,7 +103,7 @@ class Lease:
 
     def timed(self, step: Callable[[], Any], count: int = 10, rounds: int = 3) -> list[float]:
         """Seconds per call, in each of a few rounds."""
-        count, found = 2 if self.tiny else count, []
+        count, rounds, found = (1, 1, []) if self.tiny else (count, rounds, [])
         for _ in range(rounds):
             synchronize(self.device)
             start = time.perf_counter()
@@ -327,7 +327,7 @@ def train(lease: Lease, name: str, model: dict[str, Any], settings: dict[str, An
     """A training of the stages below, ready to start: about 20M tokens, validated often."""
     tokens = find_tokens(dataclasses.replace(lease.setup, folder=lease.out))
     microbatch, batch = (2, 4) if lease.tiny else (48, 96)
-    steps = 20 if lease.tiny else 20_000_000 // (batch * 1024)
+    steps = 12 if lease.tiny else 20_000_000 // (batch * 1024)
     training = Training(lease.setup, tokens, name)
     changes = tokens.settings(lease.setup, steps, batch, microbatch)
     training.write(model, settings | changes | {"checkpoint_interval": max(5, steps // 4)})
@@ -348,7 +348,7 @@ def run(lease: Lease) -> None:
     training.start()
     training.wait_for_step(1)
     lease.give(seconds_to_step_1=time.monotonic() - training.began)
-    training.wait_for_step(12 if lease.tiny else 120)
+    training.wait_for_step(7 if lease.tiny else 120)
     training.process.kill()
     training.process.wait()
     killed = training.last_step()

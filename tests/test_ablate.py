@@ -143,7 +143,7 @@ def test_runs_of_other_code_are_pointed_out(sandbox: Sandbox) -> None:
 # Kills, signals, failures
 # ------------------------------------------------------------------------------------------------------------
 
-KILLS = int(os.environ.get("KILLS", 4))
+KILLS = int(os.environ.get("KILLS", 3))
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_table(sandbox: Sandbox, tmp_path: Path) -> None:

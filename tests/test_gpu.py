@@ -126,7 +126,8 @@ def test_document_masking_has_the_losses_of_a_mask_on_a_cpu(
 
 
 @pytest.mark.parametrize("device", on_both(()))
-def test_deterministic_training_has_the_same_bits_again(device: str) -> None:
+def test_deterministic_training_has_the_same_bits_again(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that it is forgotten afterwards
     changes = {"deterministic": True, "precision": "bf16", "compile": False, "document_masking": True}
     try:
         one, other = (losses_and_norms(make_learner(device, **changes)) for _ in range(2))

@@ -29,8 +29,8 @@ import checkpointing
 
 @forked
 def test_a_run_that_is_killed_again_and_again_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    counts = torture.torture(tmp_path, kills=3, seed=0)
-    assert counts["kills"] >= 3 and counts["inside a save"] >= 2 and counts["runs"] >= 1
+    counts = torture.torture(tmp_path, kills=2, seed=0)
+    assert counts["kills"] >= 2 and counts["inside a save"] >= 1 and counts["runs"] >= 1
     assert counts["terminals"] >= 1
 
 
@@ -239,8 +239,10 @@ def cut_off(sandbox: Sandbox, run: str, *options: str, **more: object) -> None:
 @forked
 def test_three_processes_go_on_to_the_same_bits(tmp_path: Path) -> None:
     """With three, the order of additions in an exchange of gradients depends on DDP's buckets: without the
-    pass through DDP in make_state, this test fails."""
-    sandbox = make_sandbox(tmp_path, "whole", "resumed", microbatch_size=2, global_batch_size=6)
+    passes that warm DDP up, this test fails."""
+    sandbox = make_sandbox(
+        tmp_path, "whole", "resumed", microbatch_size=2, global_batch_size=6, min_train_tokens=2000
+    )
     train(sandbox, "whole", processes=3)
     cut_off(sandbox, "resumed", processes=3)
     train(sandbox, "resumed", "--resume", processes=3)
