@@ -91,6 +91,7 @@ class Saver(AbstractContextManager):
             block = torch.empty(sum(sizes), **layout, pin_memory=any(t.is_cuda for t in tensors.values()))
         except RuntimeError:  # more than may be pinned
             block = torch.empty(sum(sizes), **layout)
+        block.zero_()  # now, because the system hands out memory when it is written to
         self._buffers = {
             name: part.view(tensor.dtype).view(tensor.shape)
             for (name, tensor), part in zip(tensors.items(), block.split(sizes), strict=True)
