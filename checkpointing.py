@@ -80,11 +80,12 @@ class Saver(AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
 
-    def reserve(self, tensors: dict[str, Tensor]) -> None:
+    def reserve(self, model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> None:
         """Allocate host memory for copies of the tensors, so that none is found missing hours later.
 
         It is one block, because pinned memory, to which CUDA copies asynchronously, comes in powers of two.
         """
+        tensors = model | optimizer
         sizes = [tensor.nbytes for tensor in tensors.values()]
         layout = {"dtype": torch.uint8, "device": "cpu"}
         try:
@@ -101,7 +102,7 @@ class Saver(AbstractContextManager):
         """Copy the tensors to host memory. Waits for the previous save and raises its error, if any."""
         self.finish()
         if not self._buffers:
-            self.reserve(model | optimizer)
+            self.reserve(model, optimizer)
         for name, tensor in (model | optimizer).items():
             self._buffers[name].copy_(tensor.detach(), non_blocking=True)
         self._copied = tuple({name: self._buffers[name] for name in part} for part in (model, optimizer))

@@ -215,14 +215,14 @@ class Trainer:
         cannot be saved.
         """
         run, progress, world = self.run, self.progress, self.world
-        self.clock = budget.Clock(run, progress.global_step, progress.seconds)
-        # The other processes wait, because a tracker may take long to reach its server.
-        self.reporter = world.agree(self._make_reporter, on=world.is_first) or NoReporter()
         self.saver = checkpointing.Saver(
             run.checkpoints, run.config.keep_checkpoints, run.metrics, run.data.tokenizer
         )
         if world.is_first:
-            self.saver.reserve(self._tensors()[0] | self._tensors()[1])
+            self.saver.reserve(*self._tensors())
+        self.clock = budget.Clock(run, progress.global_step, progress.seconds)
+        # The other processes wait, because a tracker may take long to reach its server.
+        self.reporter = world.agree(self._make_reporter, on=world.is_first) or NoReporter()
         with stopping.StopSignal() as stop:
             finished = self._train_and_report_failure(stop)
             # torchrun ends the other processes as soon as one exits, so all wait until everything is saved.

@@ -142,7 +142,7 @@ def main(
         return 0
     stages = (worker or only or ",".join(lease.STAGES)).split(",")
     unknown = [stage for stage in stages if stage not in lease.STAGES]
-    require(not unknown, f"no stage {unknown}; there are {', '.join(lease.STAGES)}")
+    require(not unknown, f"--only: no stage {', '.join(unknown)}; there are {', '.join(lease.STAGES)}")
     options = ["--datasets-dir", str(datasets_dir)] if datasets_dir else []
     options += ["--out", str(out), *["--tiny"] * tiny]
     if part == "lease" and not worker:

@@ -85,7 +85,7 @@ def test_a_gpu_with_an_old_driver_is_no_reason_to_train_on_the_cpu(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(InputError, match=re.escape(there)) as error:
         processes.join_world()
-    assert "(CUDA 13.0) cannot use it with driver 550.54.15; update the driver, or install" in str(
+    assert "for CUDA 13.0 cannot use it with driver 550.54.15; update the driver, or install" in str(
         error.value
     )
     assert str(error.value).endswith("or set CUDA_VISIBLE_DEVICES= to train on the CPU")
@@ -351,7 +351,7 @@ def test_checkpoints_are_copied_to_one_block_of_memory_pinned_where_that_can_be(
     monkeypatch.setattr(torch, "empty", noting)
     model, optimizer = {"a": torch.rand(2, 3)}, {"a.step": torch.tensor(4.0), "a.buffer": torch.rand(3, 2).mT}
     with checkpointing.Saver(tmp_path, None, tmp_path / "log") as saver:
-        saver.reserve(model | optimizer)
+        saver.reserve(model, optimizer)
         for _ in range(2):
             model["a"] += 1
             saver.copy(model, optimizer)

@@ -25,12 +25,13 @@ def current_accelerator() -> torch.device | None:
         return None
     found = re.search(r"\d{3,}\.[\d.]+", DRIVER_FILE.read_text()) if DRIVER_FILE.exists() else None
     driver = f"driver {found[0]}" if found else "this driver"
-    problem, fix = f"cannot use it with {driver}", "update the driver, or install PyTorch for an older CUDA"
+    problem = f"for CUDA {torch.version.cuda} cannot use it with {driver}; update the driver, or install "
+    problem += "PyTorch for an older CUDA"
     if torch.version.cuda is None:
-        problem, fix = "is built without CUDA", "install PyTorch with CUDA"
+        problem = "is built without CUDA; install PyTorch with CUDA"
     raise InputError(
-        f"{gpu} is there, but PyTorch {torch.__version__} (CUDA {torch.version.cuda}) {problem}; {fix}, or "
-        "set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        f"{gpu} is there, but PyTorch {torch.__version__} {problem}, or set CUDA_VISIBLE_DEVICES= to train "
+        "on the CPU"
     )
 
 

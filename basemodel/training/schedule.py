@@ -75,10 +75,11 @@ class BatchPlan:
 
     def shapes(self) -> set[tuple[int, ...]]:
         """The shapes, (sequences, tokens + 1), of the microbatches that the steps train on."""
+        changes = (min(step, self.steps - 1) for step in (0, self.half_steps, self.short_steps))
         return {
             self.cut(torch.empty(count, self.length + 1, device="meta"), step).shape
-            for step in (0, self.half_steps, self.short_steps)
-            for _, count in self.microbatches(min(step, self.steps - 1), rank=0)
+            for step in changes
+            for _, count in self.microbatches(step, rank=0)
         }
 
 
