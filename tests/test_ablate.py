@@ -143,13 +143,13 @@ def test_runs_of_other_code_are_pointed_out(sandbox: Sandbox) -> None:
 # Kills, signals, failures
 # ------------------------------------------------------------------------------------------------------------
 
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 2))
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_table(sandbox: Sandbox, tmp_path: Path) -> None:
     """Half of the times with its training, half of the times without, which then goes on."""
     dice = random.Random(KILLS)
-    options = "--vary", "learning_rate=0.001", "--seeds", 2
+    options = "--vary", "learning_rate=0.001", "--seeds", 1
     sandbox.write_run(model={"drop_rate": 0.1}, train={**VALIDATE, "checkpoint_interval": 1})
     undisturbed = Sandbox(tmp_path / "undisturbed")
     for name in ("datasets", "runs"):
@@ -160,7 +160,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(sandbox: Sandbox, 
         logs = (sandbox.path / "runs").glob("*/metrics.jsonl")
         return sum(log.read_text().count("train_loss") for log in logs)
 
-    for moment in sorted(dice.sample(range(4 * 8), KILLS)):
+    for moment in sorted(dice.sample(range(2 * 8), KILLS)):
         script = Script(study_command(sandbox, *options), before=QUICK)
         wait_for(lambda moment=moment, script=script: script.has_ended or lines() >= moment, "a step")
         time.sleep(dice.uniform(0, 0.05))

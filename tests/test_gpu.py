@@ -230,14 +230,15 @@ def test_a_run_that_is_stopped_then_killed_ends_like_an_undisturbed_one(tmp_path
     sandbox = Sandbox(tmp_path)
     write_dataset(sandbox.datasets / "test/tokens")
     # Steps enough for a signal to come in between; dropout shows whether random numbers go on.
-    steps = {"min_train_tokens": 60 * 8 * 16, "learning_rate": 1e-3, "validation_interval": 20}
+    count = 60 if device == "cuda" else 30
+    steps = {"min_train_tokens": count * 8 * 16, "learning_rate": 1e-3, "validation_interval": 10}
     for run in ("whole", "disturbed"):
-        changes = {**steps, "checkpoint_interval": 10, "precision": "auto", "compile": False}
+        changes = {**steps, "checkpoint_interval": 5, "precision": "auto", "compile": False}
         sandbox.write_run(run, TORTURED_MODEL, {**TORTURED_TRAIN, **changes})
     whole = start(sandbox, "whole", device)
     whole.wait(120)
     assert whole.returncode == 0
-    for least, number, status in ((10, signal.SIGTERM, 143), (35, signal.SIGKILL, -9), (60, None, 0)):
+    for least, number, status in ((5, signal.SIGTERM, 143), (16, signal.SIGKILL, -9), (count, None, 0)):
         training = start(sandbox, "disturbed", device)
         wait_for(step_reached(sandbox, "disturbed", least), f"step {least}")
         if number:
@@ -246,7 +247,7 @@ def test_a_run_that_is_stopped_then_killed_ends_like_an_undisturbed_one(tmp_path
         assert training.returncode == status
         if number == signal.SIGTERM:
             stopped = sandbox.status("disturbed")
-            assert stopped["status"] == "preempted" and 10 <= stopped["step"] < 60
+            assert stopped["status"] == "preempted" and 5 <= stopped["step"] < count
             assert sandbox.checkpoints("disturbed")[-1].name.endswith(f"-iteration-{stopped['step']}")
     expected, found = (sandbox.metrics(run) for run in ("whole", "disturbed"))
     assert found == (expected if device == "cpu" else pytest.approx(expected, rel=2e-2))
