@@ -54,7 +54,7 @@ TRAIN = {
     "learning_rate": 0.01,
     "precision": "fp32",
 }
-TORTURED_MODEL = {**MODEL, "drop_rate": 0.2, "init": "zero"}
+TORTURED_MODEL = {**MODEL, "n_layers": 1, "drop_rate": 0.2, "init": "zero"}
 TORTURED_TRAIN = {
     **TRAIN,
     "epochs": 100,

@@ -428,35 +428,52 @@ def test_torchrun_restarts_a_run_as_often_as_it_may(tmp_path: Path, whole: Path,
     assert_same_end(sandbox, "killed", "whole")
 
 
-def test_nodes_that_join_later_or_are_killed_and_come_back_are_taken_in(
+def test_a_node_that_was_killed_and_started_again_is_taken_back(
     tmp_path: Path, whole: Path, torchrun
 ) -> None:
-    """Each time the run goes on where it was: without --resume, and though no launcher counts the first time
-    as a restart."""
+    sandbox = make_sandbox(tmp_path, "killed")
+    sandbox.run_dir("whole").symlink_to(whole)
+    with reserve_port() as holder:
+        port = holder.getsockname()[1]
+        launch = (
+            *("--nnodes=2", "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"),
+            "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=5",
+        )
+        nodes = [torchrun(sandbox, "killed", *launch) for _ in range(2)]
+        wait_for(step_reached(sandbox, "killed", 7), "the seventh step")
+        # The one that holds the rendezvous stays.
+        other = next(node for node in nodes if not listens(node.pid, port))
+        kill_node(other)
+        nodes[nodes.index(other)] = torchrun(sandbox, "killed", *launch)
+        for node in nodes:
+            done = node.wait(120)
+            assert done.returncode == 0, done.stderr
+    assert_same_end(sandbox, "killed", "whole")
+
+
+def test_a_node_that_joins_later_restarts_the_run_where_it_was(tmp_path: Path, whole: Path, torchrun) -> None:
+    """Without --resume, and although no launcher counts that as a restart."""
     sandbox = make_sandbox(tmp_path, "joined")
     sandbox.run_dir("whole").symlink_to(whole)
     with reserve_port() as holder:
         launch = (
             *("--nnodes=1:2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{holder.getsockname()[1]}"),
-            *("--rdzv_id=same", "--max-restarts=3"),
-            "--rdzv_conf=last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3",
+            *("--rdzv_id=same", "--rdzv_conf=last_call_timeout=1"),
         )
-        first = torchrun(sandbox, "joined", *launch)
+        nodes = [torchrun(sandbox, "joined", *launch)]
         wait_for(step_reached(sandbox, "joined", 7), "the seventh step")
-        (worker,) = children_of(first.pid)
+        (worker,) = children_of(nodes[0].pid)
         os.kill(worker, signal.SIGSTOP)  # else the run could be over before the other node is there
-        second = torchrun(sandbox, "joined", *launch)
+        nodes.append(torchrun(sandbox, "joined", *launch))
         wait_for(lambda: is_asked_to_stop(worker), "the first launcher to notice the second")
         os.kill(worker, signal.SIGCONT)
-        wait_for(lambda: re.search("Resuming after step", first.stdout + second.stdout), "the restart")
-        kill_node(second)  # the first holds the rendezvous
-        nodes = [first, torchrun(sandbox, "joined", *launch)]
         for node in nodes:
             done = node.wait(120)
             assert done.returncode == 0, done.stderr
-    assert sandbox.metrics("joined", "step") == sandbox.metrics("whole", "step")
-    assert sandbox.metrics("joined") == pytest.approx(sandbox.metrics("whole"), rel=0.05)
-    assert not list(sandbox.run_dir("joined").glob("earlier-*"))
+        assert any("Resuming after step" in node.stdout for node in nodes)
+        assert sandbox.metrics("joined", "step") == sandbox.metrics("whole", "step")
+        assert sandbox.metrics("joined") == pytest.approx(sandbox.metrics("whole"), rel=0.05)
+        assert not list(sandbox.run_dir("joined").glob("earlier-*"))
 
 
 def is_asked_to_stop(process: int) -> bool:
@@ -505,6 +522,16 @@ def test_a_terminal_that_goes_takes_no_step_with_it_under_torchrun(
     status = sandbox.status("stopped")
     assert status["status"] == "preempted" and status["step"] < 30
     assert sandbox.checkpoints("stopped")[-1].name.endswith(f"-{status['step']}")
+
+
+def listens(process: int, port: int) -> bool:
+    """Whether a process has a socket that listens on a port of this machine."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    rows += [row.split() for row in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
+    sockets = {
+        f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port
+    }
+    return any(str(handle.readlink()) in sockets for handle in Path(f"/proc/{process}/fd").iterdir())
 
 
 def test_torchrun_passes_the_one_line_on(sandbox: Sandbox, torchrun) -> None:
