@@ -36,7 +36,7 @@ from basemodel.data.hub import check_push, push
 from basemodel.data.token_files import as_one_path, split_files
 from basemodel.data.tokenizer import MAX_TOKENS, MIN_TOKENS, get_tokenizer, read_tokenizer, train_tokenizer
 from basemodel.prepare.assemble import Layout, count_skipped, lay_out, lay_out_nanogpt, write_dataset
-from basemodel.prepare.dataset_card import card, counted, draw_lengths, excerpts, summary
+from basemodel.prepare.dataset_card import card, counted, draw_lengths, excerpts, summary, token_excerpts
 from basemodel.prepare.documents import Piece, make_shards
 from basemodel.prepare.encoding import Settings, encode_all, find_gigatoken, sample_texts
 from basemodel.prepare.readers import cut_into_pieces
@@ -80,6 +80,7 @@ from basemodel.prepare.sources import Request, Source, find_source
 @click.option("--files", metavar="PATTERN", help="Take only the matching files, such as 'sample/10BT/*'.")
 @click.option("--revision", help="Commit, tag or branch of a Hub data set.")
 @click.option("--stats", is_flag=True, help="Also draw a histogram of document lengths.")
+@click.option("--quiet", is_flag=True, help="Leave out the excerpts of the text.")
 @click.option("--push", "repo_id", metavar="OWNER/NAME", help="Then upload the data set to the Hub.")
 def main(
     source: str,
@@ -97,6 +98,7 @@ def main(
     repo_id: str | None,
     *,
     stats: bool,
+    quiet: bool,
 ) -> None:
     """Encode SOURCE into the data set OUTPUT_DIR: train.safetensors, validation.safetensors and meta.json.
 
@@ -131,14 +133,14 @@ def main(
             text = fetch()
             if settings.tokenizer == "dataset":
                 settings = add_tokenizer(folder, tokenizer, text, settings)
-            layout, counts = lay_out_text(text, folder / "parts", settings, vocabulary, workers)
+            layout, counts, shown = lay_out_text(text, folder / "parts", settings, vocabulary, workers)
             form = "one tensor 'tokens' per split, end-of-text after each document"
             meta = {"description": f"{source} as tokens: {form}", **asdict(request), **counts}
             meta |= write_dataset(finished, layout, settings)
             if stats:
                 title = f"{output_dir.name}: document lengths"
                 print(draw_lengths(layout, meta["end_of_text"], finished / "document-lengths.png", title))
-            publish_dataset(finished, output_dir, meta)
+            publish_dataset(finished, output_dir, meta, [] if quiet else shown)
     if repo_id:
         url = push(output_dir, repo_id, "Upload tokens", repo_type="dataset")
         print(f"Uploaded to {repo_id}: {url}")
@@ -179,15 +181,17 @@ def add_tokenizer(folder: Path, file: str | None, source: Source, settings: Sett
 
 def lay_out_text(
     source: Source, parts_dir: Path, settings: Settings, vocabulary: Path | None, workers: int
-) -> tuple[Layout, dict[str, Any]]:
-    """Encode the source's text. Returns where each split's tokens are, and counts for meta.json. Raises
-    InputError."""
+) -> tuple[Layout, dict[str, Any], list[str]]:
+    """Encode the source's text. Returns where each split's tokens are, counts for meta.json, and excerpts.
+    Raises InputError."""
     counts = {"revision": source.commit, "files_read": len(source.files), "files_skipped": source.skipped}
     if source.nanogpt:
-        return lay_out_nanogpt(source.nanogpt, get_tokenizer(settings.tokenizer, settings.folder)), counts
+        tokenizer = get_tokenizer(settings.tokenizer, settings.folder)
+        layout = lay_out_nanogpt(source.nanogpt, tokenizer)
+        return layout, counts, token_excerpts(source.files[0][0], tokenizer)
     parts = encode_all(make_shards(find_pieces(source, settings)), parts_dir, settings, vocabulary, workers)
     try:
-        return lay_out(parts, settings), counts | count_skipped(parts)
+        return lay_out(parts, settings), counts | count_skipped(parts), excerpts(parts)
     except InputError:
         for part in parts:  # of no use with any other source
             shutil.rmtree(part.folder)
@@ -266,9 +270,9 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def publish_dataset(finished: Path, output_dir: Path, meta: dict[str, Any]) -> None:
+def publish_dataset(finished: Path, output_dir: Path, meta: dict[str, Any], shown: list[str]) -> None:
     """Add meta.json and the card to a finished folder, make it OUTPUT_DIR, remove what is left of the work,
-    and print a summary with excerpts of the text."""
+    and print a summary with the excerpts `shown`."""
     (finished / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     (finished / "README.md").write_text(card(output_dir.name, meta), encoding="utf-8")
     lines = summary(meta)
@@ -276,10 +280,9 @@ def publish_dataset(finished: Path, output_dir: Path, meta: dict[str, Any]) -> N
         files = as_one_path([output_dir / path.name for path in split_files(finished, split)])
         documents, tokens = counted(counts["documents"], "document"), counted(counts["tokens"], "token")
         lines.append(f"{files}: {documents}, {tokens}")
-    shown = excerpts(finished, get_tokenizer(meta["tokenizer"], finished))
     publish(finished, output_dir, last="train")
     shutil.rmtree(finished.parent, ignore_errors=True)
-    print(*lines, "Excerpts:", *(f"  {excerpt}" for excerpt in shown), sep="\n")
+    print(*lines, *(["Excerpts:"] if shown else []), *(f"  {excerpt}" for excerpt in shown), sep="\n")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,15 @@ def test_records_are_split_in_their_order_85_5_10() -> None:
     assert (train, test, validation) == (records[:935], records[935:1045], records[1045:])
 
 
+def test_records_without_input_and_by_line() -> None:
+    records = [{"instruction": str(i), "output": "o"} for i in range(3)]
+    records[1]["input"] = None
+    expected = [{"instruction": str(i), "input": "", "output": "o"} for i in range(3)]
+    array, lines = json.dumps(records), "\n".join(map(json.dumps, records))
+    for text in (array, lines + "\n", "\n" + lines.replace("\n", "\r\n\n")):
+        assert instructions.parse_records(text.encode(), "data") == expected
+
+
 def test_prompts_are_those_of_alpaca() -> None:
     start = "Below is an instruction that describes a task. "
     start += "Write a response that appropriately completes the request."
@@ -136,7 +145,9 @@ def test_wrong_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for content, message in (
         (None, "data.json' does not exist"),
         ("[", "not valid JSON"),
-        ("{}", "must contain a JSON list of records"),
+        ("3", "must contain a JSON list of records"),
+        ("{}", 'record 0 has no string "instruction"'),
+        ('{"instruction": "a", "output": "b"}\nno', "not valid JSON"),
         ('[{"instruction": "a", "input": ""}]', 'record 0 has no string "output"'),
         (json.dumps(RECORDS[:5]), "5 records are too few"),
         (json.dumps(RECORDS), "context_length 16 leaves no room for a response"),

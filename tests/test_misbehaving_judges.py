@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import test_ift
-from basemodel.common.errors import RunError
+from basemodel.common.errors import InputError, RunError
 from basemodel.evaluation.judging import BadReply, Judge, judge_all, parse_scores
 
 Answer = tuple[int, str] | None  # a status and a body; None: the connection is closed
@@ -194,3 +194,11 @@ def test_the_score_of_a_single_answer(reply: str, score: float | None) -> None:
             parse_scores(reply, 1)
     else:
         assert parse_scores(reply, 1) == [score]
+
+
+def test_a_proxy_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "nonsense://127.0.0.1:9")
+    with pytest.raises(
+        InputError, match=r"no request can be sent to the judge: .*; see HTTPS_PROXY and ALL_PROXY"
+    ):
+        Judge("judge", "http://127.0.0.1:9/v1", 0, tmp_path)

@@ -111,7 +111,9 @@ def test_meta_card_and_stats(tmp_path: Path) -> None:
     out = prepare(source, output, "--tokenizer", "bytes", "--stats")
     meta = assert_holds(output, split_texts(texts, 0.01), get_tokenizer("bytes"))
     title, *excerpts = out.splitlines()[-4:]
-    assert title == "Excerpts:" and all("word word" in line for line in excerpts)
+    begin = [(text + " ")[:100].strip() for text in (texts[0], texts[255], texts[-1])]
+    assert title == "Excerpts:" and [line.strip() for line in excerpts] == [f"{source}: {b}" for b in begin]
+    assert "Excerpts" not in prepare(source, tmp_path / "quiet", "--tokenizer", "bytes", "--quiet")
     assert meta["splits"]["validation"]["documents"] > 1
     assert meta["validation_fraction"] == 0.01
     assert (meta["source"], meta["revision"], meta["replaced"]) == (str(source), None, 0)
@@ -152,7 +154,7 @@ def test_sources_that_are_no_good(tmp_path: Path) -> None:
     empty = write_parquet(tmp_path / "empty.parquet", [])
     options = ["--tokenizer", "bytes"]
     for source, more, message in (
-        (good, ["--text-column", "body"], "good.parquet: has no column 'body'; --text-column is one of"),
+        (good, ["--text-column", "body"], "good.parquet: has no 'body'; --text-column is one of"),
         (good, ["--validation-fraction", "1"], "--validation-fraction must be between 0 and 1, not 1.0"),
         (good, ["--revision", "v1"], "--revision is for a data set on the Hub"),
         (good, ["--name", "a"], "--name is for a data set on the Hub"),
@@ -182,7 +184,7 @@ def test_texts_that_turn_out_to_be_no_good(tmp_path: Path) -> None:
         (cut, "", "cut.parquet: cannot be read: "),
         (tmp_path / "empty.txt", "", "contains no documents to train on"),
         # The number of the line counts those of other shards.
-        (second, small_shards, 'line 5001 is not a JSON object with a string "text"'),
+        (second, small_shards, "line 5001 has no 'text'; --text-column is one of ['body']"),
     ):
         command = ("prepare_datasets.py", source, tmp_path / "out", "--tokenizer", "bytes")
         error = refused(*command, before=before)
@@ -228,11 +230,13 @@ def test_where_no_text_falls_to_validation_its_end_does(
     assert found["train"] + found["validation"] == whole
     assert len(found["validation"]) == int(0.01 * len(whole))
     splits = json.loads((tmp_path / "out/meta.json").read_text())["splits"]
+    begins = np.cumsum([0, *(len(text) + 1 for text in kept)])[:-1]
     assert splits["train"] == {
-        "documents": len(kept),
+        "documents": (begun := int((begins < len(found["train"])).sum())),
         "tokens": len(found["train"]),
         "bytes": len(found["train"].replace(b"\0", b"")),
     }
+    assert splits["validation"]["documents"] == len(kept) - begun, "each is counted once, where it begins"
     assert splits["validation"]["bytes"] == len(found["validation"].replace(b"\0", b""))
 
 

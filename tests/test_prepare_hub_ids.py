@@ -22,7 +22,8 @@ configs:
 - config_name: small
   data_files:
   - {split: train, path: small/train-*}
-  - {split: validation, path: small/validation-*}
+  - {split: dev, path: small/validation-*}
+  - {split: test, path: small/test-*}
 - config_name: big
   data_files:
   - {split: train, path: big/*}
@@ -42,6 +43,7 @@ def hub(tmp_path: Path) -> Iterator[FolderHub]:
     root = tmp_path / "hub/me"
     write_parquet(root / "two/small/train-00000-of-00001.parquet", TEXTS["small"])
     write_parquet(root / "two/small/validation-00000-of-00001.parquet", TEXTS["held"])
+    write_parquet(root / "two/small/test-00000-of-00001.parquet", TEXTS["big"])
     write_parquet(root / "two/big/0.parquet", TEXTS["big"])
     (root / "two/README.md").write_text(CARD)
     (root / "lines/data").mkdir(parents=True)
@@ -51,6 +53,8 @@ def hub(tmp_path: Path) -> Iterator[FolderHub]:
     (root / "sheet/a.csv").write_text("id,text\n" + "".join(f"1,{text}\n" for text in TEXTS["own"]))
     (root / "pictures").mkdir()
     (root / "pictures/a.tar").write_bytes(b"")
+    (root / "scripted").mkdir()
+    (root / "scripted/scripted.py").write_text("import datasets\n")
     with serve_folder(tmp_path / "hub") as hub:
         yield hub
 
@@ -89,6 +93,7 @@ def test_a_data_set_by_its_id(hub: FolderHub, tmp_path: Path, case: str) -> None
     finished(start(hub, dataset, tmp_path / "out", *options))
     meta = assert_holds(tmp_path / "out", DOCUMENTS[case], get_tokenizer("bytes"))
     assert meta["revision"] == COMMIT and meta["source"] == dataset
+    assert meta["files_skipped"] == ({"of the split 'test'": 1} if dataset == "me/two" else {})
 
 
 def test_a_data_set_by_its_id_resumes_without_a_second_download(hub: FolderHub, tmp_path: Path) -> None:
@@ -114,10 +119,11 @@ def test_a_data_set_by_its_id_resumes_without_a_second_download(hub: FolderHub, 
         ("me/two --name big --split tset", "me/two: has no split 'tset'; --split is one of ['train']"),
         ("me/two --name big --revision v9", "Revision 'v9' doesn't exist"),
         ("me/nothing", "Dataset 'me/nothing' doesn't exist on the Hub or cannot be accessed"),
+        ("me/scripted", "the Hub may have made tables of it: --revision refs/convert/parquet"),
         ("me/pictures", "me/pictures: a.tar has an unknown type; known are .parquet"),
         (
             "me/sheet --text-column body",
-            "a.csv: has no column 'body'; --text-column is one of ['id', 'text']",
+            "a.csv: the first row has no 'body'; --text-column is one of ['id', 'text']",
         ),
     ],
 )

@@ -121,7 +121,17 @@ GOOD: dict[str, tuple[str, bytes, list[str | None]]] = {
     "csv with an empty cell": ("a.csv", b"id,text\n1,\n2,a\n", ["", "a"]),
     "csv with invalid UTF-8": ("a.csv", b"id,text\n1,a\xffb\n2,c\n", ["a\ufffdb", "c"]),
     "csv with * in its name": ("notes [1]*.csv", sheet(), TEXTS),
-    "tsv": ("a.tsv", sheet(delimiter="\t"), TEXTS),
+    "csv with pandas' index": ("a.csv", b",text\n0,a\n1,b\n", ["a", "b"]),
+    "csv with a comma after each row": ("a.csv", b"id,text,\n0,a,\n1,b,\n", ["a", "b"]),
+    "csv with other columns of one name": ("a.csv", b"x,text,x\n0,a,1\n", ["a"]),
+    "tsv as pandas writes it": ("a.tsv", sheet(delimiter="\t"), TEXTS),
+    "tsv with quotes around all cells": ("a.tsv", b'"id"\t"text"\n"0"\t"a"\n', ["a"]),
+    "tsv with a line break in a cell": ("a.tsv", b'id\ttext\n0\t"a\nb"\n', ["a\nb"]),
+    "tsv with a quote that none ends": (
+        "a.tsv",
+        b'id\ttext\n0\t"Said the cat\n1\ta\n2\t"b" and "c"\n3\tsaid the cat."\n',
+        ['"Said the cat', "a", '"b" and "c"', 'said the cat."'],
+    ),
     "txt": ("a.txt", "a\u00e9\r\nb".encode(), ["a\u00e9\r\nb"]),
     "txt in capitals": ("A.TXT", b"a", ["a"]),
     "txt after a byte order mark": ("a.txt", codecs.BOM_UTF8 + b"text", ["text"]),
@@ -139,6 +149,9 @@ GOOD: dict[str, tuple[str, bytes, list[str | None]]] = {
     "markdown": ("a.md", b"# title\n", ["# title\n"]),
     "md.xz": ("a.md.xz", lzma.compress(b"# title\n"), ["# title\n"]),
 }
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+# A frame whose header asks for a window of 2 GiB, as `zstd --long=31` writes it
+ZSTD_LONG = bytes.fromhex("28b52ffd04a8")
 KANA = "\u3053\u308c\u306f\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3067\u3059\u3002" * 20
 BAD: dict[str, tuple[str, bytes, str]] = {
     # name: file, content, what is said after the file's name
@@ -147,7 +160,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "a program called .txt": ("a.txt", bytes(range(256)) * 9, "most of it is not UTF-8 text"),
     "a Git LFS pointer": (
         "a.txt",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+        LFS_POINTER,
         "is a Git LFS pointer, not the file itself; fetch that with: git lfs pull",
     ),
     "jsonl in KOI8-R": (
@@ -183,29 +196,65 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "no such column": (
         "a.parquet",
         parquet(pyarrow.table({"body": ["a"]})),
-        "has no column 'text'; --text-column is one of ['body']",
+        ": has no 'text'; --text-column is one of ['body']",
     ),
     "no such column in arrow": (
         "a.arrow",
         arrow(pyarrow.table({"body": ["a"]})),
-        "has no column 'text'; --text-column is one of ['body']",
+        ": has no 'text'; --text-column is one of ['body']",
     ),
     "no such column in csv": (
         "a.csv",
         b"id,body\n1,a\n",
-        "has no column 'text'; --text-column is one of ['id', 'body']",
+        "the first row has no 'text'; --text-column is one of ['id', 'body']",
     ),
     "csv with a row too long": (
         "a.csv",
         b"id,text\n1,a\n2,b,c\n",
-        "the row that ends in line 3 has 3 cells, the header 2",
+        "the row that ends in line 3: 3 cells, the header has 2",
     ),
-    "csv with a row too short": ("a.csv", b"id,text\n1,a\n2\n", "line 3 has 1 cells, the header 2"),
+    "csv with a row too short": ("a.csv", b"id,text\n1,a\n2\n", "line 3: 1 cells, the header has 2"),
     "csv with a quote left open": (
         "a.csv",
         b'id,text\n1,"a\n2,b\n',
-        "cannot be read: unexpected end",
+        "the row that ends in line 3: unexpected end of data",
     ),
+    "csv with one cell more in each row": (
+        "a.csv",
+        b"id,text\n0,a,\n1,b,\n",
+        "the row that ends in line 2: 3 cells, the header has 2",
+    ),
+    "csv with backslashes before quotes": (
+        "a.csv",
+        b'id,text\n0,"He said \\"hi\\", and left"\n',
+        "line 2: ',' expected after '\"'; quotes in a quoted cell must be doubled",
+    ),
+    "csv without a header": ("a.csv", b"0," + b"A long text. " * 99 + b"\n", "of ['0', 'A long text. A "),
+    "csv with two columns of the text's name": ("a.csv", b"text,text\na,b\n", "has 2 'text'"),
+    "parquet with two columns of the text's name": (
+        "a.parquet",
+        parquet(pyarrow.Table.from_arrays([["a"], ["b"]], names=["text", "text"])),
+        "has 2 'text'",
+    ),
+    "tsv with quotes that may belong to the text": (
+        "a.tsv",
+        b'id\ttext\n0\t"a"\n1\tb\n',
+        "quotes around some cells may belong to the text or not",
+    ),
+    "tsv with a cell too many": ("a.tsv", b"id\ttext\n0\ta\tb\n", "3 cells, the header has 2"),
+    "jsonl with other keys": (
+        "a.jsonl",
+        b'{"story": "a"}\n',
+        "line 1 has no 'text'; --text-column is one of ['story']",
+    ),
+    "json with other keys": (
+        "a.json",
+        b'[{"story": "a"}]',
+        "object 1 has no 'text'; --text-column is one of ['story']",
+    ),
+    "zstd with a large window": ("a.jsonl.zst", ZSTD_LONG, "decompress it first: zstd -d --long=31"),
+    "a Git LFS pointer to a table": ("a.parquet", LFS_POINTER, "fetch that with: git lfs pull"),
+    "a Git LFS pointer to a compressed file": ("a.jsonl.gz", LFS_POINTER, "fetch that with: git lfs pull"),
     "jsonl with a number": (
         "a.jsonl",
         jsonl() + b'{"text": 5}\n',

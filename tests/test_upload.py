@@ -3,6 +3,7 @@
 import base64
 import http.server
 import json
+import logging
 import re
 import sys
 import threading
@@ -80,7 +81,10 @@ def test_transformers_computes_and_continues_the_same(tmp_path: Path, tied: bool
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_pipelines_batches_and_collators_take_the_folder_as_it_is(tmp_path: Path, tied: bool) -> None:
+def test_pipelines_batches_and_collators_take_the_folder_as_it_is(
+    tmp_path: Path, tied: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     torch.manual_seed(0)
     model = GPTModel(replace(CONFIG, tie_weights=tied)).eval()
     for name, parameter in model.named_parameters():
@@ -98,6 +102,9 @@ def test_pipelines_batches_and_collators_take_the_folder_as_it_is(tmp_path: Path
         ours = generate(model, torch.tensor([list(prompt.encode())]), 9, Sampling(0, stop=256))[0]
         ours = ours[len(prompt) :].tolist()
         assert row[10 : 10 + len(ours)].tolist() == ours
+    assert pipeline("Return the", max_new_tokens=3)[0]["generated_text"].startswith("Return the")
+    export.check_folder(tmp_path, model, get_tokenizer("bytes"))
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     records = [tokenizer(prompt) for prompt in prompts]
     default = transformers.DataCollatorWithPadding(tokenizer)(records)
     assert default["input_ids"].shape == (3, 10)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from basemodel.common.errors import InputError
 from basemodel.common.names import LINKS
 from basemodel.common.output import warned
 
@@ -22,6 +23,15 @@ def fingerprint(path: Path) -> dict[str, Any]:
     """A file's size and SHA-256."""
     with path.open("rb") as file:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise InputError if a file is what Git LFS puts in its place, in a clone made without git-lfs."""
+    with path.open("rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise InputError(
+                f"{path}: is a Git LFS pointer, not the file itself; fetch that with: git lfs pull"
+            )
 
 
 def sync(path: Path) -> None:

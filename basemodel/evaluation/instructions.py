@@ -27,14 +27,19 @@ Record = dict[str, str]
 
 
 def parse_records(text: bytes, source: Path | str, fields: tuple[str, ...] = FIELDS) -> list[Record]:
-    """Parse a JSON list of objects with the string `fields`. Raises InputError, naming the first bad one."""
+    """Parse a JSON list, or lines, of objects with the string `fields`; an "input" that is missing or null is
+    empty. Raises InputError, naming the first bad one."""
     try:
-        records = json.loads(text)
+        by_line = text.lstrip().startswith(b"{")
+        lines = [line for line in text.splitlines() if line.strip()]
+        records = [json.loads(line) for line in lines] if by_line else json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(records, list) or not records:
         raise InputError(f"{source}: must contain a JSON list of records")
     for index, record in enumerate(records):
+        if isinstance(record, dict) and record.get("input") is None:
+            record["input"] = ""
         for field in fields:
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 raise InputError(f'{source}: record {index} has no string "{field}"')

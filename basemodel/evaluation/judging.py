@@ -122,7 +122,12 @@ class Judge:
             # The HTTP library would show the key in its own error.
             raise InputError("OPENAI_API_KEY contains characters that no key has; set it again")
         self._openai = openai
-        self._client = openai.OpenAI(api_key=self._key or "none", base_url=base_url, max_retries=retries)
+        try:
+            self._client = openai.OpenAI(api_key=self._key or "none", base_url=base_url, max_retries=retries)
+        except (ImportError, ValueError) as error:  # about a proxy
+            raise InputError(
+                f"no request can be sent to the judge: {error}; see HTTPS_PROXY and ALL_PROXY"
+            ) from None
         self.server = re.sub(r"//[^/@]*@", "//", str(self._client.base_url))  # without a password
         self.model, self.retries, self.cache = model, retries, AnswerCache(cache)
         self._takes_schema: bool | None = None  # not known before the first reply

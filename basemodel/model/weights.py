@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from basemodel.common.errors import InputError
-from basemodel.common.files import followed
+from basemodel.common.files import followed, refuse_pointer
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import CHECKPOINTS
 from basemodel.model.config import GPTConfig
@@ -93,6 +93,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def read_file(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file. Raises InputError."""
     try:
+        refuse_pointer(path)
         return safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None

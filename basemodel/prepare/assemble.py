@@ -13,6 +13,7 @@ import numpy as np
 import tiktoken
 
 from basemodel.common.errors import InputError, RunError
+from basemodel.common.files import refuse_pointer
 from basemodel.common.names import TOKENIZER_FILE
 from basemodel.data.token_files import split_names
 from basemodel.data.tokenizer import get_tokenizer, token_byte_lengths
@@ -51,7 +52,8 @@ def lay_out(parts: list[Part], settings: Settings) -> Layout:
     """Each split's size and tokens. Raises InputError if the documents do not make two splits.
 
     If no document is for validation, the end of the text is: the fraction of the tokens that was asked for.
-    Copies of documents are left out then, because what is held out must not be in the rest.
+    Copies of documents are left out then, because what is held out must not be in the rest. A document that
+    is cut in two counts where it begins.
     """
     sizes = {split: sum(np.array(part.record[split]) for part in parts) for split in SPLITS}
     segments = {
@@ -70,10 +72,14 @@ def lay_out(parts: list[Part], settings: Settings) -> Layout:
             raise InputError("the source is too short to hold out any text for validation")
         segments["train"], *end = cut_segments(text, tokens - held_out)
         segments["validation"] = [segment for file in end for segment in file]
-        byte_lengths = token_byte_lengths(get_tokenizer(settings.tokenizer, settings.folder))
-        text_bytes = {split: count_tokens(segments[split]) @ byte_lengths for split in SPLITS}
-        sizes["train"] = np.array([documents, tokens - held_out, text_bytes["train"]])
-        sizes["validation"] = np.array([1, held_out, text_bytes["validation"]])
+        tokenizer = get_tokenizer(settings.tokenizer, settings.folder)
+        counts = {split: count_tokens(segments[split]) for split in SPLITS}
+        text_bytes = {split: counts[split] @ token_byte_lengths(tokenizer) for split in SPLITS}
+        path, _, stop = segments["train"][-1]
+        (last,) = next(token_blocks([(path, stop - 1, stop)]))
+        begun = counts["train"][tokenizer.eot_token] + (last != tokenizer.eot_token)
+        sizes["train"] = np.array([begun, tokens - held_out, text_bytes["train"]])
+        sizes["validation"] = np.array([documents - begun, held_out, text_bytes["validation"]])
     return {split: (sizes[split].tolist(), segments[split]) for split in SPLITS}
 
 
@@ -165,6 +171,8 @@ def lay_out_nanogpt(source: Path, tokenizer: tiktoken.Encoding) -> Layout:
     for split, name in NANOGPT_FILES.items():
         path = source / name
         size = path.stat().st_size if path.is_file() else 0
+        if size:
+            refuse_pointer(path)
         if size == 0 or size % 2:
             raise InputError(f"{path}: {'damaged: not a whole number of uint16' if size else 'is missing'}")
         tokens, segments = np.memmap(path, "<u2", "r"), [(path, 0, size // 2)]

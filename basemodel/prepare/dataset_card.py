@@ -7,9 +7,8 @@ import numpy as np
 import tiktoken
 
 from basemodel.common.output import markdown_table, one_line
-from basemodel.data.token_files import TokenFiles
 from basemodel.prepare.assemble import Layout, token_blocks
-from basemodel.prepare.encoding import COUNTED
+from basemodel.prepare.encoding import COUNTED, Part
 
 CONTEXT_LENGTH = 1024  # GPT-2's, for the histogram
 # What the numbers in meta.json count
@@ -106,13 +105,18 @@ def summary(meta: dict[str, Any]) -> list[str]:
     return [*lines, f"Files skipped: {', '.join(skipped)}"] if skipped else lines
 
 
-def excerpts(folder: Path, tokenizer: tiktoken.Encoding) -> list[str]:
-    """Up to three short excerpts of the text to train on, from its beginning, its middle and its end."""
-    tokens = TokenFiles(folder, "train")
-    length = min(60, tokens.count)
-    places = dict.fromkeys((0, (tokens.count - length) // 2, tokens.count - length))  # short text has one
-    texts = (tokenizer.decode(tokens.read(place, place + length).tolist()) for place in places)
-    return [one_line(text)[:100] for text in texts]
+def excerpts(parts: list[Part]) -> list[str]:
+    """How the first document, one in the middle and the last begin, each after its file."""
+    found = [kept for part in parts if (kept := part.record.get("excerpts"))]  # not of earlier versions
+    chosen = (found[0]["first"], found[len(found) // 2]["middle"], found[-1]["last"])
+    return [f"{file}: {one_line(text)}" for file, text in dict.fromkeys(map(tuple, chosen))]
+
+
+def token_excerpts(file: Path, tokenizer: tiktoken.Encoding) -> list[str]:
+    """What nanoGPT's token file begins with, has in its middle and ends with, each after the file."""
+    tokens = np.memmap(file, "<u2", "r")
+    places = dict.fromkeys((0, len(tokens) // 2, max(0, len(tokens) - 20)))
+    return [f"{file}: {one_line(tokenizer.decode(tokens[place:][:20].tolist()))}" for place in places]
 
 
 def counted(count: int, noun: str) -> str:

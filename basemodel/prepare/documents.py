@@ -43,9 +43,14 @@ def compression(path: Path) -> str | None:
     return COMPRESSIONS.get(path.suffix.lower())
 
 
+def suffix(path: Path) -> str:
+    """A file's suffix in small letters, without that of its compression."""
+    return Path(path.stem if compression(path) else path.name).suffix.lower()
+
+
 def file_type(path: Path) -> str | None:
     """A file's type, one of TYPES' values, by its suffix, compressed or not; None if it is unknown."""
-    return TYPES.get(Path(path.stem if compression(path) else path.name).suffix.lower())
+    return TYPES.get(suffix(path))
 
 
 def open_decompressed(path: Path) -> io.BufferedReader:
@@ -87,8 +92,6 @@ def check_is_text(path: Path) -> None:
     """
     with open_utf8(path) as file:
         sample = file.read(SAMPLE_BYTES)
-    if sample.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path}: is a Git LFS pointer, not the file itself; fetch that with: git lfs pull")
     # The incremental decoder does not mind that the last character may be cut off.
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(sample)
     wrong = text.count("\ufffd") - sample.count("\ufffd".encode()) + text.count("\0")

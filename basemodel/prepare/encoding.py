@@ -31,11 +31,12 @@ from basemodel.common.errors import InputError, RunError
 from basemodel.common.files import fingerprint
 from basemodel.common.output import Progress
 from basemodel.data.tokenizer import get_tokenizer
-from basemodel.prepare.documents import Piece, Text, in_validation
+from basemodel.prepare.documents import PYTHON_DOCS, Piece, Text, in_validation
 from basemodel.prepare.readers import read_documents
 
 SPLITS = ("train", "validation")
 PART_FILES = (*SPLITS, "lengths", "hashes")
+EXCERPT_BYTES = 100
 COUNTED = ("documents", "tokens", "bytes")  # what a size counts; bytes of UTF-8, for bits per byte
 SAMPLE_BYTES = 50_000_000  # of text, to train a tokenizer on
 # Forked workers share the loaded vocabulary. The threads that numpy and pyarrow keep survive a fork, and none
@@ -67,8 +68,8 @@ class Part:
 
     It contains the raw uint16 tokens of each split, the length of each document in tokens (uint32) and its
     hash (uint64), and record.json: the `key` that identifies input and settings, the size of each split, the
-    numbers of `empty` documents, `null` rows and `replaced` invalid UTF-8 sequences, and the `sha256` of the
-    other files.
+    numbers of `empty` documents, `null` rows and `replaced` invalid UTF-8 sequences, the `sha256` of the
+    other files, and how the first document, one in the middle and the last begin, each after its file.
     """
 
     folder: Path
@@ -191,16 +192,18 @@ def write_part(shard: list[Piece], folder: Path, encoder: Encoder, settings: Set
     end_of_text = np.array([get_tokenizer(settings.tokenizer, settings.folder).eot_token], "<u2")
     sizes = {split: [0] * len(COUNTED) for split in SPLITS}
     counts = Counter(empty=0, null=0, replaced=0)
-    rows = ((row, piece.split) for piece in shard for row in read_documents(piece, settings.text_column))
+    excerpts: dict[str, tuple[str, str]] = {}
+    rows = ((row, piece) for piece in shard for row in read_documents(piece, settings.text_column))
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb", 1 << 20)) for name in PART_FILES}
-        for document, own_split in rows:
+        for document, piece in rows:
             if document is None or document == Text(b""):
                 counts["null" if document is None else "empty"] += 1
                 continue
-            digest, length, size = hashlib.blake2b(digest_size=8), 0, 0
-            split = SPLITS[is_held_out(document, own_split, settings)]
+            digest, length, size, start = hashlib.blake2b(digest_size=8), 0, 0, b""
+            split = SPLITS[is_held_out(document, piece.split, settings)]
             for fragment in document:
+                start = start or fragment[:EXCERPT_BYTES]
                 tokens = encoder(fragment)
                 files[split].write(tokens.astype("<u2").tobytes())
                 digest.update(fragment)
@@ -210,7 +213,13 @@ def write_part(shard: list[Piece], folder: Path, encoder: Encoder, settings: Set
             files["hashes"].write(digest.digest())
             counts["replaced"] += document.replaced
             sizes[split] = [sum(pair) for pair in zip(sizes[split], (1, length + 1, size), strict=True)]
-    return {**sizes, **counts}
+            excerpts["last"] = str(piece.path or PYTHON_DOCS), start.decode(errors="ignore")
+            excerpts.setdefault("first", excerpts["last"])
+            if (
+                sum(size[0] for size in sizes.values()).bit_count() == 1
+            ):  # 1, 2, 4: the last is past the middle
+                excerpts["middle"] = excerpts["last"]
+    return {**sizes, **counts, "excerpts": excerpts}
 
 
 def is_held_out(document: Iterable[bytes], own_split: str | None, settings: Settings) -> bool:

@@ -8,6 +8,7 @@ import itertools
 import json
 import lzma
 import random
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from basemodel.common.errors import InputError
-from basemodel.common.files import DISK_FULL
+from basemodel.common.files import DISK_FULL, refuse_pointer
 from basemodel.prepare import documents
 from basemodel.prepare.documents import LongText, Piece, Text, compression, open_decompressed, open_utf8
 
@@ -30,12 +31,13 @@ def cut_into_pieces(path: Path, split: str | None, text_column: str) -> Iterator
     with readable(path):
         if size == 0 and kind != "text":  # an empty .txt is a document, though an empty one
             return
+        refuse_pointer(path)
         if kind in ("jsonl", "json", "csv", "text"):
             documents.check_is_text(path)
         if kind == "json" and _has_an_object_per_line(path):
             kind = "jsonl"
         if kind == "csv":
-            _header(path, text_column)  # a misspelt column is an error before anything slow
+            _layout(path, text_column)  # a misspelt column is an error before anything slow
         if kind == "parquet" and not compression(path):
             yield from _row_groups(Piece(path, kind, size, split=split), text_column)
         elif kind == "jsonl" and not compression(path) and not documents.marked_encoding(path):
@@ -67,7 +69,9 @@ def readable(path: Path) -> Iterator[None]:
     except UNREADABLE as error:
         if getattr(error, "errno", None) in DISK_FULL:
             raise
-        raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
+        problem = " ".join(str(error).split())
+        hint = "; decompress it first: zstd -d --long=31" if "requires too much memory" in problem else ""
+        raise InputError(f"{path}: cannot be read: {problem}{hint}") from None
 
 
 def _open_text(path: Path) -> io.TextIOWrapper:
@@ -107,12 +111,20 @@ def _check_column(path: Path, schema: Any, text_column: str) -> None:
     """Raise InputError unless a pyarrow schema has a column of text with this name."""
     import pyarrow
 
-    if text_column not in schema.names:
-        raise InputError(f"{path}: has no column '{text_column}'; --text-column is one of {schema.names}")
+    _place_of(text_column, schema.names, f"{path}:")
     try:
         list(_column_texts(pyarrow.nulls(1, schema.field(text_column).type)))
     except pyarrow.ArrowNotImplementedError as error:
         raise InputError(f"{path}: column '{text_column}' is not text: {error}") from None
+
+
+def _place_of(text_column: str, names: list[str], where: object) -> int:
+    """The place of the text among columns of these names, or keys. Raises InputError unless there is one."""
+    if names.count(text_column) != 1:
+        number = names.count(text_column) or "no"
+        shown = [name if len(name) <= 40 else name[:40] + "..." for name in names[:20]]
+        raise InputError(f"{where} has {number} '{text_column}'; --text-column is one of {shown}")
+    return names.index(text_column)
 
 
 @contextlib.contextmanager
@@ -165,44 +177,74 @@ def _arrow_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
 
 
 def _csv_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
+    columns, place, dialect = _layout(piece.path, text_column)
+    for row in _rows(piece.path, columns, dialect):
+        yield Text(row[place].encode(), replaced=row[place].count("\ufffd"))
+
+
+def _rows(path: Path, columns: int, dialect: dict[str, Any]) -> Iterator[list[str]]:
+    """The rows of a .csv below its header. Raises InputError at one that does not have so many cells."""
     csv.field_size_limit(2**31 - 1)
-    delimiter, columns = _header(piece.path, text_column)
-    place = columns.index(text_column)
-    with _open_text(piece.path) as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
-        for row in itertools.islice(rows, 1, None):
-            if row and len(row) != len(columns):
-                sizes = f"{len(row)} cells, the header {len(columns)}"
-                raise InputError(f"{piece.path}: the row that ends in line {rows.line_num} has {sizes}")
-            if row:
-                yield Text(row[place].encode(), replaced=row[place].count("\ufffd"))
+    with _open_text(path) as file:
+        rows = csv.reader(file, strict=True, **dialect)
+        try:
+            for row in itertools.islice(rows, 1, None):
+                if row and len(row) != columns:
+                    raise csv.Error(f"{len(row)} cells, the header has {columns}")
+                if row:
+                    yield row
+        except csv.Error as error:
+            hint = "; quotes in a quoted cell must be doubled" if "expected after" in str(error) else ""
+            raise InputError(f"{path}: the row that ends in line {rows.line_num}: {error}{hint}") from None
 
 
-def _header(path: Path, text_column: str) -> tuple[str, list[str]]:
-    """A .csv's delimiter (comma, tab, or the semicolon of many countries' spreadsheets) and its column names.
-    Raises InputError if none of them is the text column."""
+def _layout(path: Path, text_column: str) -> tuple[int, int, dict[str, Any]]:
+    """A .csv's number of columns, the place of the text among them, and how csv.reader reads it: delimited by
+    commas, tabs, or the semicolons of many countries' spreadsheets. Raises InputError."""
     with _open_text(path) as file:
         line = file.readline(100_000)
     names = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in ",;\t"}
-    for delimiter, columns in names.items():
-        if text_column in columns:
-            return delimiter, columns
-    raise InputError(f"{path}: has no column '{text_column}'; --text-column is one of {names[',']}")
+    delimiter = max(names, key=lambda each: (text_column in names[each], len(names[each])))
+    columns, dialect = names[delimiter], {"delimiter": delimiter}
+    place = _place_of(text_column, columns, f"{path}: the first row")
+    if documents.suffix(path) == ".tsv" and not _has_quoted_cells(path, len(columns)):
+        dialect["quoting"] = csv.QUOTE_NONE
+    return len(columns), place, dialect
+
+
+def _has_quoted_cells(path: Path, columns: int) -> bool:
+    """Whether quotes in a .tsv stand around cells, as pandas writes them where a cell has a quote, tab or
+    line break, or belong to the text, as the format says. Raises InputError if they may do either."""
+    kinds = set()
+    with _open_text(path) as file:
+        for number, line in enumerate(file):
+            cells = line.rstrip("\r\n").split("\t")
+            if len(cells) != columns and cells != [""]:
+                return True  # a tab or line break within quotes
+            for cell in cells if '"' in line else ():
+                if cell.startswith('"'):
+                    whole = re.fullmatch('"(?:[^"]|"")*"', cell)
+                    needed = number == 0 or '""' in cell[1:-1]
+                    kinds.add("open" if not whole else "needed" if needed else "needless")
+    if kinds == {"needless"}:
+        problem = "quotes around some cells may belong to the text or not"
+        raise InputError(f"{path}: {problem}; convert it to .csv or .jsonl")
+    return "open" not in kinds and "needed" in kinds
 
 
 def _has_an_object_per_line(path: Path) -> bool:
     with open_utf8(path) as file:
-        line = file.readline(1 << 20)
-    with contextlib.suppress(ValueError, RecursionError):
-        return isinstance(json.loads(line), dict)
-    return False
+        return isinstance(_parsed(file.readline(1 << 20)), dict)
 
 
-def _text_of(value: Any, text_column: str, place: str) -> Text | None:
-    """The text in the JSON object at `place`, None for a null. Raises ValueError if there is neither."""
-    text = value.get(text_column, 0) if isinstance(value, dict) else 0
+def _text_of(value: Any, text_column: str, where: str) -> Text | None:
+    """The text in a JSON object, None for a null. Raises InputError that begins with `where` for any other
+    value."""
+    if isinstance(value, dict) and text_column not in value:
+        _place_of(text_column, [*value], where)
+    text = value[text_column] if isinstance(value, dict) else 0
     if not isinstance(text, str | None):
-        raise ValueError(f'{place} is not a JSON object with a string "{text_column}"')
+        raise InputError(f'{where} is not a JSON object with a string "{text_column}"')
     return None if text is None else Text.from_str(text)
 
 
@@ -211,14 +253,19 @@ def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
         if line.strip():
             valid = Text.from_bytes(line)
             try:
-                text = _text_of(json.loads(valid.content), text_column, "the line")
-            except (ValueError, RecursionError):
+                text = _text_of(_parsed(valid.content), text_column, "")
+            except InputError as error:
                 number += sum(1 for _ in _lines(replace(piece, start=0, stop=piece.start)))
-                expected = f'a JSON object with a string "{text_column}"'
-                raise InputError(f"{piece.path}: line {number} is not {expected}") from None
+                raise InputError(f"{piece.path}: line {number}{error}") from None
             if text is not None:
                 text.replaced += valid.replaced
             yield text
+
+
+def _parsed(line: bytes) -> Any:
+    """A line of JSON, None if it is not."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(line)
 
 
 def _lines(piece: Piece) -> Iterator[bytes]:
@@ -238,7 +285,7 @@ def _json_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
     with _open_text(piece.path) as file:
         values = json.load(file)
     for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
-        yield _text_of(value, text_column, f"object {number}")
+        yield _text_of(value, text_column, f"{piece.path}: object {number}")
 
 
 # By type; the suffixes of each type are in TYPES (documents.py).

@@ -66,8 +66,8 @@ def find_source(request: Request, leave_out: Path | None) -> Callable[[], Source
     if request.files is not None:
         return lambda: _fetch_matching(request)
     with start_workers(1) as pool:  # `datasets` is 90 MB that forked workers would carry along
-        files, commit = pool.submit(resolve_on_hub, request).result()
-    return lambda: _fetch(request.source, files, commit)
+        found = pool.submit(resolve_on_hub, request).result()
+    return lambda: _fetch(request.source, *found)
 
 
 def find_files(source: Path, request: Request, leave_out: Path | None) -> Source:
@@ -136,8 +136,9 @@ def named_split(path: str, train_split: str) -> str | None:
     return next((split for word in words[::-1] for split in SPLIT_WORDS if word in SPLIT_WORDS[split]), None)
 
 
-def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], str]:
-    """The names of a data set's files, each with its split, and the commit. Raises InputError."""
+def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], Counter[str], str]:
+    """The names of a data set's files, each with its split; how many files of other splits it has; and the
+    commit. Raises InputError."""
     os.environ["USE_TORCH"] = "0"  # not needed, and slow
     import datasets
 
@@ -146,10 +147,12 @@ def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], str]
     try:
         builder = datasets.load_dataset_builder(request.source, request.name, revision=request.revision)
     except Exception as error:  # network, proxy, Hub and `datasets` have errors of many types
-        raise InputError(
-            f"{request.source}: no such file or folder here, and the Hub did not provide it ({reason(error)})"
-            "; check --name, --revision and the network; a private or gated data set needs: hf auth login"
-        ) from None
+        problem = reason(error)
+        hint = "check --name, --revision and the network; a private or gated data set needs: hf auth login"
+        if "scripts are no longer supported" in problem:
+            hint = "the Hub may have made tables of it: --revision refs/convert/parquet"
+        missing = f"no such file or folder here, and the Hub did not provide it ({problem})"
+        raise InputError(f"{request.source}: {missing}; {hint}") from None
     splits = {str(split): files for split, files in (builder.config.data_files or {}).items()}
     if request.split not in splits:
         raise InputError(f"{request.source}: has no split '{request.split}'; --split is one of {[*splits]}")
@@ -162,12 +165,13 @@ def resolve_on_hub(request: Request) -> tuple[list[tuple[str, str | None]], str]
             if file_type(Path(name)) is None:
                 raise InputError(f"{request.source}: {name} has an unknown type; known are {KNOWN_TYPES}")
             files.append((name, role))
-    return files, commit
+    others = {split: len(urls) for split, urls in splits.items() if split not in (request.split, *held_out)}
+    return files, Counter({f"of the split '{split}'": count for split, count in others.items()}), commit
 
 
-def _fetch(dataset: str, files: list[tuple[str, str | None]], commit: str) -> Source:
+def _fetch(dataset: str, files: list[tuple[str, str | None]], skipped: Counter[str], commit: str) -> Source:
     folder, _ = download(dataset, [glob.escape(name) for name, _ in files], commit)
-    return Source([(folder / name, split) for name, split in files], commit=commit)
+    return Source([(folder / name, split) for name, split in files], skipped, commit)
 
 
 def _fetch_matching(request: Request) -> Source:

@@ -26,13 +26,15 @@ from gpt import GPTModel
 # Where the tokenizers must agree: words, spaces, digits, contractions, scripts, an emoji of four parts.
 SAMPLE_TEXT = "It's 1,024 tokens,\n\tisn't it?   Größe, 語言, язык, العربية 👩‍👩‍👧‍👦 x==y"
 
+PIPELINE_TOKENS = 256  # that transformers' pipeline adds where nothing says how many
+
 
 def write_model(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> None:
     """Write weights, configuration and tokenizer files into an empty folder."""
     end_of_text = tokenizer.eot_token
     generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    # Without a limit, generation would run past the last position.
-    generation["max_length"] = model.config.context_length
+    if model.config.context_length < 2 * PIPELINE_TOKENS:  # its default would run past the last position
+        generation["max_new_tokens"] = model.config.context_length // 2
     config = huggingface_config(model.config, end_of_text) | {"activation_function": gelu_name(model)}
     for name, values in (("config", config), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -93,7 +95,7 @@ def check_folder(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) ->
 
     try:
         exported = AutoModelForCausalLM.from_pretrained(folder).eval()
-        ids = AutoTokenizer.from_pretrained(folder)(SAMPLE_TEXT)["input_ids"]
+        ids = AutoTokenizer.from_pretrained(folder)(SAMPLE_TEXT, verbose=False)["input_ids"]
     except Exception as error:  # of many types
         raise RunError(f"{folder}: cannot be read back: {error}") from error
     shape = (2, model.config.context_length)
