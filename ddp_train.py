@@ -66,7 +66,7 @@ class Learner:
         self.shapes = plan.shapes() if plan else {self.full_shape}
         self.precision = backend.choose_precision(config, world.device)
         backend.set_up_arithmetic(self.precision, deterministic=config.deterministic)
-        backend.seed_weights(config.random_seed)
+        torch.manual_seed(config.random_seed)  # on all processes alike: they start with the same weights
         self.model = GPTModel(model_config).to(world.device)
         self.loss_module = NextTokenLoss(self.model, document_masking=config.document_masking)
         self.compile_problem = backend.compile_if_configured(
@@ -75,7 +75,7 @@ class Learner:
         self.optimizer = optimizer.make_optimizer(self.model, config, self.precision, world)
         optimizer.allocate_state(self.optimizer)
         self.ddp_module = self._wrapped_in_ddp()
-        backend.seed_dropout(config.random_seed, world.rank)
+        torch.manual_seed(config.random_seed + 1 + world.rank)  # dropout masks differ between processes
         memory.keep_freed_memory(world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
 

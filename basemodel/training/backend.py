@@ -1,4 +1,4 @@
-"""How PyTorch computes: precision, determinism, random seeds, and compilation."""
+"""How PyTorch computes: precision, determinism, and compilation."""
 
 import os
 import shutil
@@ -51,16 +51,6 @@ def set_up_arithmetic(precision: str, *, deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and only helps find bugs
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-
-
-def seed_weights(seed: int) -> None:
-    """Seed the generators identically on all processes, so that all start with the same weights."""
-    torch.manual_seed(seed)
-
-
-def seed_dropout(seed: int, rank: int) -> None:
-    """Seed the generators differently on each process, so that dropout masks differ."""
-    torch.manual_seed(seed + 1 + rank)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
