@@ -59,12 +59,6 @@ def split_files(folder: Path, split: str) -> list[Path]:
     return [folder / name for name in whole_set(listed, split, folder) or split_names(split, 1)]
 
 
-def missing_files(folder: Path, splits: Iterable[str]) -> list[str]:
-    """The names of the splits' files that are not in the folder. Raises InputError as `split_files` does."""
-    files = (path for split in splits for path in split_files(folder, split))
-    return [path.name for path in files if not path.exists()]
-
-
 def as_one_path(files: list[Path]) -> str:
     """A split's files as one path: FOLDER/train.safetensors, or FOLDER/train-*-of-00003.safetensors."""
     first = files[0]

@@ -11,7 +11,8 @@ import click
 from basemodel.common.errors import InputError
 from basemodel.common.files import free_space
 from basemodel.common.output import markdown_table
-from basemodel.data import hub, token_files
+from basemodel.data.hub import dataset_folder
+from basemodel.data.token_files import split_files
 from basemodel.planning.estimate import GIB, WORST_ERROR, Estimate, estimate
 from basemodel.planning.machines import TABLE, find_machines, read_gpus
 from basemodel.training.backend import choose_precision
@@ -70,8 +71,9 @@ def open_if_here(run: Run, datasets_dir: Path | None) -> RunData | None:
     """The data of a run, if they are downloaded already."""
     if datasets_dir is None:
         return None
-    folder = hub.dataset_folder(datasets_dir, run.config.dataset)
-    here = not token_files.missing_files(folder, run.config.splits)
+    folder = dataset_folder(datasets_dir, run.config.dataset)
+    files = [path for split in run.config.splits for path in split_files(folder, split)]
+    here = all(path.exists() for path in files)
     return open_data(run.config, run.model_config, datasets_dir) if here else None
 
 
