@@ -288,9 +288,8 @@ def test_speed_time_and_cost_are_those_of_the_clock(sandbox: Sandbox) -> None:
 
 GPU = """
 from basemodel.planning import machines
-machines.current_device_name = lambda: "NVIDIA A100-SXM4-40GB"
-known = machines.peak_flops
-machines.peak_flops = lambda name: known(name) and known(name) / 312e6  # an A100 does 1,000,000 FLOP/s
+known = machines.peak_flops("NVIDIA A100-SXM4-40GB")
+machines.peak_flops = lambda _: known and 1e6
 """
 
 

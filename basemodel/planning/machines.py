@@ -107,11 +107,6 @@ def peak_flops(device_name: str) -> float | None:
     return 1e12 * gpu.tflops if gpu else None
 
 
-def current_device_name() -> str:
-    """The name of this process's CUDA device; empty without one."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-
-
 def device_memory_gib() -> float:
     """The memory of this process's CUDA device; 0 without one."""
     return torch.cuda.get_device_properties().total_memory / 2**30 if torch.cuda.is_available() else 0.0

@@ -123,7 +123,7 @@ class StatusFile:
         self.loss: float | None = None
         self.checkpoint: str | None = None  # the last one on disk
         self.compile_problem: str | None = None
-        self._peak = machines.peak_flops(machines.current_device_name())
+        self._peak = machines.peak_flops(device_name)
         self._written = 0.0
 
     def mfu(self, tokens_per_second: float | None) -> dict[str, float]:
