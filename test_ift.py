@@ -60,17 +60,11 @@ def generate_command(
     name: str,
     model_json: Path,
     model_safetensors: Path,
-    *,
     data: Path | None,
     datasets_dir: Path,
     output_dir: Path,
-    drop_rate: float,
-    learning_rate: float,
-    weight_decay: float,
-    batch_size: int,
-    max_epochs: int,
     max_new_tokens: int,
-    seed: int,
+    **tuning: float,
 ) -> None:
     """Fine-tune the model in MODEL_SAFETENSORS and write its answers to NAME-ift-results.json.
 
@@ -87,13 +81,14 @@ def generate_command(
     model = load_model(model_json, model_safetensors)
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
     require_vocabulary(model, tokenizer)
-    settings = FineTuning(learning_rate, weight_decay, batch_size, drop_rate, max_epochs, seed)
+    settings = FineTuning(**tuning)
     train_tokens, validation_tokens = (
         [tokenizer.encode_ordinary(instructions.prompt_of(record) + record["output"]) for record in part]
         for part in (train, validation)
     )
     print(f"{len(train):,} records to train on, {len(validation):,} to validate, {len(test):,} to answer")
-    print(f"AdamW, learning rate {learning_rate:g}, batch {batch_size}, dropout {drop_rate:g}")
+    rate, batch, dropout = settings.learning_rate, settings.batch_size, settings.drop_rate
+    print(f"AdamW, learning rate {rate:g}, batch {batch}, dropout {dropout:g}")
     instructions.check_lengths(train, tokenizer, model.config.context_length)
     instructions.fine_tune(model, train_tokens, validation_tokens, settings, tokenizer.eot_token)
     prompts = [instructions.prompt_of(record) for record in test]
@@ -117,7 +112,6 @@ def generate_command(
 @click.option("--cache", type=Path, default="ift-judgements.jsonl", help="File that keeps the replies.")
 def judge_command(
     paths: tuple[Path, ...],
-    *,
     model: str,
     base_url: str | None,
     no_llm: bool,
