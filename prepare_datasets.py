@@ -42,8 +42,10 @@ from basemodel.prepare.encoding import Settings, encode_all, find_gigatoken, sam
 from basemodel.prepare.readers import cut_into_pieces
 from basemodel.prepare.sources import Request, Source, find_source
 
+ENGINES = click.Choice(["auto", "tiktoken", "gigatoken"])
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("source")
 @click.argument("output_dir", type=Path)
 @click.option(
@@ -58,25 +60,18 @@ from basemodel.prepare.sources import Request, Source, find_source
     metavar="SIZE",
     help="Train a tokenizer of SIZE tokens on the text.",
 )
-@click.option(
-    "--validation-fraction", type=float, default=0.01, show_default=True, help="Share of documents held out."
-)
+@click.option("--validation-fraction", type=float, default=0.01, help="Share of documents held out.")
 @click.option(
     "--workers",
     type=click.IntRange(1),
     default=available_cpus(),
+    show_default=False,
     help="Processes that encode.  [default: cores]",
 )
-@click.option(
-    "--engine",
-    type=click.Choice(["auto", "tiktoken", "gigatoken"]),
-    default="auto",
-    show_default=True,
-    help="Library that encodes; the tokens are the same.",
-)
-@click.option("--text-column", default="text", show_default=True, help="Column or JSON key of the text.")
+@click.option("--engine", type=ENGINES, default="auto", help="Library that encodes; the tokens are the same.")
+@click.option("--text-column", default="text", help="Column or JSON key of the text.")
 @click.option("--name", metavar="CONFIG", help="Configuration of a Hub data set.")
-@click.option("--split", default="train", show_default=True, help="Split to train on.")
+@click.option("--split", default="train", help="Split to train on.")
 @click.option("--files", metavar="PATTERN", help="Take only the matching files, such as 'sample/10BT/*'.")
 @click.option("--revision", help="Commit, tag or branch of a Hub data set.")
 @click.option("--stats", is_flag=True, help="Also draw a histogram of document lengths.")
@@ -91,14 +86,10 @@ def main(
     workers: int,
     engine: str,
     text_column: str,
-    name: str | None,
-    split: str,
-    files: str | None,
-    revision: str | None,
     repo_id: str | None,
-    *,
     stats: bool,
     quiet: bool,
+    **selection: str | None,
 ) -> None:
     """Encode SOURCE into the data set OUTPUT_DIR: train.safetensors, validation.safetensors and meta.json.
 
@@ -114,7 +105,7 @@ def main(
     settings = Settings(validation_fraction=validation_fraction, text_column=text_column, **own_tokenizer)
     if engine == "gigatoken" and settings.tokenizer != "gpt2":
         raise InputError("--engine gigatoken works with the tokenizer gpt2 only")
-    request = Request(source, name, split, files, revision)
+    request = Request(source, **selection)
     fetch = find_source(request, leave_out=output_dir)
     if repo_id:
         check_push(repo_id)
