@@ -51,7 +51,6 @@ from basemodel.training.run_folder import is_locked, read_status
 def main(
     base: str,
     datasets_dir: Path,
-    *,
     variations: tuple[str, ...],
     seeds: int,
     launch: str,

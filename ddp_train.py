@@ -19,6 +19,7 @@ import dataclasses
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -481,16 +482,13 @@ def main(
     run_name: str,
     datasets_dir: Path | None,
     checkpoint: str | None,
-    *,
     resume_newest: bool,
     find_max_microbatch_size: bool,
     only_plan: bool,
     runs_dir: Path,
     allow_config_change: bool,
     collective_timeout: float,
-    on: str | None,
-    budget_usd: float | None,
-    machines: Path | None,
+    **elsewhere_options: Any,
 ) -> int:
     """Train RUN, a folder in runs/ with a model.json and a train.json, on a data set in DATASETS_DIR.
 
@@ -501,7 +499,7 @@ def main(
         raise InputError("use either -f or --plan, not both")
     if checkpoint and resume_newest:
         raise InputError("use either a checkpoint's name or --resume, not both")
-    elsewhere = Elsewhere(on, budget_usd, machines)
+    elsewhere = Elsewhere(**elsewhere_options)
     plans_elsewhere = elsewhere.is_asked(only_plan)
     if not datasets_dir and not find_max_microbatch_size and not plans_elsewhere:
         raise InputError("DATASETS_DIR is missing: the folder that holds the data sets")

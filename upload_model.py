@@ -37,7 +37,6 @@ def main(
     model_json: Path,
     model_safetensors: Path,
     destination: str,
-    *,
     pushes: bool,
     private: bool,
     license: str | None,

@@ -27,7 +27,6 @@ OPTIONS = (
     click.option("--on", metavar="MACHINE", help="With --plan: estimate for 8xA100-40 or such, or for all."),
     click.option(
         "--budget",
-        "budget_usd",
         type=click.FloatRange(0, min_open=True),
         metavar="USD",
         help="With --plan: print what this many dollars buy on each machine.",
