@@ -53,19 +53,14 @@ def check_ranges(config: Any) -> None:
 
 
 def read_config(config_class: type[Config], path: Path) -> Config:
-    """Read a JSON object from `path` into the dataclass `config_class`.
-
-    Raises InputError, naming the file and the key, for a missing or malformed file, an unknown key (with the
-    nearest known one), a missing required key, a wrong type, or a value that the class rejects.
-    """
+    """Read a JSON object from `path` into the dataclass `config_class`. Raises InputError, naming file and
+    key, for an unreadable file, unknown or missing keys, wrong types, and values that the class refuses."""
     return checked_config(config_class, read_json_object(path), path)
 
 
 def checked_config(config_class: type[Config], values: dict[str, Any], source: Path | str) -> Config:
-    """Make a config from a JSON object's values, checked as in `read_config`; errors name the `source`.
-
-    A class with `from_old_keys` first rewrites keys that older versions named differently.
-    """
+    """Make a config from a JSON object's values, checked as in `read_config`; errors name the `source`. A
+    class with `from_old_keys` first rewrites keys that older versions named differently."""
     try:
         values = _without_old_keys(config_class, values)
     except InputError as error:

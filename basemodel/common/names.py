@@ -15,10 +15,7 @@ META, TOKENIZER_FILE = "meta.json", "tokenizer.json"
 
 
 def require_plain_name(name: str, what: str) -> str:
-    """Return `name` if it is a plain folder name, which cannot lead out of its parent folder.
-
-    Plain means `[A-Za-z0-9._-]+`, and neither `.` nor `..`. Raises InputError otherwise.
-    """
+    """Return `name` if it is a plain folder name, which cannot lead out of its parent. Raises InputError."""
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name in (".", ".."):
         raise InputError(f"{what} '{name}' must be a plain name of letters, digits, '.', '_' and '-'")
     return name

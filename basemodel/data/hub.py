@@ -36,11 +36,8 @@ def dataset_folder(datasets_dir: Path, dataset: str) -> Path:
 
 
 def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits: Iterable[str]) -> Path:
-    """Download what is missing of the token files of `splits`; return the data set's folder.
-
-    All files come from one commit, and an interrupted download resumes where it stopped. Raises InputError,
-    naming the data set, if that fails.
-    """
+    """Download what is missing of the token files of `splits`, all from one commit; return the data set's
+    folder. The same call continues an interrupted download. Raises InputError, naming the data set."""
     folder, splits = dataset_folder(datasets_dir, dataset), list(splits)
     commit = _commit_of(folder, splits)
     if None not in (commit, revision) and len(revision) >= 40 and revision != commit:
@@ -87,11 +84,8 @@ def _download(folder: Path, info: "hub.DatasetInfo", splits: list[str]) -> None:
 
 
 def _fetch(path: Path, url: str) -> dict[str, Any]:
-    """Download a file, continuing what an earlier try left; return its size and SHA-256.
-
-    The file gets its name when all of it is on the disk. Raises InputError if the disk is too small or the
-    file is not what the Hub announced, and what the Hub's client raises.
-    """
+    """Download a file, continuing what an earlier try left; return its size and SHA-256. Raises InputError if
+    the disk is too small or the file is not what the Hub announced, and what the Hub's client raises."""
     file = hub.get_hf_file_metadata(url)
     incomplete = path.with_name(f".incomplete-{path.name}-{file.etag[:16]}")
     for stale in path.parent.glob(f".incomplete-{path.name}-*"):
@@ -152,11 +146,8 @@ def _receive(file: "hub.HfFileMetadata", url: str, incomplete: Path, label: str)
 
 def fingerprint_files(folder: Path, splits: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The size and SHA-256 of the splits' files and of the data set's own tokenizer, and the commit
-    ("revision") they were downloaded from.
-
-    They are cached in the folder; a file is hashed again only if its size or modification time changed.
-    Raises InputError if a hash differs from the one in the data set's meta.json.
-    """
+    ("revision") they were downloaded from, cached until a file's size or modification time changes. Raises
+    InputError if a hash differs from the one in the data set's meta.json."""
     meta = read_meta(folder)
     promised = meta.get("sha256") if isinstance(meta.get("sha256"), dict) else {}
     recorded = _known_fingerprints(folder)
@@ -200,12 +191,9 @@ def _known_fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def download(dataset: str, patterns: list[str], revision: str | None) -> tuple[Path, list[str]]:
-    """Download the files of a Hub data set that match the patterns. Returns the folder in the Hub's cache,
-    which has the commit's name, and the names of the files in it.
-
-    All processes share the cache; if all files are there, the Hub is not asked. Raises InputError, naming the
-    data set, on any failure.
-    """
+    """Download the files of a Hub data set that match the patterns, unless the Hub's cache has them all.
+    Returns the folder there, which has the commit's name, and the names of the files in it. Raises
+    InputError, naming the data set, on any failure."""
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
     from huggingface_hub.utils import filter_repo_objects
 

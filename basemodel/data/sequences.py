@@ -59,11 +59,8 @@ def to_device(sequences: Tensor, device: torch.device) -> Tensor:
 
 
 def match_tokenizer(folder: Path, model: GPTConfig) -> GPTConfig:
-    """The model's config, with the end-of-text token of a data set's own tokenizer.
-
-    Raises InputError if the data set was made with another tokenizer than the model's, or one with more
-    tokens than the model has.
-    """
+    """The model's config, with the end-of-text token of a data set's own tokenizer. Raises InputError if the
+    data set was made with another tokenizer than the model's, or one with more tokens."""
     meta = read_meta(folder)
     name, vocab_size = meta.get("tokenizer", model.tokenizer), meta.get("vocab_size", 0)
     if name != model.tokenizer:

@@ -35,9 +35,7 @@ def _numbered(split: str, count: int) -> list[str]:
 
 def whole_set(listed: Iterable[str], split: str, where: object) -> list[str]:
     """The names of all files of the split, in order, if at least one of them is `listed`; otherwise [].
-
-    Raises InputError, which names the place `where` they are, if the listed files do not belong together.
-    """
+    Raises InputError, which names the place `where` they are, if the listed files do not belong together."""
     pattern = re.compile(rf"{split}(-\d{{5,}}-of-(\d{{5,}}))?\.safetensors")
     present = sorted(name for name in listed if pattern.fullmatch(name))
     if not present:
@@ -52,9 +50,7 @@ def whole_set(listed: Iterable[str], split: str, where: object) -> list[str]:
 
 def split_files(folder: Path, split: str) -> list[Path]:
     """The files of a split in a folder, in order, with those still missing; a single one if none is there.
-
-    Raises InputError if the files there do not belong together.
-    """
+    Raises InputError if the files there do not belong together."""
     listed = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return [folder / name for name in whole_set(listed, split, folder) or split_names(split, 1)]
 
@@ -71,11 +67,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 class TokenFile:
-    """The tensor `tokens` of a safetensors file, memory-mapped: all processes share one copy.
-
-    Raises InputError if the file is missing, damaged, or holds anything but one 1-D uint16 tensor named
-    `tokens`.
-    """
+    """The 1-D uint16 tensor `tokens` of a safetensors file, memory-mapped: all processes share one copy.
+    Raises InputError if the file is missing, damaged, or holds anything else."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -28,10 +28,7 @@ MIN_TOKENS, MAX_TOKENS = 256 + 1 + 1, 65_535  # at least the bytes, end-of-text 
 def get_tokenizer(name: str, folder: Path | None = None) -> tiktoken.Encoding:
     """The tokenizer "gpt2" (50,257 tokens), "bytes" (the 256 bytes and end-of-text, no download needed) or
     "dataset", whose tokenizer.json is in `folder`: a data set, a checkpoint, or where a model's weights are.
-
-    Raises InputError if the GPT-2 vocabulary is neither cached nor downloadable, or tokenizer.json is missing
-    or cannot be used.
-    """
+    Raises InputError if the GPT-2 vocabulary cannot be downloaded, or the tokenizer.json cannot be used."""
     if name == "dataset":
         if not (path := folder / TOKENIZER_FILE).exists():
             need = "the tokenizer 'dataset' needs that of the data set or of a checkpoint trained on it"
@@ -67,11 +64,9 @@ def same_tokenizer(one: tiktoken.Encoding, other: tiktoken.Encoding) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def read_tokenizer(path: Path) -> tiktoken.Encoding:
-    """The tokenizer of a tokenizer.json, as a tiktoken encoding with the same ids.
-
-    Raises InputError, saying what is different, for anything but a byte-level BPE with GPT-2's pattern and
-    one added token, end-of-text, and for one that tiktoken would encode differently.
-    """
+    """The tokenizer of a tokenizer.json, as a tiktoken encoding with the same ids. Raises InputError, saying
+    what is different, for anything but a byte-level BPE with GPT-2's pattern and one added token,
+    end-of-text, and for one that tiktoken would encode differently."""
     content = read_json_object(path)
     try:
         model = _checked_model(content)
@@ -182,11 +177,8 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def train_tokenizer(texts: Iterator[str], size: int, path: Path) -> None:
-    """Train a tokenizer of `size` tokens on texts and write it to `path`. The same texts give the same file.
-
-    The first 256 tokens are the bytes, the last one is end-of-text. There are fewer than `size` if the texts
-    have too few pairs that occur twice.
-    """
+    """Train a tokenizer of `size` tokens on texts, or of fewer if too few pairs occur twice, and write it to
+    `path`. The first 256 tokens are the bytes, the last is end-of-text. The same texts give the same file."""
     # All cores, and no warning from each worker that is forked later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
