@@ -14,10 +14,8 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def current_accelerator() -> torch.device | None:
-    """The kind of accelerator; None if there is only a CPU, or CUDA_VISIBLE_DEVICES is empty.
-
-    Raises InputError for an NVIDIA GPU that PyTorch cannot use, often because its driver is too old.
-    """
+    """The kind of accelerator; None if there is only a CPU, or CUDA_VISIBLE_DEVICES is empty. Raises
+    InputError for an NVIDIA GPU that PyTorch cannot use, often because its driver is too old."""
     if torch.accelerator.is_available():
         return torch.accelerator.current_accelerator()
     gpu = next(filter(Path.exists, GPU_FILES), None)

@@ -103,11 +103,8 @@ def encode_prompts(tokenizer: tiktoken.Encoding, prompts: Sequence[str], vocab_s
 def continuations(
     model: GPTModel, tokenizer: tiktoken.Encoding, prompts: Sequence[str], count: int, sampling: Sampling
 ) -> list[str]:
-    """What the model adds to each prompt: at most `count` tokens, up to the end of the text.
-
-    Prompts of similar length are batched, padded on the left; an empty one starts after end-of-text. Raises
-    InputError for prompts outside the model's vocabulary.
-    """
+    """What the model adds to each prompt: at most `count` tokens, up to the end of the text. Batches prompts
+    of similar length, padded on the left. Raises InputError for prompts outside the model's vocabulary."""
     end = tokenizer.eot_token
     sampling = replace(sampling, stop=end)
     encoded = encode_prompts(tokenizer, prompts, model.config.vocab_size)

@@ -49,10 +49,8 @@ def block_mask(starts: Tensor) -> BlockMask:
 
 
 class Cache:
-    """Keys and values of the tokens read so far, so that only new tokens are computed.
-
-    It holds `size` tokens per row; the first `padding` (B,) of each row are padding and get no attention.
-    """
+    """Keys and values of the tokens read so far, so that only new tokens are computed: `size` per row, of
+    which the first `padding` (B,) are padding and get no attention."""
 
     def __init__(self, padding: Tensor, size: int) -> None:
         self.padding, self.size, self.length = padding, size, 0

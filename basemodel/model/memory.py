@@ -24,11 +24,8 @@ def let_segments_expand() -> None:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU, make glibc keep large freed blocks for the next step instead of returning them to the OS.
-
-    A CPU step that allocates its gigabytes again pays for the page faults; keeping the blocks nearly doubles
-    its speed. Memory left over from compilation is returned first. Does nothing without glibc.
-    """
+    """On a CPU, make glibc keep large freed blocks for the next step: without the page faults of allocating
+    them again it is nearly twice as fast. Memory left over from compilation is returned first."""
     libc = ctypes.CDLL(None)
     if device.type == "cpu" and hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -77,10 +74,8 @@ def _free_host_memory() -> int:
 
 
 def limit_host_memory(processes: int) -> None:
-    """Limit this process to its share of the memory that is free now.
-
-    Without a limit, Linux does not refuse an allocation but kills the process that made it.
-    """
+    """Limit this process to its share of the memory that is free now: without a limit, Linux does not refuse
+    an allocation but kills the process that made it."""
     in_use = 1024 * _kilobytes("/proc/self/status", "VmData")
     limit = in_use + int(0.95 * _free_host_memory() / processes)
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -43,12 +43,9 @@ def load_model(model_json: Path, weights: Path) -> GPTModel:
 
 
 def load_weights(model: GPTModel, path: Path) -> None:
-    """Load weights into `model`: ours, the published runs', a Hugging Face GPT-2's or nanoGPT's. `path` is a
-    safetensors file, an index of shards, or a folder that holds either.
-
-    Prints to standard error what they are, unless they have our names. Raises InputError,
-    naming the file and the tensor by our name, for a damaged file or one that does not fit the model.
-    """
+    """Load weights into `model` from a `path` as for `read_tensors`: ours, the published runs', a Hugging
+    Face GPT-2's or nanoGPT's. Prints to standard error what they are, unless they have our names. Raises
+    InputError, naming file and tensor, for a damaged file or one that does not fit the model."""
     if remarks := load_tensors(model, read_tensors(path), str(path)):
         print(f"{path}: {', '.join(remarks)}", file=sys.stderr)
 

@@ -38,11 +38,8 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 def set_up_arithmetic(precision: str, *, deterministic: bool) -> None:
-    """Set the precision of float32 matrix products, and whether only deterministic kernels are allowed.
-
-    Call it before the first matrix product, which is when cuBLAS reads its setting. If `deterministic`, an
-    operation without a deterministic kernel raises RuntimeError.
-    """
+    """Set the precision of float32 matrix products, and whether operations without a deterministic kernel
+    raise RuntimeError. Call it before the first matrix product, which is when cuBLAS reads its setting."""
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -67,10 +64,8 @@ def compile_if_configured(
     *,
     any_size: bool = False,
 ) -> str | None:
-    """Compile the loss if the config says so and `warm_up`, passes through it, succeeds.
-
-    If it fails, "auto" continues uncompiled, reports why and returns the reason; `true` raises RunError.
-    """
+    """Compile the loss if the config says so and `warm_up`, passes through it, succeeds. If it fails, "auto"
+    continues uncompiled, reports why and returns the reason; `true` raises RunError."""
     if not config.compiles_on(world.device.type):
         return None
     # As many as all processes of the node can use: Inductor would start 32 for each of them.

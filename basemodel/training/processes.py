@@ -117,10 +117,8 @@ class World:
         return flags.item() > 0
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum a device tensor over all processes, in place, without host synchronization.
-
-        Not for gradients: DDP all-reduces those, as Learner in ddp_train.py wraps the loss.
-        """
+        """Sum a device tensor over all processes, in place, without host synchronization. Not for gradients,
+        which DDP all-reduces."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -158,11 +156,8 @@ def joined_world(collective_timeout: float) -> Iterator[World]:
 
 
 def join_world(timeout: timedelta = timedelta(minutes=10)) -> World:
-    """Choose this process's device and join the process group; collectives time out after `timeout`.
-
-    Raises InputError if the node has fewer devices than processes, or a GPU that PyTorch cannot use, or if
-    environment variables are wrong.
-    """
+    """Choose this process's device and join the process group; collectives time out after `timeout`. Raises
+    InputError for too few devices, a GPU that PyTorch cannot use, and wrong environment variables."""
     rank, local_rank, size, local_size = place_in_the_world()
     accelerator = current_accelerator()
     if accelerator is None:

@@ -140,11 +140,9 @@ def provenance() -> dict[str, Any]:
 
 
 def check_resumable(name: str, meta: dict[str, Any], run: Run, allow: Callable[[str], None] | None) -> None:
-    """Raise InputError, naming the changes, unless checkpoint `name` belongs to the same run.
-
-    With `allow`, changes to the configs or the data are only reported to it. A different global batch would
-    read different data, so it is always refused.
-    """
+    """Raise InputError, naming the changes, unless checkpoint `name` belongs to the same run. With `allow`,
+    changes to the configs or the data are only reported to it, but a different global batch, which would
+    read different data, is always refused."""
     changed = _changed_keys(MODEL_JSON, meta["model_config"], run.model_config)
     changed += _changed_keys(TRAIN_JSON, meta["train_config"], run.config)
     changed += _changed_data(meta.get("data", {}), run)

@@ -185,11 +185,8 @@ def open_data(config: TrainConfig, model: GPTConfig, datasets_dir: Path) -> RunD
 
 
 def check_tokens(data: RunData, train: int, validation: int, *, share: tuple[int, int]) -> None:
-    """Check every token of the first `train` and `validation` sequences, which are those a run will use.
-
-    `share` (index, count) is this process's part among those of its node. Raises InputError for a token id
-    outside the vocabulary.
-    """
+    """Check the tokens of the first `train` and `validation` sequences, of which `share` (index, count) is
+    this process's part among those of its node. Raises InputError for one outside the vocabulary."""
     index, parts = share
     for sequences, count in ((data.train, min(train, data.train.count)), (data.validation, validation)):
         if sequences is not None:

@@ -58,12 +58,9 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def lock_run(run_dir: Path, say: Callable[[str], None] | None = None) -> bool:
-    """Lock a run's folder for the life of this process; False if the file system has no locks.
-
-    With `say`, announce and wait up to LOCK_SECONDS for the process that holds the lock: it may be left over
-    from a dead launch, saving one last checkpoint. Raises InputError if the folder stays locked or is not
-    writable.
-    """
+    """Lock a run's folder for the life of this process; False if the file system has no locks. With `say`,
+    announce and wait up to LOCK_SECONDS for the process that holds the lock: it may be left over from a dead
+    launch, saving one last checkpoint. Raises InputError if the folder stays locked or is not writable."""
     holder = read_status(run_dir).get("pid")  # most likely
     if not os.access(run_dir, os.W_OK):
         raise InputError(f"{run_dir}: not writable; training writes its results there")
