@@ -128,11 +128,8 @@ class Trainings:
                 raise InputError(f"{folder.name}: {errors[0] if errors else 'it cannot be started'}")
 
     def run(self) -> int | None:
-        """Train the runs that have not finished; return the signal that stopped it, if one did.
-
-        If a training fails, because it diverges for example, the others still go on. Raises RunError if the
-        first one fails.
-        """
+        """Train the runs that have not finished; return the signal that stopped it, if one did. After a
+        training that fails, the others still go on. Raises RunError if it is the first one."""
         runs = self.study.runs()
         for number, folder in enumerate(runs, start=1):
             self._wait_for_others()

@@ -229,11 +229,8 @@ def newest_checkpoint(
 
 
 def named_checkpoint(folder: Path, name: str, say: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint that a user named: `latest`, `best` or a folder's name. Raises InputError.
-
-    A broken link is reported to `say`, and stands for the newest valid checkpoint (`latest`) or the newest
-    that was the best (`best`).
-    """
+    """The checkpoint that a user named: `latest`, `best` or a folder's name. A broken link is reported to
+    `say`, and stands for the newest valid checkpoint or the newest that was the best. Raises InputError."""
     if name not in LINKS:
         return load_checkpoint(require_named(folder, name))
     try:
@@ -328,10 +325,8 @@ def try_saving(folder: Path) -> None:
 
 
 def require_space(folder: Path, to_come: int, keep: int | None, size: int) -> None:
-    """Raise InputError unless the disk has room for `to_come` checkpoints of `size` bytes.
-
-    With `keep`, at most `keep` + 2 exist at a time: the newest, the best, and the one being written.
-    """
+    """Raise InputError unless the disk has room for `to_come` checkpoints of `size` bytes. With `keep`, at
+    most `keep` + 2 exist at a time: the newest, the best, and the one being written."""
     existing = len(list_checkpoints(folder))
     checkpoints = to_come if keep is None else max(1, min(to_come, keep + 2 - existing))
     needed, free = checkpoints * size, free_space(folder)
