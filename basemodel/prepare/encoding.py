@@ -215,9 +215,8 @@ def write_part(shard: list[Piece], folder: Path, encoder: Encoder, settings: Set
             sizes[split] = [sum(pair) for pair in zip(sizes[split], (1, length + 1, size), strict=True)]
             excerpts["last"] = str(piece.path or PYTHON_DOCS), start.decode(errors="ignore")
             excerpts.setdefault("first", excerpts["last"])
-            if (
-                sum(size[0] for size in sizes.values()).bit_count() == 1
-            ):  # 1, 2, 4: the last is past the middle
+            documents = sum(size[0] for size in sizes.values())
+            if documents.bit_count() == 1:  # 1, 2, 4: the last is past the middle
                 excerpts["middle"] = excerpts["last"]
     return {**sizes, **counts, "excerpts": excerpts}
 
