@@ -37,6 +37,7 @@ from basemodel.results.reporting import NoReporter, Reporter, check_reporting, c
 from basemodel.training import backend, budget, microbatch, optimizer, pending, processes, resume, stopping
 from basemodel.training.config import TrainConfig
 from basemodel.training.run import Run, prepare_run
+from basemodel.training.run_folder import set_earlier_results_aside
 from basemodel.training.schedule import BatchPlan
 from gpt import GPTConfig, GPTModel
 
@@ -542,8 +543,8 @@ def make_trainer(run: Run, world: processes.World, name: str | None, allow_chang
     if world.is_first:
         print_plan(run, world)
     world.agree(lambda: checkpointing.try_saving(run.checkpoints), on=world.is_first)
-    if world.is_first and step is None:
-        resume.start_from_scratch(run)
+    if world.is_first and step is None and (aside := set_earlier_results_aside(run.directory)):
+        print(f"Starting from scratch; earlier results are now in {aside} (--resume would have continued)")
     world.agree(lambda: resume.check_space(run, step or 0), on=world.is_first)
     trainer = Trainer(run, world)
     if step is not None:

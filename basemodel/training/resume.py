@@ -73,12 +73,6 @@ def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpoin
     return checkpoint
 
 
-def start_from_scratch(run: Run) -> None:
-    """Move the results of an earlier training run, if any, into a new subfolder, and say so."""
-    if aside := run_folder.set_earlier_results_aside(run.directory):
-        print(f"Starting from scratch; earlier results are now in {aside} (--resume would have continued)")
-
-
 def check_space(run: Run, step: int) -> None:
     """Raise InputError if the disk has no room for the checkpoints still to be written after step `step`."""
     to_come, keep = run.saves_from(step), run.config.keep_checkpoints
