@@ -32,7 +32,7 @@ from basemodel.common.errors import InputError, RunError
 from basemodel.data.sequences import Sequences, to_device
 from basemodel.model import memory
 from basemodel.model.loss import NextTokenLoss
-from basemodel.planning.plan import Elsewhere, plan_here, plan_on_machines, plan_options, print_plan
+from basemodel.planning.plan import Elsewhere, plan_here, plan_on_machines, print_plan
 from basemodel.results.reporting import NoReporter, Reporter, check_reporting, complete_status, say
 from basemodel.training import backend, budget, microbatch, optimizer, pending, processes, resume, stopping
 from basemodel.training.config import TrainConfig
@@ -469,7 +469,19 @@ class Trainer:
 )
 @click.option("-f", "--find-max-microbatch-size", is_flag=True, help="Find the largest microbatch that fits.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print what the run would do and cost, then exit.")
-@plan_options  # --on, --budget, --machines
+@click.option("--on", metavar="MACHINE", help="With --plan: estimate for 8xA100-40 or such, or for all.")
+@click.option(
+    "--budget",
+    type=click.FloatRange(0, min_open=True),
+    metavar="USD",
+    help="With --plan: print what this many dollars buy on each machine.",
+)
+@click.option(
+    "--machines",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="With --on or --budget: read GPUs and prices from this file in place of machines.toml.",
+)
 @runs_dir_option
 @click.option("--allow-config-change", is_flag=True, help="Continue even if a config or the data changed.")
 @click.option(

@@ -1,12 +1,9 @@
 """What a run would do and what it would cost, here or on other machines (`--plan`, `--on`, `--budget`)."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-
-import click
 
 from basemodel.common.errors import InputError
 from basemodel.common.files import free_space
@@ -23,28 +20,6 @@ from basemodel.training.run_folder import read_status
 from basemodel.training.schedule import SHORT_PARTS, plan_batches
 
 PARTS = ("weights", "gradients", "buckets", "optimizer", "activations", "logits", "reserve")  # of memory
-OPTIONS = (
-    click.option("--on", metavar="MACHINE", help="With --plan: estimate for 8xA100-40 or such, or for all."),
-    click.option(
-        "--budget",
-        type=click.FloatRange(0, min_open=True),
-        metavar="USD",
-        help="With --plan: print what this many dollars buy on each machine.",
-    ),
-    click.option(
-        "--machines",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="With --on or --budget: read GPUs and prices from this file in place of machines.toml.",
-    ),
-)
-
-
-def plan_options(command: Callable) -> Callable:
-    """Give a click command the options of plans for other machines."""
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
 
 
 @dataclass(frozen=True)
