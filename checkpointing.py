@@ -61,10 +61,8 @@ class Checkpoint:
 
 
 class Saver(AbstractContextManager):
-    """Saves checkpoints in a background thread, one at a time: `copy`, then `write`.
-
-    Leaving its context waits for the save in progress.
-    """
+    """Saves checkpoints in a background thread, one at a time: `copy`, then `write`. Leaving its context
+    waits for the save in progress."""
 
     def __init__(self, folder: Path, keep: int | None, log: Path, tokenizer: bytes | None = None) -> None:
         """Keep the best and the newest `keep` checkpoints in `folder`; None: all. `log` is fsynced before

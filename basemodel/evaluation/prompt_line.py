@@ -24,11 +24,8 @@ For a prompt that begins with /, type //. Ctrl-C stops an answer, Ctrl-D leaves.
 
 @dataclass
 class PromptLine:
-    """Reads prompts and settings from standard input until it ends.
-
-    `settings` are the values of temperature, top_k, tokens and seed (None: a different one for each prompt);
-    `options` are the click options with these names.
-    """
+    """Reads prompts and settings from standard input until it ends. `settings` are the values of temperature,
+    top_k, tokens and seed (None: a different one for each prompt), `options` their click options."""
 
     model: GPTModel
     tokenizer: tiktoken.Encoding

@@ -34,11 +34,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step on one device, with microbatches of one size.
-
-    Symbols below: N tokens in sequences of T, width C, H heads, L layers, vocabulary V, and e bytes for each
-    element that matrix products read and yield.
-    """
+    """A training step on one device, with microbatches of one size. Symbols below: N tokens in sequences of
+    T, width C, H heads, L layers, vocabulary V, and e bytes for each element of matrix products."""
 
     model: GPTConfig
     config: TrainConfig
@@ -135,10 +132,7 @@ class Step:
         return Work(work.flops / 3, self.tokens * products, 0.45 * work.bytes, work.kernels / 3)
 
     def update_work(self, *, shared_by: int = 1) -> Work:
-        """Clipping and the optimizer; `shared_by`: GPUs that Muon's products are shared out over.
-
-        Muon orthogonalizes each matrix by five times three products.
-        """
+        """Clipping and the optimizer; `shared_by`: GPUs that share Muon's products, 15 for each matrix."""
         shape, muon = self.model, self.config.optimizer == "muon"
         C, L, clips = shape.emb_dim, shape.n_layers, self.config.clipping_max_norm is not None
         traffic = (44 + 8 * clips) * shape.parameter_count + (66 * shape.hidden_parameters if muon else 0)

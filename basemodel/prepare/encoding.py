@@ -64,13 +64,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Part:
-    """An encoded shard, a folder.
-
-    It contains the raw uint16 tokens of each split, the length of each document in tokens (uint32) and its
-    hash (uint64), and record.json: the `key` that identifies input and settings, the size of each split, the
-    numbers of `empty` documents, `null` rows and `replaced` invalid UTF-8 sequences, the `sha256` of the
-    other files, and how the first document, one in the middle and the last begin, each after its file.
-    """
+    """An encoded shard: a folder with the raw uint16 tokens of each split, the length of each document in
+    tokens (uint32) and its hash (uint64), and record.json: the `key` that identifies input and settings, the
+    size of each split, the numbers of `empty` documents, `null` rows and `replaced` invalid UTF-8 sequences,
+    the `sha256` of the other files, and how the first, a middle and the last document begin."""
 
     folder: Path
     record: dict[str, Any]
@@ -126,11 +123,8 @@ def load_gigatoken(vocabulary: Path) -> Any:
 
 
 class GigatokenEncoder:
-    """An Encoder that uses gigatoken, and tiktoken for texts with a DIFFERING character.
-
-    The first 16 texts and every 512th after them are encoded with both libraries. Raises RunError if one of
-    them gets different tokens.
-    """
+    """An Encoder that uses gigatoken, and tiktoken for texts with a DIFFERING character. Some texts are
+    encoded with both, to raise RunError if one of them gets different tokens."""
 
     RENEWAL_BYTES = 32_000_000  # of text, after which gigatoken's ever-growing cache of words is dropped
 
