@@ -19,7 +19,6 @@ import dataclasses
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -472,6 +471,7 @@ class Trainer:
 @click.option("--on", metavar="MACHINE", help="With --plan: estimate for 8xA100-40 or such, or for all.")
 @click.option(
     "--budget",
+    "budget_usd",
     type=click.FloatRange(0, min_open=True),
     metavar="USD",
     help="With --plan: print what this many dollars buy on each machine.",
@@ -501,7 +501,9 @@ def main(
     runs_dir: Path,
     allow_config_change: bool,
     collective_timeout: float,
-    **elsewhere_options: Any,
+    on: str | None,
+    budget_usd: float | None,
+    machines: Path | None,
 ) -> int:
     """Train RUN, a folder in runs/ with a model.json and a train.json, on a data set in DATASETS_DIR.
 
@@ -512,7 +514,7 @@ def main(
         raise InputError("use either -f or --plan, not both")
     if checkpoint and resume_newest:
         raise InputError("use either a checkpoint's name or --resume, not both")
-    elsewhere = Elsewhere(**elsewhere_options)
+    elsewhere = Elsewhere(on, budget_usd, machines)
     plans_elsewhere = elsewhere.is_asked(only_plan)
     if not datasets_dir and not find_max_microbatch_size and not plans_elsewhere:
         raise InputError("DATASETS_DIR is missing: the folder that holds the data sets")

@@ -86,10 +86,14 @@ def main(
     workers: int,
     engine: str,
     text_column: str,
+    name: str | None,
+    split: str,
+    files: str | None,
+    revision: str | None,
     repo_id: str | None,
+    *,
     stats: bool,
     quiet: bool,
-    **selection: str | None,
 ) -> None:
     """Encode SOURCE into the data set OUTPUT_DIR: train.safetensors, validation.safetensors and meta.json.
 
@@ -105,7 +109,7 @@ def main(
     settings = Settings(validation_fraction=validation_fraction, text_column=text_column, **own_tokenizer)
     if engine == "gigatoken" and settings.tokenizer != "gpt2":
         raise InputError("--engine gigatoken works with the tokenizer gpt2 only")
-    request = Request(source, **selection)
+    request = Request(source, name, split, files, revision)
     fetch = find_source(request, leave_out=output_dir)
     if repo_id:
         check_push(repo_id)

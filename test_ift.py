@@ -64,7 +64,12 @@ def generate_command(
     datasets_dir: Path,
     output_dir: Path,
     max_new_tokens: int,
-    **tuning: float,
+    drop_rate: float,
+    learning_rate: float,
+    weight_decay: float,
+    batch_size: int,
+    max_epochs: int,
+    seed: int,
 ) -> None:
     """Fine-tune the model in MODEL_SAFETENSORS and write its answers to NAME-ift-results.json.
 
@@ -81,14 +86,13 @@ def generate_command(
     model = load_model(model_json, model_safetensors)
     tokenizer = get_tokenizer(model.config.tokenizer, folder_of(model_safetensors))
     require_vocabulary(model, tokenizer)
-    settings = FineTuning(**tuning)
+    settings = FineTuning(learning_rate, weight_decay, batch_size, drop_rate, max_epochs, seed)
     train_tokens, validation_tokens = (
         [tokenizer.encode_ordinary(instructions.prompt_of(record) + record["output"]) for record in part]
         for part in (train, validation)
     )
     print(f"{len(train):,} records to train on, {len(validation):,} to validate, {len(test):,} to answer")
-    rate, batch, dropout = settings.learning_rate, settings.batch_size, settings.drop_rate
-    print(f"AdamW, learning rate {rate:g}, batch {batch}, dropout {dropout:g}")
+    print(f"AdamW, learning rate {learning_rate:g}, batch {batch_size}, dropout {drop_rate:g}")
     instructions.check_lengths(train, tokenizer, model.config.context_length)
     instructions.fine_tune(model, train_tokens, validation_tokens, settings, tokenizer.eot_token)
     prompts = [instructions.prompt_of(record) for record in test]
