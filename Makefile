@@ -50,6 +50,7 @@ cuda-check:
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install --quiet torch==2.14.1 -e . pytest
 	.venv-cuda/bin/python -m pytest -o addopts= --noconftest -q tests/cuda_check.py
+	PYTHONPATH=. .venv-cuda/bin/python tests/cuda_lowering.py
 
 docs: .venv/ready
 	$(BIN)/python docs/make_pages.py
