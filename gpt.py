@@ -31,6 +31,15 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift, eps=1e-5)
 
 
+def residual_stream(x: Tensor) -> Tensor:
+    """What blocks add to: in bf16 where autocast computes in it, at half the memory traffic; norms still
+    compute in float32. fp16's range would be too small."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        return x.bfloat16()
+    return x
+
+
 def linear_together(x: Tensor, *layers: nn.Linear) -> Tensor:
     """Apply several linear layers to `x` and concatenate their outputs along the last dimension."""
     if x.shape[-2] == 1:
@@ -165,7 +174,7 @@ class GPTModel(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.drop_emb(self.tok_emb(tokens) + self.pos_emb(positions))
+        x = residual_stream(self.drop_emb(self.tok_emb(tokens) + self.pos_emb(positions)))
         for block in self.trf_blocks:
             x = block(x, mask, cache)
         return self.final_norm(x)

@@ -260,12 +260,12 @@ def cudnn_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def half_precision_residuals() -> Iterator[None]:
-    """Keep what blocks pass on in autocast's precision."""
-    make, half = Learner._compile_all, torch.bfloat16
+def float32_residuals() -> Iterator[None]:
+    """Keep what blocks pass on in float32."""
+    make = Learner._compile_all
 
     def with_hook(learner: Learner, module: torch.nn.Module) -> None:
-        learner.model.trf_blocks[0].register_forward_pre_hook(lambda _, x: (x[0].to(half), *x[1:]))
+        learner.model.trf_blocks[0].register_forward_pre_hook(lambda _, x: (x[0].float(), *x[1:]))
         make(learner, module)
 
     Learner._compile_all = with_hook
@@ -280,7 +280,7 @@ def levers(lease: Lease) -> None:
     variants = {
         "as it is": contextlib.nullcontext,
         "cuDNN's attention": cudnn_attention,
-        "bf16 residual stream": half_precision_residuals,
+        "float32 residual stream": float32_residuals,
     }
     for name, variant in variants.items():
         if not lease.tiny:

@@ -103,7 +103,7 @@ def block_and_inputs() -> tuple[Callable, list[Tensor]]:
         with torch.autocast("cpu", torch.bfloat16), attend:
             return torch.func.functional_call(block, dict(zip(names, values, strict=True)), (x,))
 
-    x = without_data(48, 1024, 768, dtype=torch.float32).requires_grad_()
+    x = without_data(48, 1024, 768).requires_grad_()
     return forward, [x, *parameters]
 
 

@@ -252,3 +252,17 @@ def test_smoke_samples_are_fixed_by_the_seed(huggingface_gpt2) -> None:
     again, other = (run_script(*command, "--seed", seed).stdout for seed in ("7", "8"))
     assert first != "" and other != again
     assert first == again.encode("ascii", "backslashreplace").decode()
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", torch.bfloat16), ("fp16", torch.float32)])
+def test_the_residual_stream_is_in_bf16_where_products_are(precision: str, expected: torch.dtype) -> None:
+    model, found = GPTModel(SMALL), []
+    for block in model.trf_blocks:
+        block.register_forward_hook(lambda _, inputs, output: found.extend((inputs[0].dtype, output.dtype)))
+    tokens = torch.randint(SMALL.vocab_size, (2, 8))
+    with torch.autocast("cpu", {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]):
+        model(tokens)
+    assert found == [expected] * 2 * SMALL.n_layers
+    found.clear()
+    model(tokens)
+    assert found == [torch.float32] * 2 * SMALL.n_layers

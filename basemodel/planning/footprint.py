@@ -58,6 +58,11 @@ class Step:
         return 2 if self.config.precision in half else 4
 
     @property
+    def residual(self) -> int:
+        """Bytes of an element of the residual stream, which bf16 alone makes shorter."""
+        return 2 if self.element == 2 and self.config.precision != "fp16" else 4
+
+    @property
     def chunks(self) -> int:
         return chunk_count(self.tokens, self.model.vocab_size, self.device)
 
@@ -84,14 +89,15 @@ class Step:
         return max(in_loss, in_update, key=lambda parts: sum(parts.values()))
 
     def _activations(self) -> float:
-        """Bytes that the forward pass keeps. For each layer: its input and the halfway sum, in float32; both
-        norms, queries, keys, values, attention's output, GELU's input and output, in e bytes."""
+        """Bytes that the forward pass keeps. For each layer: its input and the halfway sum, in float32 where
+        nothing is compiled, as layer_norm takes them; both norms, queries, keys, values, attention's output,
+        GELU's input and output, in e bytes."""
         shape, e, on_cpu = self.model, self.element, self.device == "cpu"
         C, H, L, T = shape.emb_dim, shape.n_heads, shape.n_layers, shape.context_length
         per_token = (8 + 14 * e) * C + 4 * H + 16
         copies = (24 if e == 2 else 12) * C * C  # of weights in half precision, else of q, k and v joined
         if self.compiled:  # the halfway sum is computed again from its second term
-            per_token = (4 + 15 * e) * C + 4 * H
+            per_token = (self.residual + 15 * e) * C + 4 * H
         if self.compiled and on_cpu:  # so are norms and GELU's output
             per_token, copies = 36 * C + 4 * H, 0
         if shape.drop_rate > 0:  # masks, on a CPU in floating point; there attention keeps its scores too
@@ -120,6 +126,8 @@ class Step:
         flops = 6 * N * (hidden + rows * C) + 14 * L * N * T * C
         products = N * (18 * L * C + rows + C) + hidden + self.chunks * rows * C
         per_activation, per_weight, per_logit = TRAFFIC[self.compiled, self.element]
+        if self.compiled and self.residual == 2:
+            per_activation -= 32
         traffic = N * (per_activation * L * C + per_logit * rows + 70 * C) + per_weight * hidden
         traffic += (63 + 6 * self.chunks) * shape.vocab_size * C
         if shape.drop_rate > 0:
