@@ -253,6 +253,16 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         "object 1 has no 'text'; --text-column is one of ['story']",
     ),
     "zstd with a large window": ("a.jsonl.zst", ZSTD_LONG, "decompress it first: zstd -d --long=31"),
+    "a page in place of text": (
+        "a.txt",
+        b"\n<!DOCTYPE html>\n<html>Not found",
+        "is an HTML page, not the file itself",
+    ),
+    "a page in place of a table": (
+        "a.parquet",
+        b"<html><body>Log in",
+        "is an HTML page, not the file itself",
+    ),
     "a Git LFS pointer to a table": ("a.parquet", LFS_POINTER, "fetch that with: git lfs pull"),
     "a Git LFS pointer to a compressed file": ("a.jsonl.gz", LFS_POINTER, "fetch that with: git lfs pull"),
     "jsonl with a number": (

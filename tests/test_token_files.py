@@ -29,9 +29,11 @@ from texts import assert_holds, prepare, split_texts, write_jsonl
 from basemodel.common.errors import InputError
 from basemodel.data.hub import fingerprint_files, same_on_all_nodes
 from basemodel.data.sequences import Sequences
-from basemodel.data.token_files import TokenFiles
+from basemodel.data.token_files import TokenFile, TokenFiles
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.model.config import GPTConfig
+from basemodel.model.weights import read_file
+from basemodel.prepare.assemble import lay_out_nanogpt
 from basemodel.training.config import TrainConfig
 from basemodel.training.run import check_tokens, open_data
 
@@ -348,3 +350,14 @@ def test_the_plan_needs_all_files(sandbox: Sandbox, far: Hub) -> None:
     far.requests.clear()
     assert "far/away, not here yet" in sandbox.train("tiny", "--plan")
     assert far.requests == []
+
+
+def test_what_stands_in_for_tokens_or_weights_is_named(tmp_path: Path) -> None:
+    """Of an even number of bytes, so that it could be uint16 too."""
+    for name in ("train.bin", "val.bin", "train.safetensors"):
+        (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 999\n")
+        assert (tmp_path / name).stat().st_size % 2 == 0
+    path = tmp_path / "train.safetensors"
+    for read in (TokenFile, read_file, lambda _: lay_out_nanogpt(tmp_path, get_tokenizer("bytes"))):
+        with pytest.raises(InputError, match="Git LFS pointer, not the file itself"):
+            read(path)

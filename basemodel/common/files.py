@@ -25,13 +25,17 @@ def fingerprint(path: Path) -> dict[str, Any]:
         return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raise InputError if a file is what Git LFS puts in its place, in a clone made without git-lfs."""
+def refuse_stand_in(path: Path) -> None:
+    """Raise InputError if in place of a file there is Git LFS's pointer to it or a server's HTML page."""
     with path.open("rb") as file:
-        if file.read(23) == b"version https://git-lfs":
-            raise InputError(
-                f"{path}: is a Git LFS pointer, not the file itself; fetch that with: git lfs pull"
-            )
+        start = file.read(200).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        what, fix = "a Git LFS pointer", "fetch that with: git lfs pull"
+    elif start.startswith((b"<!doctype html", b"<html")):
+        what, fix = "an HTML page", "download it again, or take the text out of it"
+    else:
+        return
+    raise InputError(f"{path}: is {what}, not the file itself; {fix}")
 
 
 def sync(path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from basemodel.common.errors import InputError
-from basemodel.common.files import refuse_pointer
+from basemodel.common.files import refuse_stand_in
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import META
 
@@ -73,7 +73,7 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            refuse_pointer(path)
+            refuse_stand_in(path)
             file = safe_open(path, framework="np")
         except (OSError, SafetensorError) as error:
             if not path.exists():

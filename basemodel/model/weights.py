@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from basemodel.common.errors import InputError
-from basemodel.common.files import followed, refuse_pointer
+from basemodel.common.files import followed, refuse_stand_in
 from basemodel.common.json_config import read_json_object
 from basemodel.common.names import CHECKPOINTS
 from basemodel.model.config import GPTConfig
@@ -90,7 +90,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def read_file(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors file. Raises InputError."""
     try:
-        refuse_pointer(path)
+        refuse_stand_in(path)
         return safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None

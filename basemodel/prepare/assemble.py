@@ -13,7 +13,7 @@ import numpy as np
 import tiktoken
 
 from basemodel.common.errors import InputError, RunError
-from basemodel.common.files import refuse_pointer
+from basemodel.common.files import refuse_stand_in
 from basemodel.common.names import TOKENIZER_FILE
 from basemodel.data.token_files import split_names
 from basemodel.data.tokenizer import get_tokenizer, token_byte_lengths
@@ -172,7 +172,7 @@ def lay_out_nanogpt(source: Path, tokenizer: tiktoken.Encoding) -> Layout:
         path = source / name
         size = path.stat().st_size if path.is_file() else 0
         if size:
-            refuse_pointer(path)
+            refuse_stand_in(path)
         if size == 0 or size % 2:
             raise InputError(f"{path}: {'damaged: not a whole number of uint16' if size else 'is missing'}")
         tokens, segments = np.memmap(path, "<u2", "r"), [(path, 0, size // 2)]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from basemodel.common.errors import InputError
-from basemodel.common.files import DISK_FULL, refuse_pointer
+from basemodel.common.files import DISK_FULL, refuse_stand_in
 from basemodel.prepare import documents
 from basemodel.prepare.documents import LongText, Piece, Text, compression, open_decompressed, open_utf8
 
@@ -31,7 +31,7 @@ def cut_into_pieces(path: Path, split: str | None, text_column: str) -> Iterator
     with readable(path):
         if size == 0 and kind != "text":  # an empty .txt is a document, though an empty one
             return
-        refuse_pointer(path)
+        refuse_stand_in(path)
         if kind in ("jsonl", "json", "csv", "text"):
             documents.check_is_text(path)
         if kind == "json" and _has_an_object_per_line(path):
