@@ -58,7 +58,9 @@ def on_both(*values: tuple[Any, ...], cuda: tuple[tuple[Any, ...], ...] = ()) ->
 
 def make_learner(device: str, **changes: Any) -> Learner:
     """A small byte-level model and its step."""
-    torch.compiler.reset()  # after a few models it would stop compiling, without a word
+    torch.compiler.reset()
+    if device == "cuda":  # too many recompilations would end compilation, without a word
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     shape = {"vocab_size": 301, "context_length": 128, "emb_dim": 64, "tokenizer": "bytes"}
     settings = {"dataset": "a/b", "microbatch_size": 2, "min_train_tokens": 1, "learning_rate": RATE}
     world = World(rank=0, local_rank=0, size=1, local_size=1, device=torch.device(device), control=None)

@@ -354,8 +354,9 @@ def test_the_plan_needs_all_files(sandbox: Sandbox, far: Hub) -> None:
 
 def test_what_stands_in_for_tokens_or_weights_is_named(tmp_path: Path) -> None:
     """Of an even number of bytes, so that it could be uint16 too."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 999\n"
     for name in ("train.bin", "val.bin", "train.safetensors"):
-        (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 999\n")
+        (tmp_path / name).write_bytes(pointer)
         assert (tmp_path / name).stat().st_size % 2 == 0
     path = tmp_path / "train.safetensors"
     for read in (TokenFile, read_file, lambda _: lay_out_nanogpt(tmp_path, get_tokenizer("bytes"))):
