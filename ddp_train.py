@@ -468,7 +468,9 @@ class Trainer:
 )
 @click.option("-f", "--find-max-microbatch-size", is_flag=True, help="Find the largest microbatch that fits.")
 @click.option("--plan", "only_plan", is_flag=True, help="Print what the run would do and cost, then exit.")
-@click.option("--on", metavar="MACHINE", help="With --plan: estimate for 8xA100-40 or such, or for all.")
+@click.option(
+    "--on", metavar="MACHINE", help="With --plan: estimate for a machine such as 8xA100-40, or for all."
+)
 @click.option(
     "--budget",
     "budget_usd",

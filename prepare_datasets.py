@@ -248,10 +248,9 @@ def unfinished_folder(output_dir: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise InputError(
-            f"{folder}: cannot be written: {error.strerror}; free some space, about 4 bytes per token, "
-            "and run the same command again, which keeps finished shards"
-        ) from None
+        problem = f"cannot be written: {error.strerror}; free some space, about 4 bytes per token"
+        again = "and run the same command again, which keeps finished shards"
+        raise InputError(f"{folder}: {problem}, {again}") from None
     finally:
         with contextlib.suppress(OSError):
             remove_unfinished(folder)

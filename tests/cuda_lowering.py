@@ -50,7 +50,7 @@ MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 class Enough(Exception):
-    """Raised where all that is wanted is there."""
+    """Raised to stop once the wanted result has been captured."""
 
 
 def without_data(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -314,10 +314,11 @@ def main() -> None:
     if len(sys.argv) == 1:  # a process for each GPU, because much of what PyTorch asks a GPU it asks once
         block, inputs = block_and_inputs()
         saved = saved_bytes(graphs_of(block, inputs)[0][0])
-        print(f"A block keeps {saved / 48e6:.1f} MB of each sequence for its backward pass.\n")
+        print(f"A block keeps {saved / 48e6:.1f} MB per sequence for its backward pass.\n")
         columns = ("part", "GPU", "kernels", "calls", "registers", "spilled", "shared")
         print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
-        sys.exit(any(subprocess.run([sys.executable, __file__, str(each)]).returncode for each in GPUS))
+        codes = [subprocess.run([sys.executable, __file__, str(each)]).returncode for each in GPUS]
+        sys.exit(any(codes))
     inductor_config.fx_graph_cache = False
     capability, spilled = int(sys.argv[1]), 0
     for part, found in rows(capability):

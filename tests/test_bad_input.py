@@ -354,7 +354,7 @@ def test_preparation_of_what_is_no_text(tmp_path: Path) -> None:
         ("nothing", "nothing: no such file or folder"),
         ("empty", "empty: contains no .parquet, .arrow, .jsonl"),
         ("text.doc", "text.doc: unknown file type"),
-        ("broken.jsonl", 'broken.jsonl: line 2 is not a JSON object with a string "text"'),
+        ("broken.jsonl", "broken.jsonl: line 2 has no 'text'; set --text-column to one of ['body']"),
         ("broken.jsonl.gz", "broken.jsonl.gz: cannot be read"),
         ("broken.parquet", "broken.parquet: cannot be read: Parquet magic bytes not found"),
     ):

@@ -51,7 +51,7 @@ def test_records_without_input_and_by_line() -> None:
     records[1]["input"] = None
     expected = [{"instruction": str(i), "input": "", "output": "o"} for i in range(3)]
     array, lines = json.dumps(records), "\n".join(map(json.dumps, records))
-    for text in (array, lines + "\n", "\n" + lines.replace("\n", "\r\n\n")):
+    for text in (array, lines + "\n", "\ufeff" + lines.replace("\n", "\r\n\n")):
         assert instructions.parse_records(text.encode(), "data") == expected
 
 
@@ -145,9 +145,9 @@ def test_wrong_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for content, message in (
         (None, "data.json' does not exist"),
         ("[", "not valid JSON"),
-        ("3", "must contain a JSON list of records"),
+        ("3", "must contain a JSON list of objects, or one object per line"),
         ("{}", 'record 0 has no string "instruction"'),
-        ('{"instruction": "a", "output": "b"}\nno', "not valid JSON"),
+        ('{"instruction": "a", "output": "b"}\nno', "record 1 is not valid JSON"),
         ('[{"instruction": "a", "input": ""}]', 'record 0 has no string "output"'),
         (json.dumps(RECORDS[:5]), "5 records are too few"),
         (json.dumps(RECORDS), "context_length 16 leaves no room for a response"),

@@ -196,9 +196,12 @@ def test_the_score_of_a_single_answer(reply: str, score: float | None) -> None:
         assert parse_scores(reply, 1) == [score]
 
 
-def test_a_proxy_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALL_PROXY", "nonsense://127.0.0.1:9")
+@pytest.mark.parametrize(("proxy", "address"), [("nonsense://127.0.0.1:9", "127.0.0.1:9"), ("", "a:b")])
+def test_a_proxy_or_an_address_that_cannot_be_used_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxy: str, address: str
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", proxy)
     with pytest.raises(
-        InputError, match=r"no request can be sent to the judge: .*; see HTTPS_PROXY and ALL_PROXY"
+        InputError, match=r"cannot set up requests to the judge: .*; check --base-url, .*ALL_PROXY"
     ):
-        Judge("judge", "http://127.0.0.1:9/v1", 0, tmp_path)
+        Judge("judge", f"http://{address}/v1", 0, tmp_path)

@@ -16,7 +16,7 @@ from test_inside_a_run import CLOCK
 import checkpointing
 from basemodel.common.errors import InputError
 from basemodel.model.config import GPTConfig
-from basemodel.planning.estimate import WORST_ERROR, Roofline
+from basemodel.planning.estimate import WORST_ERROR, Roofline, memory_by_part
 from basemodel.planning.footprint import Step
 from basemodel.planning.machines import find_machines, read_gpus
 from basemodel.training.config import TrainConfig
@@ -149,6 +149,17 @@ def test_formulas_agree_with_counts(
     assert (estimated.flops, estimated.products) == (pytest.approx(flops, rel=1e-3), products)
     assert estimated.bytes == pytest.approx(traffic, rel=0.02)
     assert estimated.kernels == pytest.approx(kernels, rel=0.07)
+
+
+def test_auto_is_planned_in_the_precision_of_the_gpu(tmp_path: Path) -> None:
+    """A T4 has no bf16, and in fp16 the residual stream is in float32."""
+    (t4,), (a100,) = (find_machines(name, read_gpus()) for name in ("1xT4", "1xA100-40"))
+    runs = {
+        p: Run(tmp_path, TrainConfig("a/b", 1, 1, precision=p), SMALL_GPT2) for p in ("auto", "fp16", "bf16")
+    }
+    assert memory_by_part(runs["auto"], t4, 4) == memory_by_part(runs["fp16"], t4, 4)
+    assert memory_by_part(runs["auto"], a100, 4) == memory_by_part(runs["bf16"], a100, 4)
+    assert memory_by_part(runs["bf16"], a100, 4) != memory_by_part(runs["fp16"], a100, 4)
 
 
 def test_the_published_codes_largest_microbatches() -> None:

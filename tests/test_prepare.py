@@ -154,7 +154,7 @@ def test_sources_that_are_no_good(tmp_path: Path) -> None:
     empty = write_parquet(tmp_path / "empty.parquet", [])
     options = ["--tokenizer", "bytes"]
     for source, more, message in (
-        (good, ["--text-column", "body"], "good.parquet: has no 'body'; --text-column is one of"),
+        (good, ["--text-column", "body"], "good.parquet: has no 'body'; set --text-column to one of"),
         (good, ["--validation-fraction", "1"], "--validation-fraction must be between 0 and 1, not 1.0"),
         (good, ["--revision", "v1"], "--revision is for a data set on the Hub"),
         (good, ["--name", "a"], "--name is for a data set on the Hub"),
@@ -184,7 +184,7 @@ def test_texts_that_turn_out_to_be_no_good(tmp_path: Path) -> None:
         (cut, "", "cut.parquet: cannot be read: "),
         (tmp_path / "empty.txt", "", "contains no documents to train on"),
         # The number of the line counts those of other shards.
-        (second, small_shards, "line 5001 has no 'text'; --text-column is one of ['body']"),
+        (second, small_shards, "line 5001 has no 'text'; set --text-column to one of ['body']"),
     ):
         command = ("prepare_datasets.py", source, tmp_path / "out", "--tokenizer", "bytes")
         error = refused(*command, before=before)

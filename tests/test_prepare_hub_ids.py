@@ -123,7 +123,7 @@ def test_a_data_set_by_its_id_resumes_without_a_second_download(hub: FolderHub, 
         ("me/pictures", "me/pictures: a.tar has an unknown type; known are .parquet"),
         (
             "me/sheet --text-column body",
-            "a.csv: the first row has no 'body'; --text-column is one of ['id', 'text']",
+            "a.csv: the first row has no 'body'; set --text-column to one of ['id', 'text']",
         ),
     ],
 )

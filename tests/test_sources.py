@@ -126,6 +126,8 @@ GOOD: dict[str, tuple[str, bytes, list[str | None]]] = {
     "csv with other columns of one name": ("a.csv", b"x,text,x\n0,a,1\n", ["a"]),
     "tsv as pandas writes it": ("a.tsv", sheet(delimiter="\t"), TEXTS),
     "tsv with quotes around all cells": ("a.tsv", b'"id"\t"text"\n"0"\t"a"\n', ["a"]),
+    "tsv of one column": ("a.tsv", b'text\n"a\nb"\n"c ""x"""\nd, e\n', ["a\nb", 'c "x"', "d, e"]),
+    "json with invalid UTF-8": ("a.json", b'[{"text": "a\xff"}]', ["a\ufffd"]),
     "tsv with a line break in a cell": ("a.tsv", b'id\ttext\n0\t"a\nb"\n', ["a\nb"]),
     "tsv with a quote that none ends": (
         "a.tsv",
@@ -161,7 +163,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "a Git LFS pointer": (
         "a.txt",
         LFS_POINTER,
-        "is a Git LFS pointer, not the file itself; fetch that with: git lfs pull",
+        "is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull",
     ),
     "jsonl in KOI8-R": (
         "a.jsonl",
@@ -196,24 +198,24 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "no such column": (
         "a.parquet",
         parquet(pyarrow.table({"body": ["a"]})),
-        ": has no 'text'; --text-column is one of ['body']",
+        ": has no 'text'; set --text-column to one of ['body']",
     ),
     "no such column in arrow": (
         "a.arrow",
         arrow(pyarrow.table({"body": ["a"]})),
-        ": has no 'text'; --text-column is one of ['body']",
+        ": has no 'text'; set --text-column to one of ['body']",
     ),
     "no such column in csv": (
         "a.csv",
         b"id,body\n1,a\n",
-        "the first row has no 'text'; --text-column is one of ['id', 'body']",
+        "the first row has no 'text'; set --text-column to one of ['id', 'body']",
     ),
     "csv with a row too long": (
         "a.csv",
         b"id,text\n1,a\n2,b,c\n",
-        "the row that ends in line 3: 3 cells, the header has 2",
+        "the row that ends in line 3: cells: 3; columns in the header: 2",
     ),
-    "csv with a row too short": ("a.csv", b"id,text\n1,a\n2\n", "line 3: 1 cells, the header has 2"),
+    "csv with a row too short": ("a.csv", b"id,text\n1,a\n2\n", "line 3: cells: 1; columns in the header: 2"),
     "csv with a quote left open": (
         "a.csv",
         b'id,text\n1,"a\n2,b\n',
@@ -222,7 +224,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "csv with one cell more in each row": (
         "a.csv",
         b"id,text\n0,a,\n1,b,\n",
-        "the row that ends in line 2: 3 cells, the header has 2",
+        "the row that ends in line 2: cells: 3; columns in the header: 2",
     ),
     "csv with backslashes before quotes": (
         "a.csv",
@@ -230,32 +232,41 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         "line 2: ',' expected after '\"'; quotes in a quoted cell must be doubled",
     ),
     "csv without a header": ("a.csv", b"0," + b"A long text. " * 99 + b"\n", "of ['0', 'A long text. A "),
-    "csv with two columns of the text's name": ("a.csv", b"text,text\na,b\n", "has 2 'text'"),
+    "csv with two columns of the text's name": (
+        "a.csv",
+        b"text,text\na,b\n",
+        "has 2 columns named 'text'; rename all but one",
+    ),
     "parquet with two columns of the text's name": (
         "a.parquet",
         parquet(pyarrow.Table.from_arrays([["a"], ["b"]], names=["text", "text"])),
-        "has 2 'text'",
+        "has 2 columns named 'text'; rename all but one",
     ),
     "tsv with quotes that may belong to the text": (
         "a.tsv",
         b'id\ttext\n0\t"a"\n1\tb\n',
-        "quotes around some cells may belong to the text or not",
+        "quotes at the start of some cells may belong to the text or not",
     ),
-    "tsv with a cell too many": ("a.tsv", b"id\ttext\n0\ta\tb\n", "3 cells, the header has 2"),
+    "tsv with what may be rows of their own or of one cell": (
+        "a.tsv",
+        b'id\ttext\n1\t"def f():\n\treturn 1"\n2\tx\n',
+        "quotes at the start of some cells may belong to the text or not",
+    ),
+    "tsv with a cell too many": ("a.tsv", b"id\ttext\n0\ta\tb\n", "cells: 3; columns in the header: 2"),
     "jsonl with other keys": (
         "a.jsonl",
         b'{"story": "a"}\n',
-        "line 1 has no 'text'; --text-column is one of ['story']",
+        "line 1 has no 'text'; set --text-column to one of ['story']",
     ),
     "json with other keys": (
         "a.json",
         b'[{"story": "a"}]',
-        "object 1 has no 'text'; --text-column is one of ['story']",
+        "object 1 has no 'text'; set --text-column to one of ['story']",
     ),
     "zstd with a large window": ("a.jsonl.zst", ZSTD_LONG, "decompress it first: zstd -d --long=31"),
     "a page in place of text": (
         "a.txt",
-        b"\n<!DOCTYPE html>\n<html>Not found",
+        codecs.BOM_UTF8 + b"\n<!DOCTYPE html>\n<html>Not found",
         "is an HTML page, not the file itself",
     ),
     "a page in place of a table": (
@@ -263,8 +274,12 @@ BAD: dict[str, tuple[str, bytes, str]] = {
         b"<html><body>Log in",
         "is an HTML page, not the file itself",
     ),
-    "a Git LFS pointer to a table": ("a.parquet", LFS_POINTER, "fetch that with: git lfs pull"),
-    "a Git LFS pointer to a compressed file": ("a.jsonl.gz", LFS_POINTER, "fetch that with: git lfs pull"),
+    "a Git LFS pointer to a table": ("a.parquet", LFS_POINTER, "fetch the file with: git lfs pull"),
+    "a Git LFS pointer to a compressed file": (
+        "a.jsonl.gz",
+        LFS_POINTER,
+        "fetch the file with: git lfs pull",
+    ),
     "jsonl with a number": (
         "a.jsonl",
         jsonl() + b'{"text": 5}\n',

@@ -243,11 +243,18 @@ def test_openais_config_is_gpt2_small(tmp_path: Path) -> None:
         assert build_model(path).config == wanted
 
 
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>", b'{"vocab_size": 257}'])
-def test_files_that_hold_no_weights(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged or not a safetensors file: "),
+        (b"<!DOCTYPE html><html>", "is an HTML page, not the file itself"),
+        (b'{"vocab_size": 257}', "damaged or not a safetensors file: "),
+    ],
+)
+def test_files_that_hold_no_weights(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"model\.safetensors: damaged or not a safetensors file: "):
+    with pytest.raises(InputError, match=rf"model\.safetensors: {message}"):
         loaded(path)
 
 

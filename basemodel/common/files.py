@@ -1,5 +1,6 @@
 """Hashing, fsyncing, locking and atomically replacing files, on whatever file system there is."""
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -26,11 +27,11 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def refuse_stand_in(path: Path) -> None:
-    """Raise InputError if in place of a file there is Git LFS's pointer to it or a server's HTML page."""
+    """Raise InputError if a file is in fact a Git LFS pointer or an HTML page from a server."""
     with path.open("rb") as file:
-        start = file.read(200).lstrip().lower()
+        start = file.read(200).removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
-        what, fix = "a Git LFS pointer", "fetch that with: git lfs pull"
+        what, fix = "a Git LFS pointer", "fetch the file with: git lfs pull"
     elif start.startswith((b"<!doctype html", b"<html")):
         what, fix = "an HTML page", "download it again, or take the text out of it"
     else:

@@ -94,19 +94,15 @@ def _fetch(path: Path, url: str) -> dict[str, Any]:
     incomplete.touch()
     missing, free = (file.size or 0) - incomplete.stat().st_size, free_space(path.parent)
     if missing > free:
-        raise InputError(
-            f"{path.name} takes {missing / 1e9:,.2f} GB more, but {free / 1e9:,.2f} GB are free; free some "
-            "space, and run the same command again"
-        )
+        sizes = f"{missing / 1e9:,.2f} GB more, but {free / 1e9:,.2f} GB are free"
+        raise InputError(f"{path.name} takes {sizes}; free some space, and run the same command again")
     _receive(file, url, incomplete, f"Fetching {path.parent.name}/{path.name}")
     arrived = fingerprint(incomplete)
     for what, announced in (("size", file.size), ("sha256", file.etag if len(file.etag) == 64 else None)):
         if announced not in (None, arrived[what]):
             incomplete.unlink()
-            raise InputError(
-                f"{path.name}: the Hub announced {what} {announced} but sent {arrived[what]}; run the same "
-                "command again to download it anew"
-            )
+            problem = f"the Hub announced {what} {announced} but sent {arrived[what]}"
+            raise InputError(f"{path.name}: {problem}; run the same command again to download it anew")
     sync(incomplete)
     incomplete.replace(path)
     return arrived

@@ -46,9 +46,8 @@ def require_harness() -> None:
 
         _ = lm_eval.evaluator.TaskManager.load
     except (ImportError, AttributeError):
-        raise InputError(
-            'lm-evaluation-harness is missing or too old; install it with: pip install -e ".[harness]"'
-        ) from None
+        fix = 'install it with: pip install -e ".[harness]"'
+        raise InputError(f"lm-evaluation-harness is missing or too old; {fix}") from None
     for name in ("lm_eval", "datasets", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -1,5 +1,6 @@
 """Instruction records, and fine-tuning on them as in chapter 7 of "Build a Large Language Model"."""
 
+import codecs
 import json
 import math
 import random
@@ -29,14 +30,17 @@ Record = dict[str, str]
 def parse_records(text: bytes, source: Path | str, fields: tuple[str, ...] = FIELDS) -> list[Record]:
     """Parse a JSON list, or lines, of objects with the string `fields`; an "input" that is missing or null is
     empty. Raises InputError, naming the first bad one."""
+    lines, records = text.removeprefix(codecs.BOM_UTF8).splitlines(), []
+    by_line = bool(lines) and lines[0].startswith(b"{")
     try:
-        by_line = text.lstrip().startswith(b"{")
-        lines = [line for line in text.splitlines() if line.strip()]
-        records = [json.loads(line) for line in lines] if by_line else json.loads(text)
+        for line in filter(bytes.strip, lines if by_line else []):
+            records.append(json.loads(line))
+        records = records if by_line else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{source}: not valid JSON: {error}") from None
+        what = f"record {len(records)} is not" if by_line else "not"
+        raise InputError(f"{source}: {what} valid JSON: {error}") from None
     if not isinstance(records, list) or not records:
-        raise InputError(f"{source}: must contain a JSON list of records")
+        raise InputError(f"{source}: must contain a JSON list of objects, or one object per line")
     for index, record in enumerate(records):
         if isinstance(record, dict) and record.get("input") is None:
             record["input"] = ""

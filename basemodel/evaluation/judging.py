@@ -124,10 +124,10 @@ class Judge:
         self._openai = openai
         try:
             self._client = openai.OpenAI(api_key=self._key or "none", base_url=base_url, max_retries=retries)
-        except (ImportError, ValueError) as error:  # about a proxy
-            raise InputError(
-                f"no request can be sent to the judge: {error}; see HTTPS_PROXY and ALL_PROXY"
-            ) from None
+        except Exception as error:  # of many types, about an address or a proxy
+            problem = self._one_line(f"cannot set up requests to the judge: {error}")
+            hint = "check --base-url, OPENAI_BASE_URL, HTTPS_PROXY and ALL_PROXY"
+            raise InputError(f"{problem}; {hint}") from None
         self.server = re.sub(r"//[^/@]*@", "//", str(self._client.base_url))  # without a password
         self.model, self.retries, self.cache = model, retries, AnswerCache(cache)
         self._takes_schema: bool | None = None  # not known before the first reply

@@ -147,17 +147,24 @@ def estimate(run: Run, machine: Machine, train_count: int | None) -> Estimate:
     result = Estimate(machine, run, precision, largest, memory, measured=measured_speed(run, machine))
     if largest == 0 or precision not in RATE:
         return result
-    step, roofline = Step(run.model_config, config, size), Roofline()
+    step, roofline = step_on(machine, run, size), Roofline()
     validation = roofline.validation(step, -(-validation_sequences // size), machine, precision)
     saving = run.saves_from(0) * run.checkpoint_bytes / COPY_BYTES_PER_SECOND
     parts = roofline.step(step, plan.accumulation, machine, precision)
     return dataclasses.replace(result, step_parts=parts, between_steps=run.validations * validation + saving)
 
 
+def step_on(machine: Machine, run: Run, microbatch: int) -> Step:
+    """A step of the run on one GPU of a machine, in the precision that "auto" means there."""
+    precision = run.config.precision_on("cuda", has_bf16=machine.gpu.bf16)
+    return Step(run.model_config, dataclasses.replace(run.config, precision=precision), microbatch)
+
+
 def memory_by_part(run: Run, machine: Machine, microbatch: int) -> dict[str, float]:
     """Bytes of one GPU."""
-    step = Step(run.model_config, run.config, microbatch)
-    memory = step.memory(processes=machine.count, accumulates=run.config.may_accumulate)
+    memory = step_on(machine, run, microbatch).memory(
+        processes=machine.count, accumulates=run.config.may_accumulate
+    )
     return memory | {"reserve": GIB * reserve_gib(machine.gpu.memory_gib)}
 
 
@@ -183,7 +190,8 @@ def slower_than_planned(run: Run, device: str, speed: float, *, compiled: bool =
     precision = gpu and run.config.precision_on("cuda", has_bf16=gpu.bf16)
     if precision not in RATE:
         return None
-    step, machine = Step(run.model_config, run.config, plan.microbatch_size), Machine(plan.processes, gpu)
+    machine = Machine(plan.processes, gpu)
+    step = step_on(machine, run, plan.microbatch_size)
     parts = Roofline().step(step, plan.accumulation, machine, precision)
     planned = plan.tokens_per_batch / sum(parts.values())
     if speed >= MUCH_SLOWER * planned:

@@ -59,7 +59,7 @@ class Step:
 
     @property
     def residual(self) -> int:
-        """Bytes of an element of the residual stream, which bf16 alone makes shorter."""
+        """Bytes per element of the residual stream: 2 with bf16, otherwise 4."""
         return 2 if self.element == 2 and self.config.precision != "fp16" else 4
 
     @property
@@ -89,9 +89,9 @@ class Step:
         return max(in_loss, in_update, key=lambda parts: sum(parts.values()))
 
     def _activations(self) -> float:
-        """Bytes that the forward pass keeps. For each layer: its input and the halfway sum, in float32 where
-        nothing is compiled, as layer_norm takes them; both norms, queries, keys, values, attention's output,
-        GELU's input and output, in e bytes."""
+        """Bytes that the forward pass keeps. For each layer: its input and the halfway sum, in float32 unless
+        compiled, because layer_norm casts them; both norms, queries, keys, values, attention's output, GELU's
+        input and output, in e bytes."""
         shape, e, on_cpu = self.model, self.element, self.device == "cpu"
         C, H, L, T = shape.emb_dim, shape.n_heads, shape.n_layers, shape.context_length
         per_token = (8 + 14 * e) * C + 4 * H + 16
@@ -127,7 +127,7 @@ class Step:
         products = N * (18 * L * C + rows + C) + hidden + self.chunks * rows * C
         per_activation, per_weight, per_logit = TRAFFIC[self.compiled, self.element]
         if self.compiled and self.residual == 2:
-            per_activation -= 32
+            per_activation -= 32  # TRAFFIC counts a residual stream in float32
         traffic = N * (per_activation * L * C + per_logit * rows + 70 * C) + per_weight * hidden
         traffic += (63 + 6 * self.chunks) * shape.vocab_size * C
         if shape.drop_rate > 0:

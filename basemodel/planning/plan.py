@@ -115,9 +115,8 @@ def plan_on_machines(run: Run, datasets_dir: Path | None, asked: Elsewhere) -> N
     machines = find_machines(asked.on or "all", read_gpus(asked.machines or TABLE))
     run = replace(run, data=open_if_here(run, datasets_dir))
     if run.data is None and run.config.min_train_tokens == -1:
-        raise InputError(
-            "min_train_tokens is -1, all there are, and the data are not here; set a number, or fetch them"
-        )
+        problem = "min_train_tokens is -1, all there are, and the data are not here"
+        raise InputError(f"{problem}; set a number, or fetch them")
     estimates, refused = [], []
     for machine in machines:
         try:

@@ -52,8 +52,8 @@ def lay_out(parts: list[Part], settings: Settings) -> Layout:
     """Each split's size and tokens. Raises InputError if the documents do not make two splits.
 
     If no document is for validation, the end of the text is: the fraction of the tokens that was asked for.
-    Copies of documents are left out then, because what is held out must not be in the rest. A document that
-    is cut in two counts where it begins.
+    Copies of documents are left out then, because what is held out must not be in the rest. A document
+    that is cut in two counts for the split in which it begins, so validation may have none.
     """
     sizes = {split: sum(np.array(part.record[split]) for part in parts) for split in SPLITS}
     segments = {

@@ -106,14 +106,16 @@ def summary(meta: dict[str, Any]) -> list[str]:
 
 
 def excerpts(parts: list[Part]) -> list[str]:
-    """How the first document, one in the middle and the last begin, each after its file."""
-    found = [kept for part in parts if (kept := part.record.get("excerpts"))]  # not of earlier versions
+    """The beginnings of the first document, one in the middle and the last, each preceded by its file."""
+    # Parts of earlier versions have none.
+    if not (found := [kept for part in parts if (kept := part.record.get("excerpts"))]):
+        return []
     chosen = (found[0]["first"], found[len(found) // 2]["middle"], found[-1]["last"])
     return [f"{file}: {one_line(text)}" for file, text in dict.fromkeys(map(tuple, chosen))]
 
 
 def token_excerpts(file: Path, tokenizer: tiktoken.Encoding) -> list[str]:
-    """What nanoGPT's token file begins with, has in its middle and ends with, each after the file."""
+    """Text from the start, middle and end of a nanoGPT token file, each preceded by the file."""
     tokens = np.memmap(file, "<u2", "r")
     places = dict.fromkeys((0, len(tokens) // 2, max(0, len(tokens) - 20)))
     return [f"{file}: {one_line(tokenizer.decode(tokens[place:][:20].tolist()))}" for place in places]

@@ -210,7 +210,7 @@ def write_part(shard: list[Piece], folder: Path, encoder: Encoder, settings: Set
             excerpts["last"] = str(piece.path or PYTHON_DOCS), start.decode(errors="ignore")
             excerpts.setdefault("first", excerpts["last"])
             documents = sum(size[0] for size in sizes.values())
-            if documents.bit_count() == 1:  # 1, 2, 4: the last is past the middle
+            if documents.bit_count() == 1:  # the last of 1, 2, 4 is past the middle
                 excerpts["middle"] = excerpts["last"]
     return {**sizes, **counts, "excerpts": excerpts}
 

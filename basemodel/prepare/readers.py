@@ -37,7 +37,7 @@ def cut_into_pieces(path: Path, split: str | None, text_column: str) -> Iterator
         if kind == "json" and _has_an_object_per_line(path):
             kind = "jsonl"
         if kind == "csv":
-            _layout(path, text_column)  # a misspelt column is an error before anything slow
+            _header(path, text_column)  # a misspelt column is an error before anything slow
         if kind == "parquet" and not compression(path):
             yield from _row_groups(Piece(path, kind, size, split=split), text_column)
         elif kind == "jsonl" and not compression(path) and not documents.marked_encoding(path):
@@ -118,12 +118,14 @@ def _check_column(path: Path, schema: Any, text_column: str) -> None:
         raise InputError(f"{path}: column '{text_column}' is not text: {error}") from None
 
 
-def _place_of(text_column: str, names: list[str], where: object) -> int:
-    """The place of the text among columns of these names, or keys. Raises InputError unless there is one."""
-    if names.count(text_column) != 1:
-        number = names.count(text_column) or "no"
+def _place_of(text_column: str, names: list[str], where: str) -> int:
+    """The position of the text among columns of these names, or keys. Raises InputError unless it occurs
+    exactly once."""
+    if (count := names.count(text_column)) > 1:
+        raise InputError(f"{where} has {count} columns named '{text_column}'; rename all but one of them")
+    if count == 0:
         shown = [name if len(name) <= 40 else name[:40] + "..." for name in names[:20]]
-        raise InputError(f"{where} has {number} '{text_column}'; --text-column is one of {shown}")
+        raise InputError(f"{where} has no '{text_column}'; set --text-column to one of {shown}")
     return names.index(text_column)
 
 
@@ -177,20 +179,23 @@ def _arrow_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
 
 
 def _csv_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
-    columns, place, dialect = _layout(piece.path, text_column)
-    for row in _rows(piece.path, columns, dialect):
+    path, (delimiter, columns) = piece.path, _header(piece.path, text_column)
+    place, quoting = columns.index(text_column), csv.QUOTE_MINIMAL
+    if documents.suffix(path) == ".tsv" and not _has_quoted_cells(path, len(columns)):
+        quoting = csv.QUOTE_NONE
+    for row in _rows(path, len(columns), delimiter=delimiter, quoting=quoting):
         yield Text(row[place].encode(), replaced=row[place].count("\ufffd"))
 
 
-def _rows(path: Path, columns: int, dialect: dict[str, Any]) -> Iterator[list[str]]:
-    """The rows of a .csv below its header. Raises InputError at one that does not have so many cells."""
+def _rows(path: Path, columns: int, *, delimiter: str, quoting: int) -> Iterator[list[str]]:
+    """The rows of a .csv or .tsv below its header. Raises InputError for one with another number of cells."""
     csv.field_size_limit(2**31 - 1)
     with _open_text(path) as file:
-        rows = csv.reader(file, strict=True, **dialect)
+        rows = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             for row in itertools.islice(rows, 1, None):
                 if row and len(row) != columns:
-                    raise csv.Error(f"{len(row)} cells, the header has {columns}")
+                    raise csv.Error(f"cells: {len(row)}; columns in the header: {columns}")
                 if row:
                     yield row
         except csv.Error as error:
@@ -198,38 +203,46 @@ def _rows(path: Path, columns: int, dialect: dict[str, Any]) -> Iterator[list[st
             raise InputError(f"{path}: the row that ends in line {rows.line_num}: {error}{hint}") from None
 
 
-def _layout(path: Path, text_column: str) -> tuple[int, int, dict[str, Any]]:
-    """A .csv's number of columns, the place of the text among them, and how csv.reader reads it: delimited by
-    commas, tabs, or the semicolons of many countries' spreadsheets. Raises InputError."""
+def _header(path: Path, text_column: str) -> tuple[str, list[str]]:
+    """The delimiter of a .csv or .tsv (a comma, a tab, or the semicolon of many countries' spreadsheets) and
+    its column names. Raises InputError unless one of them is the text's."""
     with _open_text(path) as file:
         line = file.readline(100_000)
-    names = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in ",;\t"}
+    delimiters = "\t,;" if documents.suffix(path) == ".tsv" else ",;\t"
+    names = {delimiter: next(csv.reader([line], delimiter=delimiter), []) for delimiter in delimiters}
     delimiter = max(names, key=lambda each: (text_column in names[each], len(names[each])))
-    columns, dialect = names[delimiter], {"delimiter": delimiter}
-    place = _place_of(text_column, columns, f"{path}: the first row")
-    if documents.suffix(path) == ".tsv" and not _has_quoted_cells(path, len(columns)):
-        dialect["quoting"] = csv.QUOTE_NONE
-    return len(columns), place, dialect
+    _place_of(text_column, names[delimiter], f"{path}: the first row")
+    return delimiter, names[delimiter]
 
 
 def _has_quoted_cells(path: Path, columns: int) -> bool:
-    """Whether quotes in a .tsv stand around cells, as pandas writes them where a cell has a quote, tab or
-    line break, or belong to the text, as the format says. Raises InputError if they may do either."""
+    """Whether a .tsv has quotes around cells that contain a quote, tab or line break, as pandas writes them.
+    Otherwise quotes are part of the text, as the format says. Raises InputError if it could be either."""
     kinds = set()
     with _open_text(path) as file:
         for number, line in enumerate(file):
             cells = line.rstrip("\r\n").split("\t")
             if len(cells) != columns and cells != [""]:
-                return True  # a tab or line break within quotes
+                return True  # a tab or line break within quotes, or else an error
             for cell in cells if '"' in line else ():
-                if cell.startswith('"'):
-                    whole = re.fullmatch('"(?:[^"]|"")*"', cell)
-                    needed = number == 0 or '""' in cell[1:-1]
-                    kinds.add("open" if not whole else "needed" if needed else "needless")
-    if kinds == {"needless"}:
-        problem = "quotes around some cells may belong to the text or not"
+                if match := re.match('"((?:[^"]|"")*)("?)', cell):
+                    needed = number == 0 or '""' in match[1]
+                    kind = ("needed" if needed else "needless") if match[2] else "open"
+                    kinds.add("text" if match.end() < len(cell) else kind)
+    if "text" in kinds or ("open" in kinds and not _is_readable_with_quotes(path, columns)):
+        return False
+    if kinds and "needed" not in kinds:
+        problem = "quotes at the start of some cells may belong to the text or not"
         raise InputError(f"{path}: {problem}; convert it to .csv or .jsonl")
-    return "open" not in kinds and "needed" in kinds
+    return "needed" in kinds
+
+
+def _is_readable_with_quotes(path: Path, columns: int) -> bool:
+    with contextlib.suppress(InputError):
+        for _ in _rows(path, columns, delimiter="\t", quoting=csv.QUOTE_MINIMAL):
+            pass
+        return True
+    return False
 
 
 def _has_an_object_per_line(path: Path) -> bool:
@@ -238,14 +251,13 @@ def _has_an_object_per_line(path: Path) -> bool:
 
 
 def _text_of(value: Any, text_column: str, where: str) -> Text | None:
-    """The text in a JSON object, None for a null. Raises InputError that begins with `where` for any other
-    value."""
-    if isinstance(value, dict) and text_column not in value:
+    """The text of a JSON object, None if it is null. For anything else, raises InputError with a message that
+    begins with `where`."""
+    if isinstance(value, dict):
         _place_of(text_column, [*value], where)
-    text = value[text_column] if isinstance(value, dict) else 0
-    if not isinstance(text, str | None):
-        raise InputError(f'{where} is not a JSON object with a string "{text_column}"')
-    return None if text is None else Text.from_str(text)
+        if (text := value[text_column]) is None or isinstance(text, str):
+            return None if text is None else Text.from_str(text)
+    raise InputError(f'{where} is not a JSON object with a string "{text_column}"')
 
 
 def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
@@ -263,7 +275,7 @@ def _jsonl_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
 
 
 def _parsed(line: bytes) -> Any:
-    """A line of JSON, None if it is not."""
+    """The value of a line of JSON; None if it is not valid JSON."""
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(line)
 
@@ -282,10 +294,14 @@ def _lines(piece: Piece) -> Iterator[bytes]:
 
 def _json_texts(piece: Piece, text_column: str) -> Iterator[Text | None]:
     """The texts of a JSON array of objects, or of one object, read into memory."""
-    with _open_text(piece.path) as file:
-        values = json.load(file)
+    with open_utf8(piece.path) as file:
+        valid = Text.from_bytes(file.read())
+    values = json.loads(valid.content)
     for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
-        yield _text_of(value, text_column, f"{piece.path}: object {number}")
+        text = _text_of(value, text_column, f"{piece.path}: object {number}")
+        if text is not None:
+            text.replaced, valid.replaced = text.replaced + valid.replaced, 0
+        yield text
 
 
 # By type; the suffixes of each type are in TYPES (documents.py).

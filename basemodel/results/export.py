@@ -26,14 +26,12 @@ from gpt import GPTModel
 # Where the tokenizers must agree: words, spaces, digits, contractions, scripts, an emoji of four parts.
 SAMPLE_TEXT = "It's 1,024 tokens,\n\tisn't it?   Größe, 語言, язык, العربية 👩‍👩‍👧‍👦 x==y"
 
-PIPELINE_TOKENS = 256  # that transformers' pipeline adds where nothing says how many
-
 
 def write_model(folder: Path, model: GPTModel, tokenizer: tiktoken.Encoding) -> None:
     """Write weights, configuration and tokenizer files into an empty folder."""
     end_of_text = tokenizer.eot_token
     generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    if model.config.context_length < 2 * PIPELINE_TOKENS:  # its default would run past the last position
+    if model.config.context_length < 512:  # a pipeline's default, 256, would run past the last position
         generation["max_new_tokens"] = model.config.context_length // 2
     config = huggingface_config(model.config, end_of_text) | {"activation_function": gelu_name(model)}
     for name, values in (("config", config), ("generation_config", generation)):

@@ -118,9 +118,8 @@ class TrainConfig:
         if self.lr_schedule == "constant" and warmup != 0:
             raise InputError('lr_schedule "constant" has no warm-up; use "wsd", "decay_period_percent": 0')
         if self.lr_schedule == "wsd" and warmup + decay > 100:
-            raise InputError(
-                f"warmup_period_percent {warmup:g} and decay_period_percent {decay:g} add up to more than 100"
-            )
+            both = f"warmup_period_percent {warmup:g} and decay_period_percent {decay:g}"
+            raise InputError(f"{both} add up to more than 100")
         if self.lr_schedule != "wsd" and decay != TrainConfig.decay_period_percent:
             raise InputError('decay_period_percent has no effect without "lr_schedule": "wsd"; leave it out')
         for name in ("muon_learning_rate", "muon_momentum"):
