@@ -320,8 +320,9 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> N
 def reserve_port() -> socket.socket:
     """A socket that keeps a port, `getsockname()[1]`, from being given to others. A server may bind to it."""
     holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     holder.bind(("", 0))
+    # Only now: with it, the system might have chosen a port that another suite keeps like this.
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return holder
 
 
