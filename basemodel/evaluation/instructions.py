@@ -33,9 +33,11 @@ def parse_records(text: bytes, source: Path | str, fields: tuple[str, ...] = FIE
     lines, records = text.removeprefix(codecs.BOM_UTF8).splitlines(), []
     by_line = bool(lines) and lines[0].startswith(b"{")
     try:
-        for line in filter(bytes.strip, lines if by_line else []):
-            records.append(json.loads(line))
-        records = records if by_line else json.loads(text)
+        if by_line:
+            for line in filter(bytes.strip, lines):
+                records.append(json.loads(line))
+        else:
+            records = json.loads(text)
     except (ValueError, RecursionError) as error:
         what = f"record {len(records)} is not" if by_line else "not"
         raise InputError(f"{source}: {what} valid JSON: {error}") from None
