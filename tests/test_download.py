@@ -123,6 +123,14 @@ def test_a_network_that_is_lost_costs_nothing_that_has_arrived(hub: Hub, tmp_pat
     assert hub.sent <= SIZE + CHUNK
 
 
+def test_a_network_that_comes_back_is_waited_for(hub: Hub, tmp_path: Path, monkeypatch, capsys) -> None:
+    """Longer than the Hub's client tries for by itself."""
+    monkeypatch.setattr(hub_module, "PAUSES", (0.0, 0.0))
+    hub.cuts += [1_500_000] + [0] * 7
+    fetch(tmp_path)
+    assert hub.cuts == [] and hub.sent <= SIZE + CHUNK
+
+
 def test_what_has_arrived_of_another_content_is_not_used(hub: Hub, tmp_path: Path) -> None:
     hub.cuts += [1_500_000] + [0] * 20
     with pytest.raises(InputError):

@@ -18,7 +18,7 @@ from basemodel.common.errors import InputError
 from basemodel.model.config import GPTConfig
 from basemodel.planning.estimate import WORST_ERROR, Roofline, memory_by_part
 from basemodel.planning.footprint import Step
-from basemodel.planning.machines import find_machines, read_gpus
+from basemodel.planning.machines import find_machines, gpu_of, read_gpus
 from basemodel.training.config import TrainConfig
 from basemodel.training.optimizer import allocate_state, make_optimizer
 from basemodel.training.processes import World
@@ -37,6 +37,12 @@ def test_a_machine_is_found_by_its_name() -> None:
     everything = [machine.name for machine in find_machines("all", gpus)]
     assert {"1xT4", "2xH100-80", "8xH100-80", "8xA100-40"} <= set(everything) and "8xT4" not in everything
     assert find_machines("8xa100-40", gpus)[0].usd_per_hour == 10.32
+
+
+def test_a_device_is_known_by_its_name_and_its_memory() -> None:
+    """Of which it reports a little less than the data sheet has."""
+    for gpu in read_gpus().values():
+        assert gpu_of(f"NVIDIA {gpu.cuda}", 0.98 * gpu.memory_gib) is gpu
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Preparing by several workers, in shards, with kills and full disks: the tokens are as if undisturbed."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -131,10 +132,15 @@ def test_damaged_parts_are_made_again(corpus: Path, tmp_path: Path, texts: list[
     assert done.stdout.startswith(f"{len(finished) - 2} of "), "what is sound is kept"
 
 
-@pytest.mark.parametrize("change", ["files", "options"])
+@pytest.mark.parametrize("change", ["files", "fraction", "column"])
 def test_parts_of_other_input_are_made_again(
     corpus: Path, tmp_path: Path, texts: list[str], change: str
 ) -> None:
+    others = [text.swapcase() for text in texts[:500]]
+    rows = ({"text": text, "other": other} for text, other in zip(texts[:500], others, strict=True))
+    (corpus / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if change == "column":
+        (corpus / "b.parquet").unlink()
     with interrupted(corpus, tmp_path / "out", 10):  # the largest shards first, of all kinds of files
         pass
     options, fraction = (), 0.01
@@ -144,6 +150,8 @@ def test_parts_of_other_input_are_made_again(
         write_parquet(corpus / "b.parquet", texts[500:1000])
         for i, text in enumerate(texts[1000:]):
             (corpus / f"c{i:03}.txt").write_text(text)
+    elif change == "column":
+        options, texts = ("--text-column", "other"), others + texts[1000:]
     else:
         options, fraction = ("--validation-fraction", "0.5"), 0.5
     finish(corpus, tmp_path / "out", texts, *options, fraction=fraction)

@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from basemodel.common.errors import InputError
 from basemodel.prepare.readers import cut_into_pieces, read_documents
@@ -21,6 +23,9 @@ from basemodel.prepare.sources import Request, Source, find_source
 
 TEXTS = ["one", "two \u00e9\u4e2d\U0001f600", 'three "quoted", with\na line and <|endoftext|>', "NA", "0012"]
 ROWS = [*TEXTS, None, ""]
+EXAMPLES = settings(
+    deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck), max_examples=300
+)
 
 
 def zstd(data: bytes) -> bytes:
@@ -306,6 +311,68 @@ def test_what_is_read(tmp_path: Path, case: str) -> None:
     name, content, texts = GOOD[case]
     (tmp_path / name).write_bytes(content)
     assert read(tmp_path / name)[0] == read(tmp_path)[0] == texts
+
+
+CHARACTERS = st.sampled_from(
+    " \"',;\t\n\r|#\\01aZ\u00e9\u4e2d\u0085\u2028\ufeff\ufffd\U0001f600"
+) | st.characters(exclude_categories=["Cs"])
+SQUEEZED = {"": bytes, ".gz": gzip.compress, ".zst": zstd, ".xz": lzma.compress, ".bz2": bz2.compress}
+
+
+def written(kind: str, texts: list[str], end: str, *, quoted: bool) -> str:
+    """A file of texts, as the usual libraries write them."""
+    rows = [{"id": number, "text": text} for number, text in enumerate(texts)]
+    if kind in ("jsonl", "ndjson"):
+        return "".join(json.dumps(row, ensure_ascii=quoted) + end for row in rows)
+    if kind == "json":
+        return json.dumps(rows, ensure_ascii=quoted, indent=2).replace("\n", end)
+    if kind == "txt":
+        return texts[0]
+    buffer = io.StringIO(newline="")
+    options = (
+        {"delimiter": "\t"} if kind == "tsv" else {"quoting": csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL}
+    )
+    if kind == "csv; in Europe":
+        options["delimiter"] = ";"
+    csv.writer(buffer, lineterminator=end, **options).writerows([("id", "text"), *enumerate(texts)])
+    return buffer.getvalue()
+
+
+@EXAMPLES
+@given(
+    kind=st.sampled_from(["csv", "csv; in Europe", "tsv", "jsonl", "ndjson", "json", "txt"]),
+    texts=st.lists(st.text(CHARACTERS, max_size=12), min_size=1, max_size=6),
+    times=st.sampled_from([1, 1, 30]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]),
+    end=st.sampled_from(["\n", "\r\n"]),
+    squeezed=st.sampled_from(list(SQUEEZED)),
+    quoted=st.booleans(),
+)
+def test_documents_in_are_documents_out_or_the_file_is_refused(
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str,
+    texts: list[str],
+    times: int,
+    encoding: str,
+    end: str,
+    squeezed: str,
+    quoted: bool,
+) -> None:
+    texts = [text * times for text in texts]
+    content = written(kind, texts, end, quoted=quoted)
+    assume(not content.startswith("\ufeff"))
+    # Python 3.11's csv quotes no lone \r, which then looks like the end of a row.
+    assume(quoted or end == "\r\n" or "\r" not in "".join(texts) or "sv" not in kind)
+    path = tmp_path_factory.mktemp("a") / f"a.{kind[:6].partition(';')[0]}{squeezed}"
+    path.write_bytes(SQUEEZED[squeezed](content.encode(encoding)))
+    try:
+        found = read(path)[0]
+    except InputError as error:
+        assert ("quotes at the start of some cells may" in str(error) and kind == "tsv") or kind == "txt", (
+            error
+        )
+        return
+    assert found == (texts[:1] if kind == "txt" else texts)
 
 
 @pytest.mark.parametrize("case", BAD)

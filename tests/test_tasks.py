@@ -140,7 +140,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tasks]:
     (folder / "documents.jsonl").write_text(
         "".join(json.dumps(document) + "\n" for document in tasks.documents)
     )
-    for values in (CHOICE, LAST_WORD, WHOLE, WRITE):
+    for values in (CHOICE, {**CHOICE, "task": "alone", "num_fewshot": 0}, LAST_WORD, WHOLE, WRITE):
         write_task(folder / "tasks", values, folder / "documents.jsonl")
     text = torch.tensor(list(" ".join(document["text"] for document in tasks.documents * 2).encode()))
     for seed, steps in ((1, 60), (2, 30)):
@@ -268,6 +268,14 @@ def test_whole_texts_and_written_answers_equal_slow_loops(tasks: Tasks, tmp_path
         assert answer == bytes(tokens[len(query) :]).decode(errors="replace").partition("t")[0]
 
 
+def test_each_length_of_an_answer_is_kept_by_itself(tasks: Tasks, tmp_path: Path) -> None:
+    prompts = [document["query"] for document in tasks.documents[:3]]
+    kept, fresh = ({n: tasks.scorer(0, tmp_path / str(n * each)) for n in (3, 9)} for each in (0, 1))
+    short, long = ([kept[n].continue_greedily(prompts, n) for n in order] for order in ((3, 9), (9, 3)))
+    assert short == long[::-1] == [fresh[n].continue_greedily(prompts, n) for n in (3, 9)]
+    assert [len(text) for text in short[0] + short[1]] == [3] * 3 + [9] * 3
+
+
 def test_options_and_their_defaults(tasks: Tasks, tmp_path: Path) -> None:
     assert option_defaults(main) == {
         "--tasks": "hellaswag,lambada_openai,arc_easy,piqa,winogrande",
@@ -282,7 +290,10 @@ def test_few_shot_questions_come_after_solved_ones(tasks: Tasks, tmp_path: Path)
     scorer = tasks.scorer(0, tmp_path)
     asked: list[str] = []
     scorer.encode = lambda text: asked.append(text) or list(text.encode())
-    loaded = load_tasks(["choice"], [tasks.folder / "tasks"], 2)["choice"]
+    by_name = load_tasks(["choice", "alone"], [tasks.folder / "tasks"], 2)
+    assert evaluate_task(scorer, by_name["alone"], 3)[0].result.fewshot == 0, "its file says that none help"
+    loaded = by_name["choice"]
+    asked.clear()
     result = evaluate_task(scorer, loaded, 3)[0].result
     assert (result.fewshot, result.title) == (2, "choice acc (2-shot, first 3 documents)")
     solved = {f"{document['query']} {document['choices'][document['gold']]}" for document in tasks.documents}

@@ -20,6 +20,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 # All that Python takes for white space, and characters of each kind that GPT-2's pattern tells apart.
 EDGES = [*(chr(c) for c in range(0x3001) if chr(c).isspace()), *"as1'.,\u00e9\u4e2d"]
 NASTY = [
+    *EDGES,
     *("a", "B", "\u00e9", "\u4e2d\u6587", "1", "\u0663", "\u00bd"),
     *("'", "'s", "'S", "'ll", "\u2019", ".", "--"),
     *(" ", " ", "  ", "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x1c", "\x85", "\0", "\x7f"),

@@ -6,13 +6,14 @@ step's learning rate is that of a run planned to end there, so the schedule stil
 
 import dataclasses
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from basemodel.training.config import TrainConfig
 from basemodel.training.processes import World
-from basemodel.training.run import Run
+from basemodel.training.run import Run, times_due
 from basemodel.training.run_folder import read_status
 
 FIRST_LOOK = 8  # steps until the measured speed is reliable enough to set the learning rate
@@ -104,10 +105,16 @@ class Budget:
         if not clock.batch_seconds:  # a GPU's first step has not been read yet
             return plan.steps
         validation, save, chart = (clock.pauses[kind] for kind in ("validation", "checkpoint", "chart"))
-        intervals = (validation, run.config.validation_interval), (save, run.checkpoint_interval)
-        pauses = sum(seconds / interval for seconds, interval in intervals if interval)
-        remaining = (1 - MARGIN) * self.limit - clock.paid_seconds() - validation - save - 2 * chart
-        return plan.steps_for(plan.batches(step) + max(0.0, remaining) / (clock.batch_seconds + pauses))
+        remaining = (1 - MARGIN) * self.limit - clock.paid_seconds() - 2 * chart
+
+        def seconds_to(end: int) -> float:
+            validations = times_due(run.config.validation_interval, step - 1, end)
+            saves = times_due(run.checkpoint_interval, step - 1, end)
+            steps = (plan.batches(end) - plan.batches(step)) * clock.batch_seconds
+            return steps + validations * validation + saves * save
+
+        ends = range(step, self._max_steps + 1)
+        return ends[max(0, bisect_right(ends, remaining, key=seconds_to) - 1)]
 
     def _end_after(self, steps: int) -> None:
         self._run.plan = dataclasses.replace(self._run.plan, steps=min(self._max_steps, steps))

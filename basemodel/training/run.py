@@ -115,15 +115,15 @@ class Run:
         return self.validates_after(step) or self.samples_after(step) or self.saves_after(step)
 
     def saves_from(self, step: int) -> int:
-        return _times_due(self.checkpoint_interval, step, self.plan.steps)
+        return times_due(self.checkpoint_interval, step, self.plan.steps)
 
     @property
     def validations(self) -> int:
         interval = self.config.validation_interval
-        return 0 if interval is None else 1 + _times_due(interval, 0, self.plan.steps)
+        return 0 if interval is None else 1 + times_due(interval, 0, self.plan.steps)
 
 
-def _times_due(interval: int | None, after: int, last: int) -> int:
+def times_due(interval: int | None, after: int, last: int) -> int:
     """How many of the steps from `after` + 1 to `last` are a multiple of the interval, or the last."""
     if last <= after or interval is None:
         return int(last > after)
