@@ -156,27 +156,28 @@ def test_the_chart_holds_what_it_draws(
 def test_the_share_of_validation_follows_from_the_metrics(tmp_path: Path) -> None:
     sandbox = Sandbox(tmp_path)
     folder = sandbox.write_run(train=VALIDATE)
-    # 1 s of validation, then steps of 2 s; after the second 3 s of validation and 4 s of saving.
+    # 1 s of validation, then steps of 2 s, of which the first reads half a batch; after the second 3 s of
+    # validation and 4 s of saving.
     lines = [
         {"step": 0, "tokens": 0, "val_loss": 4.0, "validation_seconds": 1.0, "seconds": 1.0},
-        {"step": 1, "tokens": 64, "train_loss": 4.0, "tokens_per_second": 32.0, "seconds": 3.0},
+        {"step": 1, "tokens": 32, "train_loss": 4.0, "tokens_per_second": 32.0, "seconds": 3.0},
         {
             "step": 2,
-            "tokens": 128,
+            "tokens": 96,
             "train_loss": 3.0,
             "tokens_per_second": 32.0,
             "val_loss": 3.0,
             "validation_seconds": 3.0,
             "seconds": 8.0,
         },
-        {"step": 3, "tokens": 192, "train_loss": 2.0, "tokens_per_second": 32.0, "seconds": 14.0},
+        {"step": 3, "tokens": 160, "train_loss": 2.0, "tokens_per_second": 32.0, "seconds": 14.0},
     ]
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "to'
     )
     run = read_run(tmp_path / "runs", "tiny")
     assert run.validation_share == pytest.approx((1 + 3) / 14)
-    assert (run.tokens, run.global_batch, run.tokens_per_second, run.seconds) == (192, 4, 32.0, 14.0)
+    assert (run.tokens, run.global_batch, run.tokens_per_second, run.seconds) == (160, 4, 32.0, 14.0)
 
 
 def test_the_test_loss_is_the_best_checkpoints_if_measured_else_the_latests(

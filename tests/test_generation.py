@@ -84,7 +84,11 @@ def test_prompts_are_continued_in_their_order_and_end_at_end_of_text() -> None:
     prompts = ["short", "a longer one, ", "", "b"] * (BATCH_SIZE // 4 + 1)
     texts = continuations(model, tokenizer, prompts, 12, GREEDY)
     assert texts[:4] * (BATCH_SIZE // 4 + 1) == texts
-    assert texts[0] == continuations(model, tokenizer, ["short"], 12, GREEDY)[0]
+    for prompt, text in zip(prompts[:4], texts, strict=False):
+        assert continuations(model, tokenizer, [prompt], 12, GREEDY) == [text]
+        tokens = tokenizer.encode_ordinary(prompt) or [256]  # an empty prompt is end-of-text, and no end
+        added = generate(model, torch.tensor([tokens]), 12, GREEDY)[0, len(tokens) :].tolist()
+        assert text == tokenizer.decode(added) and len(added) == 12 and 256 not in added
     model.out_head.weight.data[256] = 0
     model.out_head.register_forward_hook(
         lambda _module, _inputs, logits: logits.index_fill(-1, torch.tensor(256), 1e9)

@@ -265,6 +265,10 @@ def test_scores_arrive_and_malformed_replies_are_asked_for_again(tmp_path: Path,
     # The same again costs nothing, and gives the same.
     assert run_judge(judge_command(judge.url, results)) == printed
     assert len(judge.requests) == 12 + len(spoilt)
+    # Another judge is asked: click takes the last --model, and `localhost` is another server for all we know.
+    run_judge(judge_command(judge.url, results, "--model", "another"))
+    run_judge(judge_command(judge.url.replace("127.0.0.1", "localhost"), results))
+    assert len(judge.requests) == 3 * 12 + len(spoilt)
     assert KEY not in printed + "".join(path.read_text() for path in tmp_path.iterdir())
 
 

@@ -157,6 +157,13 @@ def test_parts_of_other_input_are_made_again(
     finish(corpus, tmp_path / "out", texts, *options, fraction=fraction)
 
 
+def test_what_is_left_in_the_source_itself_is_no_text(corpus: Path, texts: list[str]) -> None:
+    with interrupted(corpus, corpus / "out", 1):
+        pass
+    kept = len(parts(corpus / "out"))
+    assert finish(corpus, corpus / "out", texts).stdout.startswith(f"{kept} of ")
+
+
 def test_an_empty_output_folder_does_not_end_what_is_finished(
     corpus: Path, tmp_path: Path, texts: list[str]
 ) -> None:

@@ -22,6 +22,7 @@ from basemodel.prepare.readers import cut_into_pieces, read_documents
 from basemodel.prepare.sources import Request, Source, find_source
 
 TEXTS = ["one", "two \u00e9\u4e2d\U0001f600", 'three "quoted", with\na line and <|endoftext|>', "NA", "0012"]
+KANJI = ["\u6f22" * 99] * 9
 ROWS = [*TEXTS, None, ""]
 EXAMPLES = settings(
     deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck), max_examples=300
@@ -50,7 +51,7 @@ def arrow(rows: pyarrow.Table, writer: Callable = pyarrow.ipc.new_stream) -> byt
 
 
 def jsonl(rows: Any = ROWS) -> bytes:
-    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(rows)).encode()
+    return "".join(json.dumps({"id": i, "text": text}, ensure_ascii=False) + "\n" for i, text in enumerate(rows)).encode()
 
 
 def array(indent: int | None = None, rows: Any = ROWS) -> bytes:
@@ -102,6 +103,7 @@ GOOD: dict[str, tuple[str, bytes, list[str | None]]] = {
     "jsonl.bz2": ("A.Jsonl.BZ2", bz2.compress(jsonl()), ROWS),
     "jsonl after a byte order mark": ("a.jsonl", codecs.BOM_UTF8 + jsonl(), ROWS),
     "jsonl in UTF-16": ("a.jsonl", jsonl().decode().encode("utf-16"), ROWS),
+    "jsonl in UTF-16, longer in UTF-8": ("a.jsonl", jsonl(KANJI).decode().encode("utf-16"), KANJI),
     "jsonl with CRLF and empty lines": ("a.jsonl", jsonl().replace(b"\n", b"\r\n\r\n"), ROWS),
     "jsonl without a last newline": ("a.jsonl", jsonl()[:-1], ROWS),
     "jsonl with invalid UTF-8": ("a.jsonl", b'{"text": "a\xffb"}\n', ["a\ufffdb"]),

@@ -80,19 +80,24 @@ def test_transformers_computes_and_continues_the_same(tmp_path: Path, tied: bool
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (not tied)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tied", "context", "words"), [(False, 32, 1), (True, 300, 7)])
 def test_pipelines_batches_and_collators_take_the_folder_as_it_is(
-    tmp_path: Path, tied: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tied: bool,
+    context: int,
+    words: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     torch.manual_seed(0)
-    model = GPTModel(replace(CONFIG, tie_weights=tied)).eval()
+    model = GPTModel(replace(CONFIG, tie_weights=tied, context_length=context)).eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("scale" in name), std=0.1)
     export.write_model(tmp_path, model, get_tokenizer("bytes"))
     pipeline = transformers.pipeline("text-generation", model=str(tmp_path))
-    for _ in range(10):  # without a limit it would go on past the last of 32 positions
-        assert pipeline("Return the")[0]["generated_text"].startswith("Return the")
+    for _ in range(10):  # without a limit it would go on past the last position
+        assert pipeline("Return the" * words)[0]["generated_text"].startswith("Return the" * words)
     tokenizer, theirs = transformers.AutoTokenizer.from_pretrained(tmp_path), pipeline.model
     prompts = ["Return the", "a", "if x"]
     together = theirs.generate(
