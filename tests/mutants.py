@@ -59,7 +59,8 @@ def run_tests(tests: Iterable[str], *options: str, mutant: Mutant | None = None)
         if mutant:
             (project / mutant.file).write_text(mutated(mutant), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *tests]
-        env = {**os.environ, "PRELOAD": "ddp_train,torch._dynamo"} if mutant else None
+        hasty = {"PRELOAD": "ddp_train,torch._dynamo", "WITHOUT_SHRINKING": "1"}
+        env = {**os.environ, **hasty} if mutant else None
         with subprocess.Popen(
             command,
             cwd=project,

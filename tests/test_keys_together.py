@@ -24,8 +24,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import MODEL, Sandbox, write_dataset
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from properties import EXAMPLES
 from torch import Tensor
 
 import ddp_train
@@ -45,9 +46,6 @@ from basemodel.training.stopping import StopSignal
 LENGTH = 4
 SHAPE = {"vocab_size": 1024, "tokenizer": "bytes", "context_length": LENGTH, "emb_dim": 4}
 SHAPE = {**MODEL, **SHAPE, "n_layers": 1, "n_heads": 1}
-EXAMPLES = settings(
-    deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck), max_examples=50
-)
 FEWER = settings(EXAMPLES, max_examples=20)
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from properties import EXAMPLES
 
 from basemodel.common.errors import InputError
 from basemodel.prepare.readers import cut_into_pieces, read_documents
@@ -24,9 +25,6 @@ from basemodel.prepare.sources import Request, Source, find_source
 TEXTS = ["one", "two \u00e9\u4e2d\U0001f600", 'three "quoted", with\na line and <|endoftext|>', "NA", "0012"]
 KANJI = ["\u6f22" * 99] * 9
 ROWS = [*TEXTS, None, ""]
-EXAMPLES = settings(
-    deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck), max_examples=300
-)
 
 
 def zstd(data: bytes) -> bytes:
@@ -51,7 +49,9 @@ def arrow(rows: pyarrow.Table, writer: Callable = pyarrow.ipc.new_stream) -> byt
 
 
 def jsonl(rows: Any = ROWS) -> bytes:
-    return "".join(json.dumps({"id": i, "text": text}, ensure_ascii=False) + "\n" for i, text in enumerate(rows)).encode()
+    return "".join(
+        json.dumps({"id": i, "text": text}, ensure_ascii=False) + "\n" for i, text in enumerate(rows)
+    ).encode()
 
 
 def array(indent: int | None = None, rows: Any = ROWS) -> bytes:
@@ -340,7 +340,7 @@ def written(kind: str, texts: list[str], end: str, *, quoted: bool) -> str:
     return buffer.getvalue()
 
 
-@EXAMPLES
+@settings(EXAMPLES, max_examples=200)
 @given(
     kind=st.sampled_from(["csv", "csv; in Europe", "tsv", "jsonl", "ndjson", "json", "txt"]),
     texts=st.lists(st.text(CHARACTERS, max_size=12), min_size=1, max_size=6),
