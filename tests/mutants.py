@@ -9,18 +9,22 @@ Each mutant is one edit in a copy of the project. It counts as killed only if py
 
 import argparse
 import contextlib
+import itertools
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from forkserver import HEAVY
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ MUTANTS = [
 NOT_COPIED = shutil.ignore_patterns(
     *(".git", ".venv", ".*_cache", "__pycache__", "datasets", "checkpoints", "docs", "*.egg-info")
 )
-SECONDS = 240  # that one mutant's test may take; all of them in an unchanged copy take longer
+SECONDS = 240  # that one mutant's test may take
 
 
 def mutated(mutant: Mutant) -> str:
@@ -52,35 +56,45 @@ def mutated(mutant: Mutant) -> str:
     return text.replace(mutant.old, mutant.new)
 
 
-def run_tests(tests: Iterable[str], *options: str, mutant: Mutant | None = None) -> int | None:
-    """pytest's exit status in a copy of the project; None if it has not come to its end in time."""
-    with tempfile.TemporaryDirectory() as folder:
-        project = Path(shutil.copytree(ROOT, Path(folder) / "project", ignore=NOT_COPIED))
-        if mutant:
-            (project / mutant.file).write_text(mutated(mutant), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *tests]
-        hasty = {"PRELOAD": "ddp_train,torch._dynamo", "WITHOUT_SHRINKING": "1"}
-        env = {**os.environ, **hasty} if mutant else None
-        with subprocess.Popen(
-            command,
-            cwd=project,
-            env=env,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        ) as process:
-            try:
-                return process.wait(SECONDS if mutant else None)
-            except subprocess.TimeoutExpired:
-                return None
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+def run_tests(tests: Iterable[str], project: Path, mutant: Mutant | None = None) -> NoReturn:
+    """Become pytest in a copy of the project, with the edit made and, then, within SECONDS."""
+    os.setsid()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        os.dup2(nowhere, output)
+    options = ["-p", "no:cacheprovider"]
+    if mutant:
+        (project / mutant.file).write_text(mutated(mutant), encoding="utf-8")
+        options += ["-n0", "-x"]
+        os.environ |= {"PRELOAD": "ddp_train,torch._dynamo", "WITHOUT_SHRINKING": "1"}
+        signal.alarm(SECONDS)
+    os.chdir(project)
+    ours = {str(ROOT), str(ROOT / "tests")}
+    sys.path[:] = [str(project / "tests"), *(path for path in sys.path if path not in ours)]
+    os._exit(pytest.main([*options, *tests]))
 
 
-def verdict(mutant: Mutant) -> str:
-    status = run_tests([mutant.test], "-n0", "-x", mutant=mutant)
-    return {1: "killed", 0: "SURVIVED", None: "HUNG"}.get(status, f"NOT RUN (pytest's exit status {status})")
+def statuses(
+    tasks: Iterable[tuple[list[str], Mutant | None]], at_once: int
+) -> Iterator[tuple[Mutant | None, int]]:
+    """Run the tests of each task in a process forked from this one, `at_once` at a time; yield how each
+    ended, as os.waitstatus_to_exitcode says it."""
+    tasks, running = iter(tasks), {}
+    while True:
+        for tests, mutant in itertools.islice(tasks, at_once - len(running)):
+            folder = tempfile.TemporaryDirectory()
+            project = Path(shutil.copytree(ROOT, Path(folder.name, "project"), ignore=NOT_COPIED))
+            if (process := os.fork()) == 0:
+                run_tests(tests, project, mutant)
+            running[process] = mutant, folder
+        if not running:
+            return
+        process, status = os.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)  # what it has started
+        mutant, folder = running.pop(process)
+        folder.cleanup()
+        yield mutant, os.waitstatus_to_exitcode(status)
 
 
 def main() -> None:
@@ -91,14 +105,18 @@ def main() -> None:
     start = time.monotonic()
     for mutant in chosen:
         mutated(mutant)  # that each edit can be made is seen before anything slow
-    if run_tests(sorted({mutant.test for mutant in chosen})) != 0:
+    ((_, status),) = statuses([(sorted({mutant.test for mutant in chosen}), None)], 1)
+    if status != 0:
         raise SystemExit("the tests fail in an unchanged copy; fix that first")
-    with ThreadPoolExecutor(2) as pool:
-        verdicts = []
-        for mutant, said in zip(chosen, pool.map(verdict, chosen), strict=True):
-            print(f"{said:10} {mutant.name:50} {mutant.test}", flush=True)
-            verdicts.append(said)
-    killed = verdicts.count("killed")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as conftest.py does, before PyTorch is imported
+    for name in HEAVY:  # once, in place of once for each mutant
+        with contextlib.suppress(ImportError):
+            import_module(name)
+    killed = 0
+    for mutant, status in statuses((([mutant.test], mutant) for mutant in chosen), 2):
+        said = {1: "killed", 0: "SURVIVED", -signal.SIGALRM: "HUNG"}.get(status, f"NOT RUN (status {status})")
+        print(f"{said:10} {mutant.name:50} {mutant.test}", flush=True)
+        killed += said == "killed"
     print(f"{killed} of {len(chosen)} mutants killed in {time.monotonic() - start:.0f} s")
     sys.exit(killed != len(chosen))
 
