@@ -110,6 +110,8 @@ def test_each_key_has_its_range(tmp_path: Path, config: type, valid: dict, range
             path.write_text(json.dumps(valid | {key: value}))
             found = getattr(read_config(config, path), key)
             assert found == (tuple(value) if isinstance(value, list) else value), key
+        if all(type(value) in (int, float) for value in taken if value is not None):
+            refused = [*refused, True, False, "1", [1], {}]
         for value in refused:
             path.write_text(json.dumps(valid | {key: value}))
             with pytest.raises(InputError) as error:
