@@ -450,6 +450,13 @@ def test_both_limits_of_a_budget_end_a_run_in_time_with_its_schedule_at_its_end(
     assert max(watched.rates) == 0.5
     again = Watched(done_before=done, seconds=watched.seconds)
     assert "is finished" in runs.train(sandbox, again, "--resume")[1] and not again.batches
+    # Twice as much, when the first half is spent.
+    train |= {key: train[key] and 2 * train[key] for key in ("max_hours", "max_usd")}
+    sandbox.write_run("tiny", SHAPE, {"global_batch_size": ..., **train})
+    if done < steps:
+        assert runs.train(sandbox, again, "--resume")[0] == 0
+        took = sandbox.status()["paid_seconds"]
+        assert took <= 2 * limit and (again.step == steps or took > 2 * (0.98 * limit - validation - step))
 
 
 @FEWER

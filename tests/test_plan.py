@@ -10,7 +10,7 @@ import footprint as memory_check
 import pytest
 import roofline as speed_check
 import torch
-from helpers import TRAIN, Sandbox, refused, run_script
+from helpers import Sandbox, refused, run_script
 from test_inside_a_run import CLOCK
 
 import checkpointing
@@ -268,32 +268,6 @@ LONG = {
     "validation_interval": 20,
     "validation_batches": 10,
 }
-
-
-def test_a_run_ends_in_time_with_its_schedule_finished(sandbox: Sandbox) -> None:
-    """At 16 s a step and 30 s a validation, 1,800 s are enough for some 90 of 1,000 steps."""
-    budget = {"max_usd": 1.0, "usd_per_hour": 2.0, "checkpoint_interval": 1000}
-    sandbox.write_run(train=LONG | budget)
-    (out,) = sandbox.launch("tiny", processes=1, before=CLOCK)
-    assert out.returncode == 0, out.stderr
-    status, rates = sandbox.status(), sandbox.metrics(key="learning_rate")
-    steps = status["step"]
-    assert status["status"] == "finished" and status["total_steps"] == steps == len(rates)
-    assert 1800 * 0.95 < status["seconds"] <= 1800 and 0.95 < status["cost_usd"] <= 1.0
-    assert rates[-1] == pytest.approx(TRAIN["learning_rate"] / (round(0.6 * steps) + 1)), (
-        "the last of the fall"
-    )
-    assert rates[int(0.3 * steps)] == TRAIN["learning_rate"]
-    assert sandbox.meta()["global_step"] == steps
-
-    again = sandbox.train("tiny", "--resume")
-    assert f"already has all {steps} steps" in again
-    sandbox.write_run(train=LONG | budget | {"max_usd": 2.0})
-    (out,) = sandbox.launch("tiny", "--resume", processes=1, before=CLOCK)
-    assert out.returncode == 0, out.stderr
-    status, rates = sandbox.status(), sandbox.metrics(key="learning_rate")
-    assert 3600 * 0.95 < status["seconds"] <= 3600 and 1.8 * steps < status["step"] < 2.2 * steps
-    assert rates[steps + 2] > 20 * rates[steps - 1] and rates[-1] < 0.02 * TRAIN["learning_rate"]
 
 
 def test_time_lost_in_a_crash_is_paid_for(sandbox: Sandbox) -> None:

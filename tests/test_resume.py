@@ -113,19 +113,6 @@ def test_sigterm_to_one_process_checkpoints_all_and_the_run_goes_on_to_the_same_
     assert_same_end(sandbox, "whole", "stopped")
 
 
-def test_without_validation_the_mean_loss_since_the_last_checkpoint_decides_what_is_best(
-    sandbox: Sandbox,
-) -> None:
-    sandbox.write_run(train={"learning_rate": 0.5, "checkpoint_interval": 2, "min_train_tokens": 7 * 8 * 16})
-    sandbox.train()
-    losses = sandbox.metrics()
-    means = [sum(part) / len(part) for part in (losses[:2], losses[2:4], losses[4:6], losses[6:])]
-    assert [sandbox.meta(index=i)["train_loss"] for i in range(4)] == pytest.approx(means)
-    best = means.index(min(means))
-    assert best != 3, "the last one is best, and this shows nothing"
-    assert (sandbox.run_dir() / "checkpoints/best").readlink().name == sandbox.checkpoints()[best].name
-
-
 def test_a_checkpoint_can_be_named(sandbox: Sandbox) -> None:
     sandbox.write_run(train={"checkpoint_interval": 3, "learning_rate": 0.5})
     sandbox.train()

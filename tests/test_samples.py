@@ -1,7 +1,6 @@
 """Samples while training: what the model says is kept and shown, and training does not notice."""
 
 import json
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from helpers import (
     assert_same_tensors,
     make_sandbox,
     refused,
-    step_reached,
-    wait_for,
 )
 from safetensors.torch import load_file
 
@@ -27,7 +24,7 @@ from basemodel.model.generation import Sampling, continuations
 from basemodel.model.weights import load_model
 from basemodel.results.reporting import continue_prompts
 from basemodel.training.run import Run, open_data
-from basemodel.training.run_folder import read_samples, set_earlier_results_aside
+from basemodel.training.run_folder import read_samples
 from basemodel.training.schedule import BatchPlan
 from gpt import GPTModel
 
@@ -87,23 +84,6 @@ def test_samples_are_what_the_model_of_that_step_says(sampled: tuple[Sandbox, st
     assert lines[-1]["text"] != lines[1]["text"], "it has learned something"
     samples = [line for line in shown.splitlines() if line.startswith(("step 30: 12: ", r"step 30: \n()"))]
     assert len(samples) == 2, "each in one line"
-
-
-def test_a_run_that_is_killed_and_stopped_has_each_sample_once(tmp_path: Path) -> None:
-    sandbox = sampling_sandbox(tmp_path, "whole", "halted", interval=3)
-    sandbox.train("whole")
-    for reached, number in ((13, signal.SIGKILL), (19, signal.SIGTERM)):
-        script = sandbox.start("halted", "--resume")
-        wait_for(step_reached(sandbox, "halted", reached), f"step {reached}")
-        script.signal(number)
-        script.wait()
-    sandbox.train("halted", "--resume")
-    samples = [sandbox.run_dir(run) / "samples.jsonl" for run in ("whole", "halted")]
-    assert samples[0].read_text() == samples[1].read_text()
-    assert len(read_samples(samples[0])) == 2 * 10
-    assert_same_tensors(sandbox.final_tensors("whole"), sandbox.final_tensors("halted"))
-    aside = set_earlier_results_aside(sandbox.run_dir("halted"))
-    assert (aside / "samples.jsonl").exists() and not samples[1].exists(), "as when it starts afresh"
 
 
 def test_the_other_processes_wait_and_a_failure_is_a_warning(sandbox: Sandbox) -> None:
