@@ -43,7 +43,7 @@ MUTANTS = [
     Mutant(**entry) for entry in tomllib.loads(Path(__file__).with_suffix(".toml").read_text())["mutant"]
 ]
 NOT_COPIED = shutil.ignore_patterns(
-    *(".git", ".venv", ".*_cache", "__pycache__", "datasets", "checkpoints", "docs", "*.egg-info")
+    *(".git", ".venv", ".*_cache", "__pycache__", "datasets", "checkpoints", "*.egg-info")
 )
 SECONDS = 240  # that one mutant's test may take
 

@@ -476,6 +476,17 @@ def test_a_node_that_joins_later_restarts_the_run_where_it_was(tmp_path: Path, w
         assert not list(sandbox.run_dir("joined").glob("earlier-*"))
 
 
+def test_launches_have_names_of_their_own_and_their_attempts_have_not(monkeypatch) -> None:
+    """By the folders that torchrun makes, whatever its --rdzv_id."""
+
+    def launcher(folder: str, attempt: int = 0) -> tuple[str, ...]:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "same")
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/{folder}/same_x/attempt_{attempt}/0/error.json")
+        return processes.World(0, 0, 1, 1, torch.device("cpu"), control=None).launchers()
+
+    assert launcher("torchelastic_a") == launcher("torchelastic_a", 1) != launcher("torchelastic_b")
+
+
 def is_asked_to_stop(process: int) -> bool:
     """Whether a stopped process has a SIGTERM to look at once it goes on."""
     pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)[1]
