@@ -115,8 +115,6 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON: {error.msg} at line {error.lineno}") from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise

@@ -67,10 +67,8 @@ def load_tasks(names: Sequence[str], folders: Sequence[Path], fewshot: int | Non
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 raise InputError(f"task '{name}' runs code of the model or shows pictures; choose another")
             own_fewshot = task.get_config("num_fewshot")
-            if fewshot is not None and own_fewshot != 0:  # 0 in its file means that examples make no sense
-                task.set_config("num_fewshot", fewshot)
-            elif own_fewshot is None:
-                task.set_config("num_fewshot", 0)
+            if own_fewshot != 0:  # in its file 0 means that examples make no sense
+                task.set_config("num_fewshot", (own_fewshot or 0) if fewshot is None else fewshot)
             task.set_fewshot_seed(SEED)
     return loaded
 

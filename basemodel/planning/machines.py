@@ -103,8 +103,7 @@ def gpu_of(device_name: str, memory_gib: float = 0.0) -> GPU | None:
 
 def peak_flops(device_name: str) -> float | None:
     """The peak rate of a device in FLOP/s, by its name; None for an unknown one."""
-    gpu = gpu_of(device_name)
-    return 1e12 * gpu.tflops if gpu else None
+    return 1e12 * gpu.tflops if (gpu := gpu_of(device_name)) else None
 
 
 def device_memory_gib() -> float:

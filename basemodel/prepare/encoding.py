@@ -232,8 +232,7 @@ def _end_with_parent() -> None:
 
 
 def sample_texts(pieces: list[Piece], settings: Settings) -> Iterator[str]:
-    """About SAMPLE_BYTES of the training documents: the first ones of each piece, in proportion to its size.
-    Raises InputError."""
+    """About SAMPLE_BYTES of training documents: the first of each piece, by its size. Raises InputError."""
     share = min(1.0, SAMPLE_BYTES / max(1, sum(piece.size for piece in pieces)))
     for piece in pieces:
         room = piece.size * share
