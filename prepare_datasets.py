@@ -177,8 +177,7 @@ def add_tokenizer(folder: Path, file: str | None, source: Source, settings: Sett
 def lay_out_text(
     source: Source, parts_dir: Path, settings: Settings, vocabulary: Path | None, workers: int
 ) -> tuple[Layout, dict[str, Any], list[str]]:
-    """Encode the source's text. Returns where each split's tokens are, counts for meta.json, and excerpts.
-    Raises InputError."""
+    """Encode the text. Returns where each split's tokens are, counts, and excerpts. Raises InputError."""
     counts = {"revision": source.commit, "files_read": len(source.files), "files_skipped": source.skipped}
     if source.nanogpt:
         tokenizer = get_tokenizer(settings.tokenizer, settings.folder)

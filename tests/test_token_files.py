@@ -352,13 +352,19 @@ def test_the_plan_needs_all_files(sandbox: Sandbox, far: Hub) -> None:
     assert far.requests == []
 
 
-def test_what_stands_in_for_tokens_or_weights_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 999\n", "Git LFS pointer"),
+        (b"\x93NUMPY\x01\0v\0{'descr': '<u2', 'fortran_order': False}", "NumPy array with a header"),
+    ],
+)
+def test_what_stands_in_for_tokens_or_weights_is_named(tmp_path: Path, start: bytes, what: str) -> None:
     """Of an even number of bytes, so that it could be uint16 too."""
-    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 999\n"
     for name in ("train.bin", "val.bin", "train.safetensors"):
-        (tmp_path / name).write_bytes(pointer)
+        (tmp_path / name).write_bytes(start + b" " * (len(start) % 2))
         assert (tmp_path / name).stat().st_size % 2 == 0
     path = tmp_path / "train.safetensors"
     for read in (TokenFile, read_file, lambda _: lay_out_nanogpt(tmp_path, get_tokenizer("bytes"))):
-        with pytest.raises(InputError, match="Git LFS pointer, not the file itself"):
+        with pytest.raises(InputError, match=f"{what}, not the file itself"):
             read(path)

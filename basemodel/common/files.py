@@ -27,13 +27,15 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def refuse_stand_in(path: Path) -> None:
-    """Raise InputError if a file is in fact a Git LFS pointer or an HTML page from a server."""
+    """Raise InputError if a file is in fact a Git LFS pointer, an HTML page or an array in .npy."""
     with path.open("rb") as file:
         start = file.read(200).removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         what, fix = "a Git LFS pointer", "fetch the file with: git lfs pull"
     elif start.startswith((b"<!doctype html", b"<html")):
         what, fix = "an HTML page", "download it again, or take the text out of it"
+    elif start.startswith(b"\x93numpy"):
+        what, fix = "a NumPy array with a header", "write the numbers alone, with tofile()"
     else:
         return
     raise InputError(f"{path}: is {what}, not the file itself; {fix}")

@@ -119,8 +119,7 @@ def _check_column(path: Path, schema: Any, text_column: str) -> None:
 
 
 def _place_of(text_column: str, names: list[str], where: str) -> int:
-    """The position of the text among columns of these names, or keys. Raises InputError unless it occurs
-    exactly once."""
+    """The position of the text among columns of these names, or keys. Raises InputError unless it is one."""
     if (count := names.count(text_column)) > 1:
         raise InputError(f"{where} has {count} columns named '{text_column}'; rename all but one of them")
     if count == 0:
