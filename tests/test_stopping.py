@@ -399,6 +399,7 @@ def torchrun() -> Iterator[Callable[..., Script]]:
 
     yield start
     for agent in agents:
+        print(agent.stdout, agent.stderr, sep="\n")  # for whoever looks into a failure
         if not agent.has_ended:
             kill_node(agent)
 
@@ -439,16 +440,31 @@ def test_a_node_that_was_killed_and_started_again_is_taken_back(
             *("--nnodes=2", "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"),
             "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=5",
         )
-        nodes = [torchrun(sandbox, "killed", *launch) for _ in range(2)]
+        nodes = [torchrun(sandbox, "killed", *launch)]
+        wait_for(lambda: listens(nodes[0].pid, port), "the node that holds the rendezvous")
+        nodes.append(torchrun(sandbox, "killed", *launch))
         wait_for(step_reached(sandbox, "killed", 7), "the seventh step")
-        # The one that holds the rendezvous stays.
-        other = next(node for node in nodes if not listens(node.pid, port))
-        kill_node(other)
-        nodes[nodes.index(other)] = torchrun(sandbox, "killed", *launch)
+        kill_node(nodes.pop())
+        nodes.append(torchrun(sandbox, "killed", *launch))
         for node in nodes:
             done = node.wait(120)
             assert done.returncode == 0, done.stderr
     assert_same_end(sandbox, "killed", "whole")
+
+
+# Else the run could be over before the other node is there.
+STOPPED_ONCE = """
+import os, signal
+from basemodel.results.reporting import Reporter
+log = Reporter.step
+def step(self, number, *arguments):
+    log(self, number, *arguments)
+    marker = self.run.directory / "stopped"
+    if number == 7 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+Reporter.step = step
+"""
 
 
 def test_a_node_that_joins_later_restarts_the_run_where_it_was(tmp_path: Path, whole: Path, torchrun) -> None:
@@ -460,10 +476,9 @@ def test_a_node_that_joins_later_restarts_the_run_where_it_was(tmp_path: Path, w
             *("--nnodes=1:2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{holder.getsockname()[1]}"),
             *("--rdzv_id=same", "--rdzv_conf=last_call_timeout=1"),
         )
-        nodes = [torchrun(sandbox, "joined", *launch)]
-        wait_for(step_reached(sandbox, "joined", 7), "the seventh step")
+        nodes = [torchrun(sandbox, "joined", *launch, before=STOPPED_ONCE)]
+        wait_for((sandbox.run_dir("joined") / "stopped").exists, "the seventh step")
         (worker,) = children_of(nodes[0].pid)
-        os.kill(worker, signal.SIGSTOP)  # else the run could be over before the other node is there
         nodes.append(torchrun(sandbox, "joined", *launch))
         wait_for(lambda: is_asked_to_stop(worker), "the first launcher to notice the second")
         os.kill(worker, signal.SIGCONT)
