@@ -7,15 +7,20 @@ import json
 import math
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
-from helpers import MODEL, Sandbox, refused, run_python, run_script, write_dataset
+from helpers import MODEL, TRAIN, Sandbox, refused, run_python, run_script, write_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+from properties import EXAMPLES
 
 import compare_runs
 from basemodel.common.errors import InputError
@@ -151,6 +156,48 @@ def test_the_chart_holds_what_it_draws(
     assert train == [[50, 5.0], [500, 4.0], [1000, 3.0]]
     assert validation == [[500, 5.5], [1000, 3.5]]
     assert axes.get_ylim()[1] >= 5.5
+
+
+@EXAMPLES
+@given(rng=st.randoms(use_true_random=True))
+def test_a_runs_figures_are_those_of_its_metrics(
+    tmp_path_factory: pytest.TempPathFactory, rng: Random
+) -> None:
+    """Of steps that read halves at first, validate now and then, are logged in two lines by a stop between
+    step and validation, or not finite."""
+    steps, halves = rng.randint(1, 30), rng.choice([0, 4])
+    lines, tokens, seconds, speeds, validations, validating, train = [], 0, 0.0, [], [], 0.0, []
+    for step in range(steps + 1):
+        line = {"step": step}
+        if step:
+            tokens += 32 if step <= halves else 64
+            seconds, loss = seconds + rng.uniform(1, 3), rng.choice([None, rng.uniform(2, 4)])
+            speeds.append(rng.uniform(10, 50))
+            line |= {"train_loss": loss, "tokens_per_second": speeds[-1]}
+            train += [] if loss is None else [(tokens, loss)]
+        line |= {"tokens": tokens, "seconds": seconds}
+        lines.append(dict(line))
+        if rng.random() < 0.3 or step == 0:
+            seconds, validating, loss = seconds + 2, validating + 2, rng.uniform(2, 4)
+            validations.append((tokens, loss))
+            more = {"val_loss": loss, "validation_seconds": 2.0, "seconds": seconds}
+            if rng.choice([True, False]):
+                lines.append({"step": step, "tokens": tokens, **more})
+            else:
+                lines[-1] |= more
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    folder.mkdir()
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    (folder / "train.json").write_text(json.dumps(TRAIN))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"step": 99, "tok')
+    run = read_run(folder.parent, "tiny")
+    assert (run.tokens, run.seconds) == (tokens, pytest.approx(seconds))
+    assert run.global_batch == (2 if steps <= halves else 4)
+    assert run.validation_loss == min(loss for _, loss in validations)
+    assert run.curves["validation"] == validations and run.curves["train"] == train
+    assert run.tokens_per_second == statistics.median(speeds)
+    assert run.validation_share == pytest.approx(validating / seconds)
 
 
 def test_the_share_of_validation_follows_from_the_metrics(tmp_path: Path) -> None:

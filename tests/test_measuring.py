@@ -1,15 +1,21 @@
 """test_loss.py measures the same loss as an independent sum over tokens."""
 
+import itertools
 import json
 import math
 import statistics
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
 from click.testing import CliRunner
 from helpers import MODEL, Sandbox, option_defaults, write_dataset, write_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from properties import EXAMPLES
 
 from basemodel.common.errors import InputError
 from basemodel.data.sequences import Sequences
@@ -17,6 +23,7 @@ from basemodel.data.token_files import TokenFiles
 from basemodel.data.tokenizer import get_tokenizer
 from basemodel.evaluation.measurements import read_test_loss
 from basemodel.model.config import GPTConfig
+from basemodel.model.weights import load_model
 from gpt import GPTModel
 from test_loss import main, mean_and_error, sequence_losses
 
@@ -77,6 +84,50 @@ def test_figures_are_those_of_a_sum_token_by_token(
     printed = {name: float(value) for name, value in figures(output).items()}
     assert printed == expected
     assert list(printed) == list(expected)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    files = write_model(tmp_path_factory.mktemp("checkpoint"))
+    (files[1].parent / "meta.json").write_text("{}")
+    return files
+
+
+@settings(EXAMPLES, max_examples=20)
+@given(rng=st.randoms(use_true_random=True))
+def test_any_slice_in_any_batches_measures_what_a_slow_sum_does(
+    checkpoint: tuple[Path, Path], rng: Random
+) -> None:
+    """Sequences of any length up to the model's, within documents or not, and fewer than were asked for."""
+    length, start = rng.randint(1, 16), rng.randint(0, 30)
+    tokens = [
+        rng.choice([256, *b"ab c"]) for _ in range(start + length * rng.randint(1, 9) + rng.randint(1, 9))
+    ]
+    asked, masked = rng.randint(length, 9 * length), rng.choice([True, False])
+    sandbox = Sandbox(checkpoint[0].parent)
+    write_dataset(sandbox.datasets / "test/texts", validation=np.array(tokens, np.uint16))
+    options = ["--start-token", start, "--tokens", asked, "--context-length", length]
+    options += ["--batch-size", rng.randint(1, 5), *(["--document-masking"] if masked else [])]
+    measure(sandbox, *checkpoint, *options)
+
+    model, losses, size = load_model(*checkpoint), [], 0
+    for first in range(start, min(start + asked // length * length, len(tokens) - length), length):
+        row = tokens[first : first + length + 1]
+        starts = [0, *(i for i in range(1, length) if masked and row[i] == 256), length]
+        nats = 0.0
+        for begin, end in itertools.pairwise(starts):
+            logits = model(torch.tensor([row[begin:end]]))[0].double().log_softmax(-1)
+            nats -= sum(logits[i, row[begin + i + 1]].item() for i in range(end - begin))
+        losses.append(nats / length)
+        size += sum(token != 256 for token in row[1:])
+    found = read_test_loss(checkpoint[1].parent)
+    assert (found.tokens, found.context_length) == (len(losses) * length, length)
+    assert found.loss == pytest.approx(statistics.mean(losses), rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(statistics.mean(losses)), rel=1e-4)
+    spread = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
+    assert found.standard_error == (spread if spread is None else pytest.approx(spread, rel=1e-3, abs=1e-6))
+    bits = sum(losses) * length / math.log(2) / size if size else None
+    assert found.bits_per_byte == (bits if bits is None else pytest.approx(bits, rel=1e-5))
 
 
 def test_defaults_are_the_published_test_set() -> None:
