@@ -281,7 +281,8 @@ class Trainer:
             result = self.learner.train_step(microbatches, run.learning_rate_at(step), stop=bool(stop))
             progress.global_step += 1
             self.budget.move_end(progress.global_step, self.clock)
-            due = run.has_work_after(progress.global_step)  # a validation, samples or a checkpoint
+            late = self._checkpoint_minutes_are_up()
+            due = late or run.has_work_after(progress.global_step)  # a validation, samples or a checkpoint
             progress.settled = not due
 
             # A GPU's results are read one step late, or it would wait for Python; before such work, at once.
@@ -294,7 +295,7 @@ class Trainer:
                 return False
 
             if due:
-                if not self._validate_and_save(stop):
+                if not self._validate_and_save(stop, late=late):
                     return False
                 steps.restart_clock()
             self.saver.check()  # raises the error of a save that failed in the background
@@ -324,8 +325,13 @@ class Trainer:
                     raise Diverged(f"{problem}; {self.progress.skipped} steps in a row were skipped")
                 self.reporter.say(f"Skipped the update: {problem}")
 
-    def _validate_and_save(self, stop: stopping.StopSignal) -> bool:
-        """Validate, sample and save, each if due after this step, and redraw the chart.
+    def _checkpoint_minutes_are_up(self) -> bool:
+        """Whether a checkpoint is due by checkpoint_minutes and the first process's clock."""
+        minutes = self.run.config.checkpoint_minutes
+        return minutes is not None and self.world.broadcast(self.clock.minutes_unsaved() >= minutes)
+
+    def _validate_and_save(self, stop: stopping.StopSignal, *, late: bool = False) -> bool:
+        """Validate, sample and save, each if due after this step or, a checkpoint, `late`; redraw the chart.
 
         Returns False if a signal arrives during validation. The resumed run repeats the validation, so that
         it picks the same best checkpoint as an uninterrupted run.
@@ -337,7 +343,7 @@ class Trainer:
         if run.samples_after(step):
             world.agree(lambda: self.reporter.sample(self.learner.model, step), on=world.is_first)
         progress.settled = True
-        if run.saves_after(step):
+        if late or run.saves_after(step):
             self._save()
         if step < run.plan.steps:  # the final chart is drawn when the run finishes
             self.reporter.chart()

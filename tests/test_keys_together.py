@@ -473,6 +473,31 @@ def test_both_limits_of_a_budget_end_a_run_in_time_with_its_schedule_at_its_end(
 
 
 @FEWER
+@given(rng=RANDOMS)
+def test_checkpoint_minutes_save_after_the_first_step_that_ends_late_enough(runs: Runs, rng: Random) -> None:
+    """By a clock that only steps and validations move."""
+    step, validation, minutes, interval = (rng.randint(1, most) for most in (90, 200, 8, 12))
+    train = {
+        "microbatch_size": 1,
+        "min_train_tokens": 30 * LENGTH,
+        "validation_interval": interval,
+        "validation_batches": 1,
+        "checkpoint_minutes": minutes / 2,
+    }
+    expected, since = [], validation
+    for number in range(1, 31):
+        since += step
+        late, validates = since >= 30 * minutes, number % interval == 0 or number == 30
+        since += validation if validates else 0
+        if late or validates:
+            expected.append(number)
+            since = 0
+    sandbox, watched = runs.sandbox(200, train), Watched(seconds={"step": step, "validation": validation})
+    assert runs.train(sandbox, watched)[0] == 0
+    assert [sandbox.meta(index=i)["global_step"] for i in range(len(sandbox.checkpoints()))] == expected
+
+
+@FEWER
 @given(drawn=trainings(), room=st.integers(3, 60), gradients=st.integers(0, 2))
 def test_the_search_counts_what_accumulation_takes_however_it_is_asked_for(
     runs: Runs, drawn: tuple[int, dict[str, Any]], room: int, gradients: int

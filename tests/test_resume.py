@@ -113,6 +113,32 @@ def test_sigterm_to_one_process_checkpoints_all_and_the_run_goes_on_to_the_same_
     assert_same_end(sandbox, "whole", "stopped")
 
 
+# A step takes 16 s by the first process's clock, and half an hour by any other's.
+CLOCKS = f"""{NO_CHART}
+import os, time
+from torch.optim.optimizer import register_optimizer_step_post_hook
+now = [1000.0]
+time.monotonic = lambda: now[0]
+def go_on(*_):
+    now[0] += 16 if os.environ.get("RANK", "0") == "0" else 1800
+register_optimizer_step_post_hook(go_on)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_checkpoints_by_the_clock_are_those_of_the_first_process_and_resumed_from_exactly(
+    sandbox: Sandbox, processes: int
+) -> None:
+    for run, minutes in (("whole", {}), ("timed", {"checkpoint_minutes": 0.5})):
+        sandbox.write_run(run, DROPOUT, {**SCHEDULE, **minutes})
+        sandbox.train(run, processes=processes, before=CLOCKS)
+    assert [path.name.split("-")[-1] for path in sandbox.checkpoints("timed")] == ["2", "4", "6", "8"]
+    for path in sandbox.checkpoints("timed")[2:]:
+        shutil.rmtree(path)
+    assert "Resuming after step 4" in sandbox.train("timed", "--resume", processes=processes)
+    assert_same_tensors(sandbox.final_tensors("whole"), sandbox.final_tensors("timed"))
+
+
 def test_a_checkpoint_can_be_named(sandbox: Sandbox) -> None:
     sandbox.write_run(train={"checkpoint_interval": 3, "learning_rate": 0.5})
     sandbox.train()

@@ -104,9 +104,11 @@ def print_lines(lines: dict[str, str]) -> None:
 
 def checkpoints_in_words(run: Run) -> str:
     """How many checkpoints the run keeps, and their size."""
-    count, keep = run.saves_from(0), run.config.keep_checkpoints
-    count = count if keep is None else min(count, keep + 1)
-    return f"{count} checkpoints, {count * run.checkpoint_bytes / 1e9:.2f} GB"
+    count, keep, minutes = run.saves_from(0), run.config.keep_checkpoints, run.config.checkpoint_minutes
+    if keep is not None:
+        count = keep + 1 if minutes else min(count, keep + 1)
+    more = f", and one every {minutes:g} minutes" if minutes and keep is None else ""
+    return f"{count} checkpoints, {count * run.checkpoint_bytes / 1e9:.2f} GB{more}"
 
 
 def plan_on_machines(run: Run, datasets_dir: Path | None, asked: Elsewhere) -> None:

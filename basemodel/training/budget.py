@@ -29,6 +29,7 @@ class Clock:
         self.batch_seconds: float | None = None  # per full global batch, a moving average
         self.pauses = {"validation": 0.0, "checkpoint": 0.0, "chart": 0.0}  # seconds that the last one took
         self._started = time.monotonic() - seconds
+        self._saved = time.monotonic()
         paid = read_status(run.directory).get("paid_seconds") if step else None
         self._lost = max(0.0, paid - seconds) if isinstance(paid, float) else 0.0
 
@@ -51,6 +52,12 @@ class Clock:
         start = time.monotonic()
         yield
         self.pauses[kind] = time.monotonic() - start
+        if kind == "checkpoint":
+            self._saved = time.monotonic()
+
+    def minutes_unsaved(self) -> float:
+        """Minutes since the last checkpoint, or since training started or was resumed."""
+        return (time.monotonic() - self._saved) / 60
 
     def seconds(self) -> float:
         """Seconds of training so far, including those before the run was resumed."""

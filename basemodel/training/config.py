@@ -80,6 +80,9 @@ class TrainConfig:
     checkpoint_interval: int | None = key(
         "global steps between checkpoints; null: same as validation_interval", None, above=0
     )
+    checkpoint_minutes: float | None = key(
+        "minutes between checkpoints, in place of checkpoint_interval; null: by steps", None, above=0
+    )
     keep_checkpoints: int | None = key("newest checkpoints kept besides the best; null: all", None, above=0)
     random_seed: int = key("seed for weights, dropout and shuffling", 42, min=0, below=2**63)
     usd_per_hour: float | None = key(
@@ -129,6 +132,8 @@ class TrainConfig:
             raise InputError("max_usd needs usd_per_hour, the price of the machine")
         if self.validation_interval is not None and self.validation_batches <= 0:
             raise InputError("validation_batches must be at least 1 when validation_interval is set")
+        if None not in (self.checkpoint_interval, self.checkpoint_minutes):
+            raise InputError("checkpoint_interval and checkpoint_minutes exclude each other; leave one out")
         if self.sample_interval is not None and not self.sample_prompts:
             raise InputError("sample_prompts must have at least one prompt when sample_interval is set")
 

@@ -30,7 +30,7 @@ from gpt import GPTModel
 FREE_ON_RESUME = {
     *("microbatch_size", "gradient_accumulation_steps", "global_batch_size", "compile"),  # computed
     *("usd_per_hour", "max_hours", "max_usd"),  # paid for
-    *("checkpoint_interval", "keep_checkpoints"),  # saved
+    *("checkpoint_interval", "checkpoint_minutes", "keep_checkpoints"),  # saved
     *("validation_interval", "validation_batches", "start_val_token"),  # checked
     *("sample_interval", "sample_prompts", "report_to"),  # shown
 }
