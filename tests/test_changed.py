@@ -68,7 +68,13 @@ def test_other_data_or_configs_under_a_resumed_run_are_refused_unless_allowed(sa
 
 FREE = {
     *("microbatch_size", "gradient_accumulation_steps", "global_batch_size", "compile", "usd_per_hour"),
-    *("checkpoint_interval", "keep_checkpoints", "validation_interval", "validation_batches"),
+    *(
+        "checkpoint_interval",
+        "checkpoint_minutes",
+        "keep_checkpoints",
+        "validation_interval",
+        "validation_batches",
+    ),
     *("start_val_token", "sample_interval", "sample_prompts", "report_to", "max_hours", "max_usd"),
 }
 
