@@ -31,16 +31,19 @@ from hypothesis import strategies as st
 from properties import EXAMPLES
 from torch import Tensor
 
+import checkpointing
 import ddp_train
+from basemodel.common.errors import InputError
 from basemodel.data.sequences import Sequences
 from basemodel.model import memory
 from basemodel.model.config import GPTConfig
 from basemodel.planning.estimate import estimate
 from basemodel.planning.machines import Machine, find_machines, read_gpus
-from basemodel.planning.plan import files_in_words
+from basemodel.planning.plan import checkpoints_in_words, files_in_words
 from basemodel.results import reporting, run_chart
 from basemodel.training import budget, pending, run_folder
 from basemodel.training.config import TrainConfig
+from basemodel.training.resume import check_space
 from basemodel.training.run import Run
 from basemodel.training.schedule import plan_batches
 from basemodel.training.stopping import StopSignal
@@ -495,6 +498,21 @@ def test_checkpoint_minutes_save_after_the_first_step_that_ends_late_enough(runs
     sandbox, watched = runs.sandbox(200, train), Watched(seconds={"step": step, "validation": validation})
     assert runs.train(sandbox, watched)[0] == 0
     assert [sandbox.meta(index=i)["global_step"] for i in range(len(sandbox.checkpoints()))] == expected
+
+
+def test_checkpoints_by_the_clock_need_room_for_as_many_as_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = GPTConfig(**{**SHAPE, "drop_rate": 0.0})
+    for minutes, said in ((None, "1 checkpoints, "), (5, "3 checkpoints, ")):
+        config = TrainConfig("a/b", 1, 1, keep_checkpoints=2, checkpoint_minutes=minutes)
+        run = Run(tmp_path, config, shape, plan_batches(config, LENGTH, 1, 10))
+        assert checkpoints_in_words(run).startswith(said)
+        monkeypatch.setattr(checkpointing, "free_space", lambda _, run=run: 3.5 * run.checkpoint_bytes)
+        with pytest.raises(InputError, match="4 checkpoints take") if minutes else contextlib.nullcontext():
+            check_space(run, 0)
+    run = replace(run, config=replace(config, keep_checkpoints=None))
+    assert checkpoints_in_words(run).endswith(", and one every 5 minutes")
 
 
 @FEWER

@@ -76,6 +76,8 @@ def find_checkpoint(run: Run, name: str | None, allow_change: bool) -> checkpoin
 def check_space(run: Run, step: int) -> None:
     """Raise InputError if the disk has no room for the checkpoints still to be written after step `step`."""
     to_come, keep = run.saves_from(step), run.config.keep_checkpoints
+    if run.config.checkpoint_minutes and keep:  # nobody knows how many, but no more exist at a time
+        to_come = keep + 2
     checkpointing.require_space(run.checkpoints, to_come, keep, run.checkpoint_bytes)
 
 
