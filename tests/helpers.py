@@ -6,6 +6,7 @@ environment, output and exit status of its own, as if it had been typed. `run_py
 """
 
 import contextlib
+import ctypes
 import inspect
 import json
 import os
@@ -72,10 +73,12 @@ TORTURED_TRAIN = {
     "warmup_period_percent": 10,
 }
 BYTES = {"vocab_size": 257, "tokenizer": "bytes"}
+STANDARD_FILES = ("p2cread", "c2pwrite", "errwrite")  # what subprocess calls a child's
+PR_SET_CHILD_SUBREAPER = 36  # of sys/prctl.h
 # Drawing takes longer than training.
 NO_CHART = "from basemodel.results import run_chart; run_chart.draw_chart = lambda *_: None"
-# Statements for a script that starts others.
-FORKED = f"import helpers; helpers.fork_python(); {NO_CHART}"
+# The last statements before a script that starts others.
+FORKED = f"{NO_CHART}; import helpers; helpers.fork_python()"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -166,42 +169,83 @@ def be_python(words: list[str], env: dict[str, str], before: str = "") -> None:
 
 
 def fork_python() -> None:
-    """Have the Python commands that this process starts from now on forked from it, by `subprocess` itself in
-    all but how the process comes to be."""
+    """Have the Python commands that this process starts from now on forked from a copy of what it is now, by
+    `subprocess` itself in all but how the process comes to be.
+
+    Not from the process itself: its threads may hold locks that nobody would release in a fork.
+    """
     execute = subprocess.Popen._execute_child
     names = list(inspect.signature(execute).parameters)[1:]
+    requests, served = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # the parent of what the copy forks and disowns
+    if os.fork() == 0:
+        requests.close()
+        _serve_forks(served)
+    served.close()
 
     def fork(popen: subprocess.Popen, *values: Any) -> None:
         start = dict(zip(names, values, strict=True))
         if start["args"][0] != sys.executable:
             execute(popen, *values)
             return
-        popen.pid = os.fork()
-        if popen.pid == 0:
-            _be_forked(**start)
+        files = {number: start[name] for number, name in enumerate(STANDARD_FILES) if start[name] != -1}
+        asked = {name: start[name] for name in ("start_new_session", "process_group")}
+        asked |= {"args": list(map(str, start["args"])), "cwd": str(start["cwd"] or Path.cwd())}
+        asked |= {"env": dict(os.environ if start["env"] is None else start["env"]), "files": list(files)}
+        socket.send_fds(requests, [json.dumps(asked).encode()], list(files.values()))
+        popen.pid = int(requests.recv(20))
         popen._child_created = True
         popen._close_pipe_fds(*values[names.index("p2cread") : names.index("errwrite") + 1])
 
     subprocess.Popen._execute_child = fork
 
 
-def _be_forked(args: list[str], cwd: str | None, env: dict[str, str] | None, **start: Any) -> None:
+def _serve_forks(requests: socket.socket) -> None:
+    """Fork as asked until the one that asks is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    while True:
+        asked, handles, _, _ = socket.recv_fds(requests, 2**20, 3)
+        if not asked:
+            os._exit(0)
+        go_between = os.fork()
+        if go_between == 0:
+            go_between = os.getpid()
+            if os.fork():
+                os._exit(0)
+            while os.getppid() == go_between:
+                time.sleep(0.001)
+            requests.send(str(os.getpid()).encode())  # only now can the one that asks wait for it
+            _be_forked(handles, **json.loads(asked))
+        for handle in handles:
+            os.close(handle)
+        os.waitpid(go_between, 0)
+
+
+def _be_forked(
+    handles: list[int],
+    files: list[int],
+    args: list[str],
+    cwd: str,
+    env: dict[str, str],
+    start_new_session: bool,
+    process_group: int,
+) -> None:
     status = 1
     try:
-        if start["start_new_session"]:
+        if start_new_session:
             os.setsid()
-        elif start["process_group"] >= 0:
-            os.setpgid(0, start["process_group"])
-        for number, name in enumerate(("p2cread", "c2pwrite", "errwrite")):
-            if start[name] != -1:
-                os.dup2(start[name], number)
-        # Nothing that is open is shared, yet each number stays taken: objects of the parent may close theirs.
+        elif process_group >= 0:
+            os.setpgid(0, process_group)
+        for handle, number in zip(handles, files, strict=True):
+            os.dup2(handle, number)
+        # Nothing else is shared, yet each number stays taken: objects of the parent may close theirs.
         nowhere = os.open(os.devnull, os.O_RDWR)
         for path in Path("/proc/self/fd").iterdir():
             if int(path.name) > 2:
                 os.dup2(nowhere, int(path.name))
-        os.chdir(cwd or ".")
-        be_python([str(word) for word in args[1:]], dict(os.environ if env is None else env))
+        os.chdir(cwd)
+        be_python(args[1:], env)
         status = 0
     except SystemExit as end:
         status = end.code or 0
@@ -337,6 +381,11 @@ def requested_range(header: str | None, size: int) -> range | None:
 def children_of(process: int) -> list[int]:
     """The processes that a process has started."""
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def forked_children_of(process: int) -> list[int]:
+    """The processes that a process has started since `fork_python`, whose copy of it is its first child."""
+    return children_of(process)[1:]
 
 
 def is_alive(process: int) -> bool:

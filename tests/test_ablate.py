@@ -21,7 +21,7 @@ from helpers import (
     Finished,
     Sandbox,
     Script,
-    children_of,
+    forked_children_of,
     refused,
     run_script,
     wait_for,
@@ -42,7 +42,7 @@ from basemodel.results.study import (
 from basemodel.training.run import Run
 
 VALIDATE = {"validation_interval": 4, "validation_batches": 2}
-QUICK = f"{FORKED}; from basemodel.results import study; study.draw_chart = lambda *_: None"
+QUICK = f"from basemodel.results import study; study.draw_chart = lambda *_: None; {FORKED}"
 
 
 def study_command(sandbox: Sandbox, *options: object) -> list[str]:
@@ -164,7 +164,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_table(sandbox: Sandbox, 
         script = Script(study_command(sandbox, *options), before=QUICK)
         wait_for(lambda moment=moment, script=script: script.has_ended or lines() >= moment, "a step")
         time.sleep(dice.uniform(0, 0.05))
-        trainings = [] if script.has_ended else children_of(script.pid)
+        trainings = [] if script.has_ended else forked_children_of(script.pid)
         for training in trainings[: dice.randrange(2)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(training, signal.SIGKILL)

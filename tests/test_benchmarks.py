@@ -121,7 +121,7 @@ def test_footprint(sandbox: Sandbox) -> None:
 
 def test_gpu(sandbox: Sandbox) -> None:
     """All its parts, in a rehearsal, without the packages that the rented machine may lack."""
-    without = f"{FORKED}; import sys; sys.modules.update(dict.fromkeys({ABSENT}))"
+    without = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); {FORKED}"
     (sandbox.datasets / "test/tokens/meta.json").write_text('{"tokenizer": "bytes", "vocab_size": 257}')
     sandbox.env |= {"CUDA_VISIBLE_DEVICES": ""}
     options = "all", "--tiny", "--datasets-dir", sandbox.datasets, "--out", sandbox.path / "out"
@@ -378,7 +378,7 @@ def test_overlap(sandbox: Sandbox) -> None:
     words = ["--layers", "2", "--width", "32", "--heads", "2", "--context", "16", "--rounds", "1"]
     with reserve_port() as holder:
         envs = [sandbox.env | rank_environment(rank, 2, holder) for rank in range(2)]
-        scripts = [Script(["benchmarks/overlap.py", *words], env, f"{FORKED}\n{eager}") for env in envs]
+        scripts = [Script(["benchmarks/overlap.py", *words], env, f"{eager}\n{FORKED}") for env in envs]
         done = [script.wait() for script in scripts]
     assert [each.returncode for each in done] == [0, 0], done[0].stderr
     sides = (rf"\| {side} \| \d+(, \d+)* \| {SPREAD} \|" for side in ("eager", "compiled"))
@@ -397,7 +397,7 @@ def test_overhead(sandbox: Sandbox) -> None:
 def test_prepare(sandbox: Sandbox) -> None:
     command = "--megabytes", 0.5, "--rounds", 1, "--only", "tiktoken, 1"
     stand_in = "readers.python_docs = lambda: ['Few words do.']"
-    few = f"{FORKED}; from basemodel.prepare import readers; {stand_in}"
+    few = f"from basemodel.prepare import readers; {stand_in}; {FORKED}"
     said = measured(sandbox, "prepare", *command, runs=False, before=few)
     for side in ("plain loop", "tiktoken, 1"):
         assert_lines(said, rf"\| {side} \| {SPREAD} \| {SPREAD} \| {FIGURE} \| {FIGURE}, {FIGURE} \|")

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from helpers import (
     NO_CHART,
     Sandbox,
     Script,
-    children_of,
+    forked_children_of,
     is_alive,
     make_sandbox,
     random_tokens,
@@ -394,7 +395,7 @@ def torchrun() -> Iterator[Callable[..., Script]]:
         command = sandbox.command(run, *options, processes=processes, torchrun=launch)
         # The second: else torchrun (2.13) tells a node that joins later nothing of the store it has kept.
         env = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        agents.append(Script(command, env, f"{FORKED}\n{before}"))
+        agents.append(Script(command, env, f"{before}\n{FORKED}"))
         return agents[-1]
 
     yield start
@@ -406,7 +407,7 @@ def torchrun() -> Iterator[Callable[..., Script]]:
 
 def kill_node(agent: Script) -> None:
     """End an agent and its workers, each of which leads a group of its own, as a power cut would."""
-    workers = children_of(agent.pid)
+    workers = forked_children_of(agent.pid)
     agent.kill()
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
@@ -418,9 +419,9 @@ def test_torchrun_restarts_a_run_as_often_as_it_may(tmp_path: Path, whole: Path,
     # Without --resume too: a process that is started again goes on.
     agent = torchrun(sandbox, "killed", "--standalone", "--max-restarts=1")
     wait_for(step_reached(sandbox, "killed", 7), "the seventh step")
-    os.kill(children_of(agent.pid)[-1], signal.SIGKILL)
+    os.kill(forked_children_of(agent.pid)[-1], signal.SIGKILL)
     wait_for(lambda: "Resuming after step" in agent.stdout, "the restart")
-    workers = children_of(agent.pid)
+    workers = forked_children_of(agent.pid)
     os.kill(workers[0], signal.SIGKILL)
     assert agent.wait(60).returncode == 1
     assert len(workers) == 2 and not any(map(is_alive, workers))
@@ -441,7 +442,7 @@ def test_a_node_that_was_killed_and_started_again_is_taken_back(
             "--rdzv_conf=keep_alive_interval=1,keep_alive_max_attempt=5",
         )
         nodes = [torchrun(sandbox, "killed", *launch)]
-        wait_for(lambda: listens(nodes[0].pid, port), "the node that holds the rendezvous")
+        wait_for(lambda: listens(port), "the node that holds the rendezvous")
         nodes.append(torchrun(sandbox, "killed", *launch))
         wait_for(step_reached(sandbox, "killed", 7), "the seventh step")
         kill_node(nodes.pop())
@@ -478,7 +479,7 @@ def test_a_node_that_joins_later_restarts_the_run_where_it_was(tmp_path: Path, w
         )
         nodes = [torchrun(sandbox, "joined", *launch, before=STOPPED_ONCE)]
         wait_for((sandbox.run_dir("joined") / "stopped").exists, "the seventh step")
-        (worker,) = children_of(nodes[0].pid)
+        (worker,) = forked_children_of(nodes[0].pid)
         nodes.append(torchrun(sandbox, "joined", *launch))
         wait_for(lambda: is_asked_to_stop(worker), "the first launcher to notice the second")
         os.kill(worker, signal.SIGCONT)
@@ -513,7 +514,7 @@ def test_a_restart_waits_for_what_a_killed_launcher_has_left(tmp_path: Path, who
     sandbox.run_dir("whole").symlink_to(whole)
     launcher = torchrun(sandbox, "orphaned", "--standalone")
     wait_for(step_reached(sandbox, "orphaned", 7), "the seventh step")
-    orphans = children_of(launcher.pid)
+    orphans = forked_children_of(launcher.pid)
     for orphan in orphans:
         os.kill(orphan, signal.SIGSTOP)
     launcher.signal(signal.SIGKILL)
@@ -542,7 +543,7 @@ def test_a_terminal_that_goes_takes_no_step_with_it_under_torchrun(
     before += "\nfrom basemodel.training import stopping; stopping.REPEAT_SECONDS = 0.0"
     agent = torchrun(sandbox, "stopped", "--standalone", before=before)
     wait_for(step_reached(sandbox, "stopped", 7), "the seventh step")
-    for process in (*children_of(agent.pid), agent.pid):
+    for process in (*forked_children_of(agent.pid), agent.pid):
         os.kill(process, number)
     assert agent.wait(60).returncode != 0
     status = sandbox.status("stopped")
@@ -550,14 +551,10 @@ def test_a_terminal_that_goes_takes_no_step_with_it_under_torchrun(
     assert sandbox.checkpoints("stopped")[-1].name.endswith(f"-{status['step']}")
 
 
-def listens(process: int, port: int) -> bool:
-    """Whether a process has a socket that listens on a port of this machine."""
-    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    rows += [row.split() for row in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
-    sockets = {
-        f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port
-    }
-    return any(str(handle.readlink()) in sockets for handle in Path(f"/proc/{process}/fd").iterdir())
+def listens(port: int) -> bool:
+    """Whether a process of this machine listens on a port."""
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_torchrun_passes_the_one_line_on(sandbox: Sandbox, torchrun) -> None:
