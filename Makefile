@@ -6,6 +6,7 @@
 # make bench   time the training step of the demo and of GPT-2 small against a plain one: 10 minutes on 2 cores
 # make gpu     run the acceptance run on a CUDA GPU, offline, into gpu-results/: 4 parts of at most 8 minutes
 # make cuda-check  run the GPU path on tensors without data, with a CUDA build of PyTorch: 3 GB to download, no GPU
+# make slurm   train in a SLURM of two nodes on this machine, requeued and out of time: 15 minutes; Debian, as root
 # make docs    write docs/code.md and docs/keys.md from the code: 2 seconds
 # make lint    check style
 # All but gpu create .venv first if there is none; PYTHON=python3.12 chooses its Python (3.11 or later).
@@ -15,7 +16,7 @@ BIN := .venv/bin
 DEMO := runs/demo
 DEMO_DATA := datasets/local/python-docs
 
-.PHONY: demo test mutants torture bench gpu cuda-check docs lint
+.PHONY: demo test mutants torture bench gpu cuda-check slurm docs lint
 .DELETE_ON_ERROR:
 
 demo: .venv/ready $(DEMO_DATA)/meta.json
@@ -51,6 +52,9 @@ cuda-check:
 	.venv-cuda/bin/python -m pip install --quiet torch==2.14.1 -e . pytest
 	.venv-cuda/bin/python -m pytest -o addopts= --noconftest -q tests/cuda_check.py
 	PYTHONPATH=. .venv-cuda/bin/python tests/cuda_lowering.py
+
+slurm: .venv/ready-test
+	$(BIN)/python -m pytest -o addopts= -v -s tests/slurm_check.py
 
 docs: .venv/ready
 	$(BIN)/python docs/make_pages.py

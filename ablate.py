@@ -47,6 +47,7 @@ from basemodel.training.run_folder import is_locked, read_status
 )
 @click.option("--chart", type=Path, default="ablate.png", help="PNG file to draw the chart to.")
 @click.option("--report", is_flag=True, help="Train nothing and show the results so far.")
+@click.option("--write", is_flag=True, help="Write the runs' folders and print their names; train nothing.")
 @runs_dir_option
 def main(
     base: str,
@@ -56,6 +57,7 @@ def main(
     launch: str,
     chart: Path,
     report: bool,
+    write: bool,
     runs_dir: Path,
 ) -> int:
     """Train the run BASE and variations of it with several seeds, on data sets kept in DATASETS_DIR, and say
@@ -63,6 +65,10 @@ def main(
     study = Study.plan(runs_dir, base, variations, seeds)
     require_file_path(chart)
     failed: dict[str, str] = {}
+    if write:  # for a queue to train, such as SLURM's
+        study.write_configs()
+        print(*(folder.name for folder in study.runs()), sep="\n")
+        return 0
     if not report:
         study.write_configs()
         trainings = Trainings(study, find_launcher(launch), datasets_dir)

@@ -4,9 +4,13 @@ workers, which pytest itself starts while they start. So this imports nothing th
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import runpy
+import signal
 import sys
 from functools import cache
+from importlib import import_module
 from multiprocessing import resource_tracker
+from pathlib import Path
 from unittest.mock import patch
 
 import shim
@@ -61,3 +65,40 @@ def start_for_all_workers() -> None:
         if not start_forkserver():
             os.environ["TESTS_WITHOUT_FAULTS"] = "1"
         os.environ[ADDRESS] = multiprocessing.forkserver._forkserver._forkserver_address
+
+
+def be_script(
+    command: list[str], env: dict[str, str], files: tuple[str, str], before: str, folder: Path
+) -> None:
+    """Be a script, in a process group of its own, whose output goes to two files."""
+    os.setpgid(0, 0)
+    for number, name in enumerate(files, start=1):
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(handle, number)
+    os.chdir(folder)
+    be_python(command, env, before)
+
+
+def be_python(words: list[str], env: dict[str, str], before: str = "") -> None:
+    """Do what `python WORDS` would do, in this process, after the statements `before`."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+    unbuffered = words[0] == "-u" or "PYTHONUNBUFFERED" in env
+    sys.stdout = open(1, "w", closefd=False, buffering=1 if unbuffered else -1)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
+    os.environ.clear()
+    os.environ.update(env)
+    if "GPT2_STAND_IN" in env:  # set by the fixture `gpt2`
+        import_module("tiktoken.registry").ENCODINGS["gpt2"] = import_module("texts").gpt2_stand_in()
+    words = words[1:] if words[0] == "-u" else words
+    is_script = words[0] not in ("-c", "-m")
+    sys.path.insert(0, str(Path(words[0]).resolve().parent if is_script else Path.cwd()))
+    sys.argv = words if is_script else words[1:]
+    exec(before, {})
+    if is_script:
+        runpy.run_path(words[0], run_name="__main__")
+    elif words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        exec(words[1], {"__name__": "__main__"})

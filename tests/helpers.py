@@ -11,7 +11,6 @@ import inspect
 import json
 import os
 import re
-import runpy
 import signal
 import socket
 import stat
@@ -24,7 +23,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from forkserver import FORKSERVER, SCRIPTS, start_forkserver
+from forkserver import FORKSERVER, SCRIPTS, be_python, be_script, start_forkserver
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,40 +130,6 @@ class Finished:
     returncode: int  # negative: the signal that ended it
     stdout: str
     stderr: str
-
-
-def _be_script(command: list[str], env: dict[str, str], files: tuple[str, str], before: str) -> None:
-    os.setpgid(0, 0)
-    for number, name in enumerate(files, start=1):
-        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(handle, number)
-    os.chdir(ROOT)
-    be_python(command, env, before)
-
-
-def be_python(words: list[str], env: dict[str, str], before: str = "") -> None:
-    """Do what `python WORDS` would do, in this process, after the statements `before`."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
-    unbuffered = words[0] == "-u" or "PYTHONUNBUFFERED" in env
-    sys.stdout = open(1, "w", closefd=False, buffering=1 if unbuffered else -1)  # noqa: SIM115
-    sys.stderr = open(2, "w", closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
-    os.environ.clear()
-    os.environ.update(env)
-    if "GPT2_STAND_IN" in env:  # set by the fixture `gpt2`
-        import_module("tiktoken.registry").ENCODINGS["gpt2"] = import_module("texts").gpt2_stand_in()
-    words = words[1:] if words[0] == "-u" else words
-    is_script = words[0] not in ("-c", "-m")
-    sys.path.insert(0, str(Path(words[0]).resolve().parent if is_script else ROOT))
-    sys.argv = words if is_script else words[1:]
-    exec(before, {})
-    if is_script:
-        runpy.run_path(words[0], run_name="__main__")
-    elif words[0] == "-m":
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        exec(words[1], {"__name__": "__main__"})
 
 
 def fork_python() -> None:
@@ -270,7 +234,7 @@ class Script:
         for name in self.files:
             Path(name).touch()
         self._process = FORKSERVER.Process(
-            target=_be_script, args=(command, {**os.environ, **(env or {})}, self.files, before)
+            target=be_script, args=(command, {**os.environ, **(env or {})}, self.files, before, ROOT)
         )
         self._process.start()
         self.pid: int = self._process.pid
@@ -301,7 +265,7 @@ class Script:
                 kill(self.pid, signal.SIGKILL)
         self._process.join()
 
-    def wait(self, seconds: float = 120) -> Finished:
+    def wait(self, seconds: float = 300) -> Finished:
         self._process.join(seconds)
         if not self.has_ended:
             said = self.stdout + self.stderr

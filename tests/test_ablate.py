@@ -110,6 +110,13 @@ def test_the_table_is_that_of_the_runs_own_files(sandbox: Sandbox) -> None:
     assert "[" not in ablate(sandbox, *options[2:]).stdout.partition("| ")[0]
 
 
+def test_write_prints_the_runs_for_a_queue_to_train(sandbox: Sandbox) -> None:
+    names = ablate(sandbox, "--vary", "qkv_bias=true", "--seeds", 2, "--write").stdout.split()
+    assert names == [f"tiny{change}--seed-{seed}" for seed in (42, 43) for change in ("", "--qkv_bias-true")]
+    configs = [json.loads((sandbox.run_dir(name) / "train.json").read_text()) for name in names]
+    assert [config["random_seed"] for config in configs] == [42, 42, 43, 43] and not trained(sandbox)
+
+
 def test_validation_is_over_as_much_whatever_the_microbatch(sandbox: Sandbox) -> None:
     study = Study.plan(sandbox.path / "runs", "tiny", ("microbatch_size=1", "context_length=8"), 1)
     assert [variant.values["train"]["validation_batches"] for variant in study.variants] == [2, 4, 4]

@@ -170,7 +170,7 @@ def test_an_empty_output_folder_does_not_end_what_is_finished(
     (tmp_path / "out").mkdir()
     with interrupted(corpus, tmp_path / "out", 1) as script:
         script.signal(signal.SIGINT)
-        assert script.wait(60).returncode == 130
+        assert script.wait().returncode == 130
     kept = len(parts(tmp_path / "out"))
     assert kept > 0
     assert finish(corpus, tmp_path / "out", texts).stdout.startswith(f"{kept} of ")
@@ -205,7 +205,7 @@ def test_an_output_folder_in_use(corpus: Path, tmp_path: Path) -> None:
         script.signal(signal.SIGSTOP)
         assert "another process is preparing it" in refused(*command)
         script.signal(signal.SIGCONT)
-        assert script.wait(60).returncode == 0
+        assert script.wait().returncode == 0
     error = refused(*command)
     assert "out: already contains README.md and meta.json and train.safetensors; remove it" in error
 

@@ -139,7 +139,7 @@ def test_a_second_signal_ends_a_process_at_once_and_leaves_the_old_checkpoint(
     training.signal(signal.SIGTERM)
     time.sleep(0.5)  # an earlier one counts as the launcher's copy of the first
     training.signal(signal.SIGTERM)
-    assert training.wait(30) == [128 + signal.SIGTERM] * 2
+    assert training.wait(120) == [128 + signal.SIGTERM] * 2
     assert "-iteration-5" in train(sandbox, "stopped", "--resume")
     assert_same_end(sandbox, "stopped", "whole")
 
@@ -283,7 +283,7 @@ def test_when_a_process_dies_the_others_end(tmp_path: Path) -> None:
     training = Training(sandbox, "run")
     training.wait_until(step_reached(sandbox, "run", 7))
     training.signal(signal.SIGKILL, rank=1)
-    assert training.wait(30) == [1, -signal.SIGKILL]
+    assert training.wait(120) == [1, -signal.SIGKILL]
     assert "Error: another training process died or hung" in training.log.read_text()
     assert sandbox.status("run")["status"] == "failed"
 
@@ -317,7 +317,7 @@ def test_when_a_gpu_hangs_all_end_at_the_timeout(tmp_path: Path, whole: Path) ->
     sandbox = make_sandbox(tmp_path, "run")
     sandbox.run_dir("whole").symlink_to(whole)
     training = Training(sandbox, "run", "--collective-timeout", "1", patch=hung_device)
-    assert training.wait(30) == [1, 1]
+    assert training.wait(120) == [1, 1]
     line = "Error: another training process died or hung; restart with --resume, or"
     assert training.log.read_text().count(line) == 2
     assert sandbox.status("run")["status"] == "failed" and "died or hung" in sandbox.status("run")["error"]
@@ -373,7 +373,7 @@ def test_a_process_whose_others_do_not_start_ends_too(sandbox: Sandbox) -> None:
         env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         env["MASTER_PORT"] = str(holder.getsockname()[1])
         soon = "from basemodel.training import processes; processes.START_SECONDS = 1.0"
-        done = Script(sandbox.command("tiny"), env, before=soon).wait(30)
+        done = Script(sandbox.command("tiny"), env, before=soon).wait(120)
     error = "Error: process 0 of 2 waited 1 s for the others to start"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, error)
 
@@ -381,6 +381,12 @@ def test_a_process_whose_others_do_not_start_ends_too(sandbox: Sandbox) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # torchrun
 # ------------------------------------------------------------------------------------------------------------
+
+
+# It names callers in logs that nobody asks for, and to find a name it searches all modules: so long, where there
+# are thousands, that on a busy machine a launcher takes the other one for dead.
+NAMELESS = "from torch.distributed.elastic.rendezvous import dynamic_rendezvous as rendezvous\n"
+NAMELESS += "rendezvous.get_method_name = lambda *_: ''"
 
 
 @pytest.fixture
@@ -395,7 +401,7 @@ def torchrun() -> Iterator[Callable[..., Script]]:
         command = sandbox.command(run, *options, processes=processes, torchrun=launch)
         # The second: else torchrun (2.13) tells a node that joins later nothing of the store it has kept.
         env = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        agents.append(Script(command, env, f"{before}\n{FORKED}"))
+        agents.append(Script(command, env, f"{before}\n{NAMELESS}\n{FORKED}"))
         return agents[-1]
 
     yield start
@@ -423,7 +429,7 @@ def test_torchrun_restarts_a_run_as_often_as_it_may(tmp_path: Path, whole: Path,
     wait_for(lambda: "Resuming after step" in agent.stdout, "the restart")
     workers = forked_children_of(agent.pid)
     os.kill(workers[0], signal.SIGKILL)
-    assert agent.wait(60).returncode == 1
+    assert agent.wait().returncode == 1
     assert len(workers) == 2 and not any(map(is_alive, workers))
     assert not list(sandbox.run_dir("killed").glob("earlier-*"))
     sandbox.train("killed", "--resume", processes=2)
@@ -448,7 +454,7 @@ def test_a_node_that_was_killed_and_started_again_is_taken_back(
         kill_node(nodes.pop())
         nodes.append(torchrun(sandbox, "killed", *launch))
         for node in nodes:
-            done = node.wait(120)
+            done = node.wait()
             assert done.returncode == 0, done.stderr
     assert_same_end(sandbox, "killed", "whole")
 
@@ -484,7 +490,7 @@ def test_a_node_that_joins_later_restarts_the_run_where_it_was(tmp_path: Path, w
         wait_for(lambda: is_asked_to_stop(worker), "the first launcher to notice the second")
         os.kill(worker, signal.SIGCONT)
         for node in nodes:
-            done = node.wait(120)
+            done = node.wait()
             assert done.returncode == 0, done.stderr
         assert any("Resuming after step" in node.stdout for node in nodes)
         assert sandbox.metrics("joined", "step") == sandbox.metrics("whole", "step")
@@ -526,7 +532,7 @@ def test_a_restart_waits_for_what_a_killed_launcher_has_left(tmp_path: Path, who
     finally:
         for orphan in orphans:
             os.kill(orphan, signal.SIGCONT)
-    done = restarted.wait(120)
+    done = restarted.wait()
     assert done.returncode == 0, done.stderr
     assert "Resuming after step" in done.stdout and not any(map(is_alive, orphans))
     assert_same_end(sandbox, "orphaned", "whole")
@@ -545,7 +551,7 @@ def test_a_terminal_that_goes_takes_no_step_with_it_under_torchrun(
     wait_for(step_reached(sandbox, "stopped", 7), "the seventh step")
     for process in (*forked_children_of(agent.pid), agent.pid):
         os.kill(process, number)
-    assert agent.wait(60).returncode != 0
+    assert agent.wait().returncode != 0
     status = sandbox.status("stopped")
     assert status["status"] == "preempted" and status["step"] < 30
     assert sandbox.checkpoints("stopped")[-1].name.endswith(f"-{status['step']}")

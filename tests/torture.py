@@ -102,7 +102,7 @@ class Training:
         else:
             os.kill(self.workers[rank], number)
 
-    def wait(self, seconds: float = 60, rank: int | None = None) -> list[int]:
+    def wait(self, seconds: float = 120, rank: int | None = None) -> list[int]:
         """The exit statuses (negative: the signal that ended it) of all processes, or of one, when they have
         ended. Raises TimeoutError, and kills what is left, after `seconds`."""
         deadline = time.monotonic() + seconds
