@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, Sandbox, wait_for, write_dataset
+from helpers import ROOT, Sandbox, random_tokens, wait_for, write_dataset
 
 CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
 # Steps of about a quarter of a second.
 MODEL = {"context_length": 128, "emb_dim": 128, "n_layers": 4, "drop_rate": 0.1}
-TRAIN = {"microbatch_size": 16, "global_batch_size": 32, "epochs": 999, "min_train_tokens": 400 * 32 * 128}
+TRAIN = {"microbatch_size": 16, "global_batch_size": 32, "epochs": 999, "min_train_tokens": 300 * 32 * 128}
 TRAIN |= {"checkpoint_interval": 100, "learning_rate": 0.001}
 
 
@@ -39,7 +39,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture
 def runs(tmp_path: Path) -> Sandbox:
     sandbox = Sandbox(tmp_path)
-    write_dataset(sandbox.datasets / "test/tokens")
+    write_dataset(sandbox.datasets / "test/tokens", validation=random_tokens(4000, seed=1))
     for run in ("whole", "halted"):
         sandbox.write_run(run, MODEL, TRAIN)
     return sandbox
@@ -64,10 +64,13 @@ def wait_for_job(job: str, condition: Callable[[], Any], what: str, seconds: flo
     """Wait for a job, which need not sit in the queue for two minutes before SLURM starts it again."""
 
     def holds() -> bool:
-        if shown(job, "JobState") == "PENDING":
-            subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=False)
+        if condition():
+            return True
         time.sleep(0.5)
-        return condition()
+        if shown(job, "JobState") == "PENDING":
+            time.sleep(3)  # else SLURM takes the job for the one that it has just ended
+            subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=False)
+        return False
 
     wait_for(holds, what, seconds)
 
@@ -129,6 +132,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Path, runs: Sandbox) -
 
 
 def test_an_array_trains_the_runs_that_ablate_writes(slurm: Path, runs: Sandbox) -> None:
+    """And only the one whose time is up saves and is queued again."""
     train = {**TRAIN, "min_train_tokens": 20 * 32 * 128, "validation_interval": 10, "validation_batches": 1}
     runs.write_run("base", MODEL, train)
     study = [ROOT / "ablate.py", "base", runs.datasets, "--vary", "drop_rate=0", "--seeds", "2"]
@@ -136,9 +140,13 @@ def test_an_array_trains_the_runs_that_ablate_writes(slurm: Path, runs: Sandbox)
     names = said(*study, "--write").split()
     assert len(names) == 4
     (runs.path / "runs.txt").write_text("".join(f"{name}\n" for name in names))
-    words = ["sbatch", "--parsable", "--array=1-4", f"--output={runs.path}/%x-%A-%a.log", "--ntasks=1"]
+    words = ["sbatch", "--parsable", "--array=1-4", f"--output={runs.path}/%x-%A-%a.log"]
     script = [ROOT / "slurm/train.sbatch", runs.path / "runs.txt", runs.datasets, "--runs-dir"]
-    said(*words, *script, runs.path / "runs")
-    wait_for(lambda: not said("squeue", "--noheader"), "the array", 600)
+    array = said(*words, *script, runs.path / "runs").strip()
+    last = f"{array}_4"
+    wait_for_step(runs, last, names[3], 3)
+    said("scancel", "--batch", "--signal=TERM", last)  # what --signal=B:TERM@120 does
+    wait_for_job(last, lambda: not said("squeue", "--noheader"), "the array", 600)
     assert {runs.status(name)["status"] for name in names} == {"finished"}
+    assert [shown(f"{array}_{task}", "Restarts") for task in range(1, 5)] == ["0", "0", "0", "1"]
     assert "| drop_rate=0 | 2 |" in said(*study, "--report")

@@ -45,7 +45,7 @@ def step(self, number, *arguments):
     if number == 5 and not os.path.exists("taken_away"):
         open("taken_away", "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
-if "--resume" in sys.argv:
+if "tiny" in sys.argv:
     Reporter.step = step
 """
 # The module by which a notebook mounts it.
@@ -82,9 +82,13 @@ def project(tmp_path: Path) -> Path:
     tokens = np.random.default_rng(0).integers(32, 127, 40_000).astype(np.uint16)
     meta = {"tokenizer": "bytes", "vocab_size": 257}
     write_dataset(project / "datasets/local/python-docs", tokens, tokens, meta)
-    demo = json.loads((project / "runs/demo/train.json").read_text())
-    demo |= {"min_train_tokens": 4 * 2048, "precision": "fp32", "compile": False}
-    (project / "runs/demo/train.json").write_text(json.dumps(demo))
+    demo = project / "runs/demo"
+    configs = {name: json.loads((demo / name).read_text()) for name in ("model.json", "train.json")}
+    configs["train.json"] |= {"min_train_tokens": 4 * 2048, "precision": "fp32"}
+    shutil.rmtree(demo)  # it may have been trained
+    demo.mkdir()
+    for name, values in configs.items():
+        (demo / name).write_text(json.dumps(values))
     (project / "stories").mkdir()
     (project / "stories/a.txt").write_text("Once upon a time there was a text. " * 300)
     tiny = {"dataset": "local/stories", "epochs": 99, "checkpoint_interval": 3, "keep_checkpoints": 2}
@@ -127,7 +131,7 @@ def test_the_notebook_goes_on_from_top_to_bottom_where_colab_took_the_machine_aw
     values = {"project": str(project), "drive": str(drive), "source": str(project / "stories")}
     cells[0].source = PARAMETERS.format(**values)
     cells[1].source = "\n".join(line for line in cells[1].source.splitlines() if not line.startswith("%pip"))
-    training = next(number for number, cell in enumerate(cells) if "--resume" in cell.source)
+    training = next(number for number, cell in enumerate(cells) if "{RUN} datasets" in cell.source)
     before = [*cells[:3], *cells[training - 1 : training + 1]]
     said = execute(nbformat.from_dict({**notebook, "cells": before}))
     assert "Starting" not in said[-1] and "Training complete" not in said[-1], said[-1]

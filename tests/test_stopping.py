@@ -383,8 +383,8 @@ def test_a_process_whose_others_do_not_start_ends_too(sandbox: Sandbox) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-# It names callers in logs that nobody asks for, and to find a name it searches all modules: so long, where there
-# are thousands, that on a busy machine a launcher takes the other one for dead.
+# It names callers in logs that nobody asks for, and to find a name it searches all modules: so long, where
+# thousands are loaded, that on a busy machine a launcher takes the other one for dead.
 NAMELESS = "from torch.distributed.elastic.rendezvous import dynamic_rendezvous as rendezvous\n"
 NAMELESS += "rendezvous.get_method_name = lambda *_: ''"
 
