@@ -398,7 +398,7 @@ def test_a_notebooks_backend_draws_charts_too(tmp_path: Path) -> None:
         "from pathlib import Path; from basemodel.common.xkcd import xkcd_chart\n"
         f"with xkcd_chart(Path({str(tmp_path / 'chart.png')!r}), (2, 1)) as figure: figure.add_subplot()"
     )
-    done = run_python("-c", draw, env={"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
+    done = run_python("-c", draw, env={"MPLBACKEND": "module://notebooks.backend_that_is_not_here"})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 

@@ -66,6 +66,19 @@ def slow_validation(rank: int) -> None:
     processes.World.any = slow
 
 
+def signals_itself(rank: int) -> None:
+    """The second process, in step 6: far enough from the validation at step 10, which would tell all."""
+    real = PendingSteps.add
+
+    def add(steps: PendingSteps, step: int, result: torch.Tensor) -> None:
+        real(steps, step, result)
+        if rank == 1 and step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)  # for the thread that takes it
+
+    PendingSteps.add = add
+
+
 def second_validation(sandbox: Sandbox, run: str) -> bool:
     """Whether the run is in its second validation: three microbatches are two rounds of two processes."""
     return (sandbox.path / f"{run}.log").read_text().count("validating") >= 2 * 2 + 1
@@ -78,7 +91,7 @@ add = PendingSteps.add
 PendingSteps.add = lambda *arguments: time.sleep(0.03) or add(*arguments)
 """
 MOMENTS = {
-    "step": (lambda rank: None, lambda sandbox, run: step_reached(sandbox, run, 7)()),
+    "step": (signals_itself, None),
     "save": (slow_save, lambda sandbox, run: step_reached(sandbox, run, 5)()),
     "validation": (slow_validation, second_validation),
 }
@@ -97,8 +110,9 @@ def test_a_signal_stops_all_after_the_same_step(
     sandbox.run_dir("whole").symlink_to(whole)
     slow, reached = MOMENTS[moment]
     training = Training(sandbox, "stopped", "--collective-timeout", "5", patch=slow)
-    training.wait_until(lambda: reached(sandbox, "stopped"))
-    training.signal(number, rank)
+    if reached:
+        training.wait_until(lambda: reached(sandbox, "stopped"))
+        training.signal(number, rank)
     if rank is None:  # once more, as torchrun does with what the terminal has sent already
         time.sleep(0.01)
         training.signal(number)
@@ -112,6 +126,8 @@ def test_a_signal_stops_all_after_the_same_step(
         lines = (sandbox.run_dir("stopped") / "metrics.jsonl").read_text().splitlines()
         validated = [line["step"] for line in map(json.loads, lines) if "val_loss" in line]
         assert status["step"] == 10 and 10 not in validated
+    if moment == "step":
+        assert status["step"] < 10
     train(sandbox, "stopped", "--resume")
     assert_same_end(sandbox, "stopped", "whole")
     assert not sandbox.run_dir("stopped").joinpath("checkpoints/latest").readlink().is_absolute()
