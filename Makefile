@@ -6,7 +6,7 @@
 # make bench   time the training step of the demo and of GPT-2 small against a plain one: 10 minutes on 2 cores
 # make gpu     run the acceptance run on a CUDA GPU, offline, into gpu-results/: 4 parts of at most 8 minutes
 # make cuda-check  run the GPU path on tensors without data, with a CUDA build of PyTorch: 3 GB to download, no GPU
-# make slurm   train in a SLURM of two nodes on this machine, requeued and out of time: 15 minutes; Debian, as root
+# make slurm   train in a SLURM of two nodes on this machine, requeued and out of time: 17 minutes; Debian, as root
 # make docs    write docs/code.md and docs/keys.md from the code: 2 seconds
 # make lint    check style
 # All but gpu create .venv first if there is none; PYTHON=python3.12 chooses its Python (3.11 or later).
