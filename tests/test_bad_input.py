@@ -171,10 +171,18 @@ def test_malformed_json(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_missing_run_and_missing_file(sandbox: Sandbox) -> None:
-    sandbox.write_run("other")
-    assert refused_run(sandbox).endswith("no such run; available: other")
+    for name in ("other", "tiny-wide", "tin", "a", "b"):
+        sandbox.write_run(name)
+    assert refused_run(sandbox).endswith("no such run; nearest: tin, tiny-wide, other, b")
     (sandbox.run_dir("other") / "train.json").unlink()
     assert refused_run(sandbox, run="other").endswith("train.json: no such file")
+
+
+def test_a_local_data_set_that_is_not_there_is_not_asked_of_the_hub(sandbox: Sandbox) -> None:
+    sandbox.write_run(train={"dataset": "local/poems"})
+    folder = sandbox.datasets / "local/poems"
+    hint = f"prepare it with: python prepare_datasets.py SOURCE {folder}"
+    assert refused_run(sandbox).endswith(f"{folder}: has no train.safetensors; {hint}")
 
 
 @pytest.mark.parametrize("run", ["../tiny", "/tmp", "..", "a b"])

@@ -253,7 +253,7 @@ def test_test_losses_of_different_data_are_said_to_be(runs: Sandbox) -> None:
 
 
 def test_wrong_comparisons(runs: Sandbox) -> None:
-    assert "no such run; available: later, one, two" in refused(
+    assert "no such run; nearest: later, two, one" in refused(
         "compare_runs.py", "--runs-dir", runs.path / "runs", "one", "three"
     )
     for arguments, message in (

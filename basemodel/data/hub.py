@@ -43,6 +43,9 @@ def fetch_dataset(datasets_dir: Path, dataset: str, revision: str | None, splits
     if None not in (commit, revision) and len(revision) >= 40 and revision != commit:
         raise InputError(f"{folder}: is at {commit}, but dataset_revision asks for {revision}; move it away")
     if missing := [name for name in _file_names(folder, splits) if not (folder / name).exists()]:
+        if dataset.startswith("local/"):  # prepared here, as the README does it
+            hint = f"prepare it with: python prepare_datasets.py SOURCE {folder}"
+            raise InputError(f"{folder}: has no {' and no '.join(missing)}; {hint}")
         with _failures_in_one_line(folder, ", ".join(missing)):
             info = hub.HfApi().dataset_info(dataset, revision=commit or revision)
             folder.mkdir(parents=True, exist_ok=True)

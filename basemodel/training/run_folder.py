@@ -1,5 +1,6 @@
 """A run's folder: finding it, reading its logs, locking it, and setting earlier results aside."""
 
+import difflib
 import errno
 import json
 import os
@@ -16,11 +17,12 @@ LOCK_SECONDS = 900.0  # how long a resumed run waits for its old processes, whic
 
 
 def find_run(runs_dir: Path, name: str) -> Path:
-    """The folder of the run `name`. Raises InputError, listing the runs, if there is none."""
+    """The folder of the run `name`. Raises InputError, with the nearest names, if there is none."""
     folder = runs_dir / names.require_plain_name(name, "run")
     if not folder.is_dir():
-        runs = sorted(path.parent.name for path in runs_dir.glob(f"*/{names.TRAIN_JSON}"))
-        raise InputError(f"{folder}: no such run; available: {', '.join(runs) or 'none'}")
+        runs = [path.parent.name for path in runs_dir.glob(f"*/{names.TRAIN_JSON}")]
+        nearest = difflib.get_close_matches(name, runs, n=4, cutoff=0.0)
+        raise InputError(f"{folder}: no such run; nearest: {', '.join(nearest) or 'none'}")
     return folder
 
 
