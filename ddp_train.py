@@ -67,6 +67,7 @@ class Learner:
         self.shapes = plan.shapes() if plan else {self.full_shape}
         self.precision = backend.choose_precision(config, world.device)
         backend.set_up_arithmetic(self.precision, deterministic=config.deterministic)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
         torch.manual_seed(config.random_seed)  # on all processes alike: they start with the same weights
         self.model = GPTModel(model_config).to(world.device)
         self.loss_module = NextTokenLoss(self.model, document_masking=config.document_masking)
@@ -78,7 +79,6 @@ class Learner:
         self.ddp_module = self._wrapped_in_ddp()
         torch.manual_seed(config.random_seed + 1 + world.rank)  # dropout masks differ between processes
         memory.keep_freed_memory(world.device)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.precision == "fp16")
 
     def _wrapped_in_ddp(self) -> nn.Module:
         """The loss module; with several processes, wrapped in DDP, whose backward pass averages gradients."""
@@ -103,7 +103,8 @@ class Learner:
         """Run one pass without an update, to trigger compilation and DDP's one-time setup."""
         try:
             with backend.autocast(self.precision, self.world.device):
-                module(torch.zeros(shape, dtype=torch.int64, device=self.world.device)).backward()
+                zeros = torch.zeros(shape, dtype=torch.int64, device=self.world.device)
+                module(zeros, self._loss_scale()).backward()
         finally:
             self.model.zero_grad()
 
@@ -131,8 +132,7 @@ class Learner:
         over the processes in the last backward pass, so they are those of the global batch's mean loss.
         """
         mean_loss = torch.zeros((), device=self.world.device)
-        # In fp16 the loss needs the scale in its forward pass: it rounds the head's gradients there.
-        loss_scale = self.scaler.scale(torch.ones_like(mean_loss)) if self.scaler.is_enabled() else None
+        loss_scale = self._loss_scale()
         for index, sequences in enumerate(microbatches):
             # no_sync must cover the forward pass too: it decides whether the backward pass all-reduces.
             accumulating = self.world.size > 1 and index < len(microbatches) - 1
@@ -142,6 +142,11 @@ class Learner:
                 self.scaler.scale(loss).backward()
             mean_loss += loss.detach()
         return mean_loss
+
+    def _loss_scale(self) -> Tensor | None:
+        """In fp16, the loss's scale, which its forward pass needs: it rounds the head's gradients there."""
+        one = torch.ones((), device=self.world.device)
+        return self.scaler.scale(one) if self.scaler.is_enabled() else None
 
     def _clip_gradients(self) -> Tensor:
         """Clip gradients to clipping_max_norm, if it is set; return their norm before clipping."""

@@ -89,7 +89,7 @@ def loss_chunk(features: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
-    return orthogonalized(matrices, (3.4445, -4.775, 2.0315), 5)
+    return orthogonalized(matrices, torch.bfloat16, (3.4445, -4.775, 2.0315), 5)
 
 
 def block_and_inputs() -> tuple[Callable, list[Tensor]]:

@@ -128,11 +128,13 @@ def test_20_steps_have_the_plain_losses_in_bf16() -> None:
     assert ours == pytest.approx(plain, abs=2e-3)
 
 
-@pytest.mark.parametrize("shape", [{"half_batch_percent": 50}, {"short_sequence_percent": 50}, {}])
+@pytest.mark.parametrize(
+    "shape", [{"half_batch_percent": 50}, {"short_sequence_percent": 50}, {}, {"precision": "fp16"}]
+)
 def test_nothing_is_left_to_compile_once_training_begins(
     monkeypatch: pytest.MonkeyPatch, shape: dict
 ) -> None:
-    """Neither for half batches nor for short sequences nor for validation; a compiler that fails for one of
+    """Neither for half batches nor for short sequences nor for validation nor for fp16's loss scale; a compiler that fails for one of
     them would end the training, and one that does not would make a budget believe that steps are slow."""
     compiled: list[int] = []
 

@@ -53,10 +53,11 @@ def model_with_gradients(**changes: object) -> GPTModel:
 # Muon
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest(precision: str) -> None:
-    """Against both of torch's optimizers, by hand, over three steps of any gradients. Torch's Muon multiplies
-    in bf16, so of the 0.02 that a weight moves a few hundredths are rounding."""
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 1.0), ("bf16", 1.0), ("fp16", 1.0), ("fp16", 1e-7)])
+def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest(precision: str, size: float) -> None:
+    """Against both of torch's optimizers, by hand, over three steps of any gradients, also of some too small
+    for fp16. Torch's Muon multiplies in bf16, so of the 0.02 that a weight moves a few hundredths are
+    rounding."""
     settings = config(optimizer="muon", weight_decay=0.1, decay_all_parameters=False)
     ours, theirs = model_with_gradients(qkv_bias=True), model_with_gradients(qkv_bias=True)
     optimizer = make_optimizer(ours, settings, precision, ALONE)
@@ -75,14 +76,14 @@ def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest(precision: str
     ]
     for _ in range(3):
         for name, parameter in ours.named_parameters():
-            parameter.grad = torch.randn_like(parameter)
+            parameter.grad = size * torch.randn_like(parameter)
             of_theirs[name].grad = parameter.grad.clone()
         set_learning_rate(optimizer, 0.01)
         optimizer.step()
         for each in by_hand:
             each.step()
     for name, parameter in ours.named_parameters():
-        tolerance = {"fp32": 1e-3, "bf16": 2e-4}[precision] if name in hidden else 1e-6
+        tolerance = 1e-3 if name in hidden else 1e-6
         torch.testing.assert_close(
             parameter, of_theirs[name], rtol=0, atol=tolerance, msg=lambda said, name=name: f"{name}: {said}"
         )
@@ -138,6 +139,35 @@ def test_a_step_takes_few_kernels_however_many_the_layers() -> None:
         counts.append(calls.count)
     assert counts[0] == counts[1]
     assert counts[0]["baddbmm"] == 2 * 2 * 5 and counts[0].total() < 100, counts
+
+
+def test_muon_multiplies_in_what_the_device_multiplies_fast() -> None:
+    """A T4 has no bf16: it emulates it, slower than fp32."""
+    optimizers = {
+        precision: make_optimizer(model_with_gradients(), config(optimizer="muon"), precision, ALONE)
+        for precision in ("fp32", "tf32", "bf16", "fp16")
+    }
+    assert {precision: optimizer._muon.dtype for precision, optimizer in optimizers.items()} == {
+        "fp32": torch.float32,
+        "tf32": torch.bfloat16,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+    }
+
+
+def test_muons_updates_have_the_strides_of_their_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single pair of other strides makes CUDA subtract the whole list one by one."""
+    subtracted = []
+    subtract = torch._foreach_sub_
+
+    def watched(matrices: list[torch.Tensor], changes: list[torch.Tensor]) -> None:
+        subtracted.extend((matrix, change.stride()) for matrix, change in zip(matrices, changes, strict=True))
+        subtract(matrices, changes)
+
+    monkeypatch.setattr(torch, "_foreach_sub_", watched)
+    make_optimizer(model_with_gradients(), config(optimizer="muon"), "fp32", ALONE).step()
+    assert len(subtracted) == 2 * 6
+    assert all(matrix.stride() == strides for matrix, strides in subtracted)
 
 
 @dataclass

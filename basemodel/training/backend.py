@@ -45,6 +45,7 @@ def set_up_arithmetic(precision: str, *, deterministic: bool) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     # The default on Hopper and Blackwell without dropout, with reports of NaN (pytorch issue 196678)
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.compiler.config.cache_key_tag = "no cuDNN attention"  # compiled code on disk has a choice built in
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and only helps find bugs
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"

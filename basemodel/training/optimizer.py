@@ -32,7 +32,8 @@ def make_optimizer(model: GPTModel, config: TrainConfig, precision: str, world: 
     )
     if not hidden:
         return adamw
-    muon = Muon(hidden, config, world, torch.float32 if precision == "fp32" else torch.bfloat16)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
+    muon = Muon(hidden, config, world, dtype)
     return MuonWithAdamW(muon, adamw)
 
 
@@ -61,7 +62,8 @@ class Stack:
     """Matrices (M, N) and (N, M), M <= N, that Muon handles as one tensor (count, M, N)."""
 
     def __init__(self, matrices: list[nn.Parameter]) -> None:
-        self.matrices = matrices
+        self.matrices = matrices = sorted(matrices, key=lambda matrix: matrix.shape[0] > matrix.shape[1])
+        self.wide = sum(matrix.shape[0] <= matrix.shape[1] for matrix in matrices)  # before the tall ones
         self.momentum = torch.zeros_like(self.join(matrices))
         # Larger steps for tall matrices: torch's "original" adjustment.
         factors = [math.sqrt(max(1, rows / columns)) for rows, columns in (m.shape for m in matrices)]
@@ -73,7 +75,12 @@ class Stack:
 
     def split(self, stacked: Tensor) -> list[Tensor]:
         """Views of a tensor like `momentum`, each in the shape of its matrix."""
-        return [x if x.shape == m.shape else x.mT for x, m in zip(stacked, self.matrices, strict=True)]
+        return [*stacked[: self.wide], *stacked[self.wide :].mT]
+
+    def subtract(self, changes: Tensor) -> None:
+        """Subtract a tensor like `momentum` from the matrices, in one kernel, which needs equal strides."""
+        changes = [*changes[: self.wide], *changes[self.wide :].mT.contiguous()]
+        torch._foreach_sub_(self.matrices, changes)
 
 
 class Muon(torch.optim.Muon):
@@ -118,7 +125,7 @@ class Muon(torch.optim.Muon):
             stack.momentum.lerp_(gradients, 1 - group["momentum"])
             share = self.world.share_of(len(gradients))
             ahead = gradients[share].lerp(stack.momentum[share], group["momentum"])  # Nesterov's momentum
-            updates = orthogonalized(ahead.to(self.dtype), group["ns_coefficients"], group["ns_steps"])
+            updates = orthogonalized(ahead, self.dtype, group["ns_coefficients"], group["ns_steps"])
             self._updates.append(self.world.gather_shares(updates, len(gradients)))
 
     @torch.no_grad()
@@ -128,14 +135,18 @@ class Muon(torch.optim.Muon):
         rate = group["lr"] * self._finite
         for stack, updates in zip(self.stacks, self._updates, strict=True):
             torch._foreach_mul_(stack.matrices, 1 - rate * group["weight_decay"])
-            changes = updates().float() * (rate * stack.factors)
-            torch._foreach_sub_(stack.matrices, stack.split(changes))
+            stack.subtract(updates().float() * (rate * stack.factors))
 
 
-def orthogonalized(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Bring the singular values of matrices (count, M, N), M <= N, close to one, by Newton-Schulz steps."""
+def orthogonalized(
+    x: Tensor, dtype: torch.dtype, coefficients: tuple[float, float, float], steps: int
+) -> Tensor:
+    """Bring the singular values of matrices (count, M, N), M <= N, close to one, by Newton-Schulz steps in
+    `dtype`."""
     a, b, c = coefficients
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most one
+    # To singular values of at most one; rounded only then, because gradients may be too small for fp16
+    norms = x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = torch.div(x, norms, out=x.new_empty(x.shape, dtype=dtype))
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
