@@ -74,7 +74,6 @@ PARTS = {"correct": correct, "speed": speed, "run": run, "recipe": recipe}
 def run_all(out: Path, arguments: list[str]) -> int:
     """Run each part in a process of its own; return 1 if one failed or took too long, else 0."""
     results: dict[str, str] = {}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without what is below `finally`
     with tempfile.TemporaryDirectory(
         ignore_cleanup_errors=True
     ) as folder:  # also for what a part that is killed leaves behind
@@ -83,7 +82,7 @@ def run_all(out: Path, arguments: list[str]) -> int:
             start = time.monotonic()
             command = [sys.executable, __file__, part, *arguments]
             env = {**os.environ, "TMPDIR": folder, "TIKTOKEN_CACHE_DIR": str(VOCABULARY_CACHE)}
-            process = subprocess.Popen(command, env=env, start_new_session=True)
+            process = subprocess.Popen(command, env=env, process_group=0)
             try:
                 status = process.wait(LIMIT)
                 result = "passed" if status == 0 else f"FAILED with status {status}"
@@ -137,6 +136,7 @@ def main(
 
     Tokens are those of DATASETS_DIR/OWNER/NAME, by default the documentation that comes with Python.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without what is below each `finally`
     if setting:
         print(json.dumps(measure(json.loads(setting))))
         return 0

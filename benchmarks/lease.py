@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import ROOT, measured_code
-from gpu_parts import RECIPES, Report, Setup, Training, find_tokens, flops_per_token, read_recipe, read_run
+from gpu_parts import RECIPES, Report, Setup, Training, find_tokens, read_recipe, read_run
 from throughput import synchronize
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -55,6 +56,8 @@ LAUNCHES = {
     "cudaGraphLaunch",
 }
 SCRIPT = ROOT / "benchmarks/gpu.py"
+GPU_TESTS = ROOT / "tests/test_gpu.py"
+SYNCHRONIZED_STEPS = 11  # after these DDP no longer waits for the device in each forward pass, to time it
 BEST = "1xrtx3090-best"
 
 # ------------------------------------------------------------------------------------------------------------
@@ -118,24 +121,22 @@ class Lease:
         on_cuda = self.device.type == "cuda"
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
         synchronize(self.device)
-        start = time.perf_counter()
         with profile(activities=kinds) as profiler:
             for _ in range(steps):
                 step()
             synchronize(self.device)
-        wall = time.perf_counter() - start
-        events = profiler.key_averages()
-        kernels = [
-            (each.self_device_time_total if on_cuda else each.self_cpu_time_total, each.key)
-            for each in events
-            if each.device_type == (DeviceType.CUDA if on_cuda else DeviceType.CPU)
-        ]
-        busy = sum(microseconds for microseconds, _ in kernels) / 1e6
-        longest = sorted(kernels, reverse=True)[:15]
+        events = profiler.events()
+        kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
+        # Annotations, such as the optimizer's, span kernels that are counted already.
+        kernels = [each for each in events if each.device_type == kind and not each.is_user_annotation]
+        took: Counter[str] = Counter()
+        for each in kernels:
+            took[each.name] += each.self_device_time_total if on_cuda else each.self_cpu_time_total
+        begun, ended = min(k.time_range.start for k in kernels), max(k.time_range.end for k in kernels)
         return {
-            "idle_share": max(0.0, 1 - busy / wall),
-            "launches": round(sum(each.count for each in events if each.key in LAUNCHES) / steps),
-            "kernels": {name[:80]: round(took / 1e6 / max(busy, 1e-9), 4) for took, name in longest},
+            "idle_share": max(0.0, 1 - took.total() / (ended - begun)),
+            "launches": round(sum(each.name in LAUNCHES for each in events) / steps),
+            "kernels": {name[:80]: round(us / took.total(), 4) for name, us in took.most_common(15)},
         }
 
 
@@ -153,6 +154,7 @@ def facts(lease: Lease) -> None:
         a, b = (torch.randn(*shape, device=device, dtype=torch.bfloat16) for shape in ((m, k), (k, n)))
         seconds = min(lease.timed(functools.partial(torch.matmul, a, b)))
         lease.give(product=f"{m} x {k} x {n}", tflops=2 * m * k * n / seconds / 1e12)
+    backend.set_up_arithmetic("bf16", deterministic=False)
     q = torch.randn(2, 12, 256, 64, device=device, dtype=torch.bfloat16)
     for dropout in (0.0, 0.1):
         kernels = lease.profiled(functools.partial(attend, q, q, q, None, dropout))["kernels"]
@@ -203,13 +205,13 @@ def best(lease: Lease) -> None:
         parameter.grad = torch.randn_like(parameter)
     finite = torch.ones((), device=lease.device) > 0
     whole = learner.optimizer
-    stacks = [torch.randn_like(stack.momentum, dtype=whole._muon.dtype) for stack in whole._muon.stacks]
-    group = whole.param_groups[0]
+    stacks = [torch.randn_like(stack.momentum) for stack in whole._muon.stacks]
+    group, dtype = whole.param_groups[0], whole._muon.dtype
     parts = {
         "all": lambda: optimizer.step_if(finite, whole, learner.scaler),
         "AdamW": whole._adamw.step,
         "Newton-Schulz": lambda: [
-            optimizer.orthogonalized(x, group["ns_coefficients"], group["ns_steps"]) for x in stacks
+            optimizer.orthogonalized(x, dtype, group["ns_coefficients"], group["ns_steps"]) for x in stacks
         ],
     }
     for name, part in parts.items():
@@ -228,19 +230,23 @@ def small(lease: Lease) -> None:
             for microbatch in (12, 6):
                 learner = lease.learner(world=world, microbatch_size=microbatch)
                 step = functools.partial(learner.train_step, [lease.batch(learner)], 1e-4)
-                step()
-                step().tolist()
-                start = time.perf_counter()
-                for _ in range(5):
+                for _ in range(SYNCHRONIZED_STEPS):
                     step()
-                host = (time.perf_counter() - start) / 5
-                synchronize(lease.device)
+                host = statistics.median(launching(lease, step) for _ in range(5))
                 device, launches = min(lease.timed(step)), lease.profiled(step)["launches"]
                 what = {"microbatch": microbatch, "ddp": world.size > 1}
                 lease.give(**what, ms=1e3 * device, host_ms=1e3 * host, launches=launches)
                 release_memory(lease.device)
     finally:
         dist.destroy_process_group()
+
+
+def launching(lease: Lease, step: Callable[[], Any]) -> float:
+    """Seconds that the host takes for one step, when nothing that it launched before is still waiting."""
+    synchronize(lease.device)
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 @contextlib.contextmanager
@@ -251,6 +257,7 @@ def cudnn_attention() -> Iterator[None]:
     def set_up_with_cudnn(*arguments: Any, **options: Any) -> None:
         set_up(*arguments, **options)
         torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.compiler.config.cache_key_tag = "cuDNN attention"
 
     backend.set_up_arithmetic = set_up_with_cudnn
     try:
@@ -298,28 +305,26 @@ def levers(lease: Lease) -> None:
 
 def tests(lease: Lease) -> None:
     """The tests that are marked gpu."""
-    options = [
-        "-m",
-        "gpu",
-        "-o",
-        "addopts=",
-        "-q",
-        "--tb=short",
-        "--noconftest",
-        "-p",
-        "no:cacheprovider",
-        "-rfE",
-    ]
+    options = ["-m", "gpu", "-o", "addopts=", "-v", "-rfE", "--tb=short"]
+    options += ["--noconftest", "-p", "no:cacheprovider"]
     if lease.tiny:  # the suite itself runs what needs no GPU
         options += ["-k", "deterministic and cuda"]
-    command = [sys.executable, "-m", "pytest", *options, str(ROOT / "tests/test_gpu.py")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "pytest", *options, str(GPU_TESTS)]
+    env = {**os.environ, "COLUMNS": "300"}  # so that the summary has room for reasons
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+    lease.setup.processes.append(process)
+    end = threading.Timer(lease.setup.left(), process.send_signal, [signal.SIGINT])  # for its summary
+    end.start()
     for line in process.stdout:
         print(line, end="", file=sys.stderr)
-        if line.startswith(("FAILED ", "ERROR ")):
-            lease.give(failed=" ".join(line.split()[1:])[:300])
+        words = line.split()
+        if words[1:2] in (["FAILED"], ["ERROR"]):
+            lease.give(failed=words[0])
+        elif line.startswith(("FAILED ", "ERROR ")):  # in the summary
+            lease.give(why=" ".join(words[1:])[:300])
         elif re.search(r"\d (passed|failed|skipped)", line):
-            lease.give(tests=line.strip())
+            lease.give(tests=line.strip("= \n"))
+    end.cancel()
     process.wait()
 
 
@@ -334,35 +339,39 @@ def train(lease: Lease, name: str, model: dict[str, Any], settings: dict[str, An
     return training
 
 
-def give_losses(lease: Lease, training: Training) -> None:
-    """Validation losses by tokens, and the training's speed."""
-    for line in training.lines("val_loss"):
-        lease.give(recipe=training.name, tokens=line["tokens"], val_loss=line["val_loss"])
-    lease.give(recipe=training.name, tokens_per_second=round(training.speed()))
+@contextlib.contextmanager
+def figures_given(lease: Lease, training: Training) -> Iterator[None]:
+    """Give validation losses by tokens, how long saves stalled, and the speed, however far it came."""
+    try:
+        yield
+    finally:
+        for line in training.lines("val_loss"):
+            lease.give(recipe=training.name, tokens=line["tokens"], val_loss=line["val_loss"])
+        if stalls := [line["checkpoint_seconds"] for line in training.lines("checkpoint_seconds")]:
+            middle = statistics.median(stalls)
+            lease.give(recipe=training.name, saves=len(stalls), stall_seconds=middle, longest=max(stalls))
+        for key in ("tokens_per_second", "mfu"):
+            if values := [line[key] for line in training.lines(key)[3:]]:
+                lease.give(recipe=training.name, **{key: statistics.median(values)})
 
 
 def run(lease: Lease) -> None:
     """A real training by the recommended recipe, killed half-way and resumed."""
     model, settings = read_recipe("as recommended for so few steps", tiny=lease.tiny)
     training = train(lease, "recommended", model, settings)
-    training.start()
-    training.wait_for_step(1)
-    lease.give(seconds_to_step_1=time.monotonic() - training.began)
-    training.wait_for_step(7 if lease.tiny else 120)
-    training.process.kill()
-    training.process.wait()
-    killed = training.last_step()
-    training.start("--resume")
-    training.wait_for_step(killed + 1)
-    resumed = re.findall(r"Resuming after step ([\d,]*\d)", training.said())
-    lease.give(killed_after=killed, resumed_after=resumed, seconds=time.monotonic() - training.began)
-    training.finish()
-    stalls = [line["checkpoint_seconds"] for line in training.lines("checkpoint_seconds")]
-    lease.give(saves=len(stalls), stall_seconds=statistics.median(stalls), longest=max(stalls))
-    give_losses(lease, training)
-    flops, peak = flops_per_token(model | training.tokens.shape), peak_flops(lease.setup.device_name)
-    if peak:
-        lease.give(mfu=training.speed() * flops / peak)
+    with figures_given(lease, training):
+        training.start()
+        training.wait_for_step(1)
+        lease.give(seconds_to_step_1=time.monotonic() - training.began)
+        training.wait_for_step(7 if lease.tiny else 120)
+        training.process.kill()
+        training.process.wait()
+        killed = training.last_step()
+        training.start("--resume")
+        training.wait_for_step(killed + 1)
+        resumed = re.findall(r"Resuming after step ([\d,]*\d)", training.said())
+        lease.give(killed_after=killed, resumed_after=resumed, seconds=time.monotonic() - training.began)
+        training.finish()
     with contextlib.suppress(OSError):
         shutil.copy(training.directory / "training-run-chart.png", lease.out / "lease.png")
 
@@ -373,9 +382,9 @@ def recipes(lease: Lease) -> None:
         model, settings = read_recipe(name, tiny=lease.tiny)
         training = train(lease, f"earlier-{number}", model, settings | {"half_batch_percent": 0})
         lease.give(recipe=training.name, what=name)
-        training.start()
-        training.finish()
-        give_losses(lease, training)
+        with figures_given(lease, training):
+            training.start()
+            training.finish()
 
 
 # In the order of their worth, each with the most seconds that it may take.
@@ -386,9 +395,9 @@ STAGES: dict[str, tuple[Callable[[Lease], None], float]] = {
     "best": (best, 90),
     "small": (small, 90),
     "levers": (levers, 120),
-    "tests": (tests, 100),
-    "run": (run, 130),
-    "recipes": (recipes, 150),
+    "tests": (tests, 240),
+    "run": (run, 180),
+    "recipes": (recipes, 220),
 }
 
 
@@ -407,6 +416,7 @@ def work(stages: list[str], setup: Setup, out: Path, minutes: float) -> None:
         except Exception as error:
             problem = {"problem": f"{type(error).__name__}: {' '.join(str(error).split())}"[-300:]}
         lease.give(seconds=time.monotonic() - start, **problem, ends=True)
+        synchronize(lease.device)  # ends this process if the device is lost to it; the next one goes on
         release_memory(lease.device)
 
 
@@ -426,7 +436,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                start_new_session=True,
+                process_group=0,  # not a new session, which might outlive a lent machine's command
             )
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, args=(log,), daemon=True).start()
@@ -480,8 +490,9 @@ def conduct(stages: list[str], out: Path, minutes: float, arguments: list[str]) 
                     keep(line)
                 problem = f"ended with status {worker.kill()}"
             except queue.Empty:
-                worker.kill()
                 problem = "killed: out of time"
+            finally:
+                worker.kill()
             if stage in left:
                 left.remove(stage)
                 keep({"stage": stage, "problem": problem})

@@ -208,42 +208,6 @@ def test_lease(sandbox: Sandbox) -> None:
     assert len((sandbox.path / "out/lease.md").read_text().splitlines()) == len(text.splitlines()) + 3
 
 
-STAGE = """
-import json, sys, time
-for stage in sys.argv[sys.argv.index("--worker") + 1].split(","):
-    print(json.dumps({"stage": stage, "begins": True}), flush=True)
-    print("what is no figure", flush=True)
-    print(json.dumps({"stage": stage, "figure": 1}), flush=True)
-    if stage == "eager":
-        time.sleep(60)
-    if stage == "compiled":
-        sys.exit(3)
-    print(json.dumps({"stage": stage, "seconds": 0.1, "ends": True}), flush=True)
-"""
-
-
-def test_a_stage_that_hangs_or_dies_costs_the_next_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "worker.py").write_text(STAGE)
-    monkeypatch.setattr(lease, "SCRIPT", tmp_path / "worker.py")
-    monkeypatch.setattr(lease, "STAGES", dict.fromkeys(lease.STAGES, (None, 1.0)))
-    assert lease.conduct(["facts", "eager", "compiled", "best"], tmp_path, 1.0, []) == 1
-    found = [json.loads(line) for line in (tmp_path / "lease.jsonl").read_text().splitlines()]
-    ends = [(line["stage"], line.get("problem")) for line in found if "figure" not in line]
-    assert ends == [
-        ("facts", None),
-        ("eager", "killed: out of time"),
-        ("compiled", "ended with status 3"),
-        ("best", None),
-    ]
-    assert [line["stage"] for line in found if "figure" in line] == ["facts", "eager", "compiled", "best"]
-    assert (tmp_path / "lease.log").read_text() == "what is no figure\n" * 4
-    monkeypatch.setattr(lease, "STAGES", dict.fromkeys(lease.STAGES, (None, 60.0)))
-    assert lease.conduct(["facts", "eager", "best"], tmp_path, 0.03, []) == 1
-    assert '"stage": "best", "problem": "not begun: out of time"' in (tmp_path / "lease.jsonl").read_text()
-
-
 def test_gpu_says_which_steps_fail_and_measures_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,8 +134,9 @@ def test_20_steps_have_the_plain_losses_in_bf16() -> None:
 def test_nothing_is_left_to_compile_once_training_begins(
     monkeypatch: pytest.MonkeyPatch, shape: dict
 ) -> None:
-    """Neither for half batches nor for short sequences nor for validation nor for fp16's loss scale; a compiler that fails for one of
-    them would end the training, and one that does not would make a budget believe that steps are slow."""
+    """Neither for half batches nor for short sequences nor for validation nor for fp16's loss scale; a
+    compiler that fails for one of them would end the training, and one that does not would make a budget
+    believe that steps are slow."""
     compiled: list[int] = []
 
     def compiler(graph: torch.fx.GraphModule, _inputs: object) -> Callable:
