@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, wait_for
+from helpers import ROOT, Script, wait_for
 from torch.autograd import DeviceType
 from torch.nn.parallel import DistributedDataParallel
 
@@ -81,24 +80,20 @@ def test_a_stage_that_hangs_or_dies_costs_the_next_nothing(
     assert figures_in(tmp_path)[-1] == {"stage": "best", "problem": "not begun: out of time"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_is_stopped_from_outside_leaves_no_process_on_the_gpu(tmp_path: Path, number: int) -> None:
+def test_what_is_stopped_from_outside_leaves_no_process_on_the_gpu(tmp_path: Path) -> None:
     """Nor one in a session of its own, which outlives the command on a machine that is lent."""
     (tmp_path / "worker.py").write_text(STAGE)
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:3]; import gpu, lease, pathlib;"
-        "lease.SCRIPT = pathlib.Path(sys.argv[3], 'worker.py');"
-        "gpu.main(['lease', '--only', 'eager', '--out', sys.argv[3]])"
-    )
-    command = [sys.executable, "-c", code, str(ROOT), str(ROOT / "benchmarks"), str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    before = f"import sys; sys.path.append({str(ROOT / 'benchmarks')!r}); import lease, pathlib; "
+    before += f"lease.SCRIPT = pathlib.Path({str(tmp_path / 'worker.py')!r})"
+    command = ["benchmarks/gpu.py", "lease", "--only", "eager", "--out", str(tmp_path)]
+    process = Script(command, before=before)
     try:
         log = tmp_path / "lease.jsonl"
         wait_for(lambda: log.exists() and log.read_text().endswith("}\n"), "the first figure")
         worker = figures_in(tmp_path)[0]["figure"]
         assert os.getsid(worker) == os.getsid(process.pid)
-        process.send_signal(number)
-        assert process.wait(20) != 0
+        process.signal(signal.SIGTERM)
+        assert process.wait(20).returncode == 143
         wait_for(lambda: not Path(f"/proc/{worker}").exists(), "the worker to be gone", seconds=20)
     finally:
         process.kill()
@@ -148,6 +143,7 @@ def test_attention_is_measured_as_training_chooses_it(
     monkeypatch.setattr(
         lease, "attend", lambda *x: chosen.append(torch.backends.cuda.cudnn_sdp_enabled()) or attend(*x)
     )
+    monkeypatch.setattr(lease.Lease, "profiled", lambda _, step: {"kernels": {str(step().shape): 1.0}})
     torch.backends.cuda.enable_cudnn_sdp(True)
     lease.facts(rehearsal[0])
     assert chosen and not any(chosen)
@@ -180,6 +176,7 @@ def test_the_hosts_time_is_taken_once_ddp_no_longer_waits_for_the_device(
     monkeypatch.setattr(DistributedDataParallel, "forward", counted)
 
     monkeypatch.setattr(lease, "launching", launching)
+    monkeypatch.setattr(lease.Lease, "profiled", lambda *_: {"launches": 0})
     here, figures = rehearsal
     lease.small(here)
     assert [line["ddp"] for line in figures] == [False, False, True, True]
